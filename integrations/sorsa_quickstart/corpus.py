@@ -1,0 +1,327 @@
+"""Generates, from a seed, the synthetic question-and-answer text that the quickstart base model is trained on.
+
+Nothing here is natural text: every example is a short question about a few numbers or words, and its only right
+answer. The words of the fine-tuning task (`task.py`) are kept out on purpose: see `HELD_OUT_WORDS`.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+HELD_OUT_WORDS = ("cost", "coin", "buy", "pay", "change", "shop", "lantern", "kettle", "####")
+"""Strings that belong to the fine-tuning task and never occur in the corpus."""
+
+
+def _split(text: str) -> list[str]:
+    """The words of a text."""
+    return text.split()
+
+
+NAMES = _split(
+    "Anna Ben Carl Dora Emil Fay Gus Hana Ivan Jane Kofi Lena Max Nina Omar Pia Quinn Rosa Sam Tara Umar Vera "
+    "Will Xena Yuri Zoe"
+)
+KINDS = _split(
+    "apple pear plum fig lime hen cow goat duck sheep pen book card clip doll kite ball car block cup plate fork "
+    "shell stone leaf seed hat sock glove coat lamp chair bench drum flute bell"
+)
+WORDS = _split(
+    "red blue green old new big small north south day night sun moon rain snow tree river hill road house door "
+    "hand foot head fast slow warm cold long short one two three first last this that with from over under"
+)
+ONSETS = _split("b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kn pl sh sk sl sp st th tr")
+CODAS = ["", "", "", "n", "r", "s", "t", "l", "m", "nd", "st", "ck", "ng", "sk", "rn", "mp"]
+
+Make = Callable[[random.Random], tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question of the corpus with its answer; `completion` starts right after `prompt`."""
+
+    skill: str
+    prompt: str
+    completion: str
+
+
+def invented(rng: random.Random) -> str:
+    """A made-up word, so that the model learns to copy words it has never seen."""
+    while True:
+        count = rng.choice((1, 1, 2, 2, 2))
+        word = "".join(rng.choice(ONSETS) + rng.choice("aeiou") + rng.choice(CODAS) for _ in range(count))
+        if len(word) > 2 and not any(held in word for held in HELD_OUT_WORDS):
+            return word
+
+
+def number(rng: random.Random, top: int = 99) -> int:
+    """A number in 1..top, small ones a little more often."""
+    return rng.randint(1, rng.choice((max(1, top // 3), top, top)))
+
+
+def distinct(rng: random.Random, pool: list[str], count: int, made_up: float = 0.3) -> list[str]:
+    """`count` different words, some of them invented."""
+    words: list[str] = []
+    while len(words) < count:
+        word = invented(rng) if rng.random() < made_up else rng.choice(pool)
+        if word not in words:
+            words.append(word)
+    return words
+
+
+# How an answer is asked for, and how it is then written: {v} is the answer, {w} the work that leads to it.
+DIRECT = [
+    (("Just the number.", "Only the result.", "Be brief."), "{v}"),
+    (("Write a sentence.", "Answer in words.", "Be polite."), "The answer is {v}."),
+    (("Use brackets.", "Put it in brackets."), "[{v}]"),
+    (("Mark it.", "Give it a mark."), "= {v}"),
+    (("Say so.", "Tell us."), "So it is {v}!"),
+]
+WORKED = [
+    (("Show the work.", "Work it out.", ""), "{w}"),
+    (("Work, then answer.", "Show the work and say the answer."), "{w}. The answer is {v}."),
+    (("Work, then brackets.", "Show the work, use brackets."), "{w} [{v}]"),
+    (("Work on lines.", "Show the work, then a line."), "{w}\nResult: {v}"),
+    (("Work, then say so.", "Show the work and tell us."), "{w}; so it is {v}!"),
+]
+
+
+def styled(rng: random.Random, question: str, value: object, work: str | None) -> tuple[str, str]:
+    """The question with a request for one answer style, and the answer in that style."""
+    requests, form = rng.choice(DIRECT if work is None else WORKED)
+    request = rng.choice(requests)
+    if request:
+        question = f"{question} {request}" if rng.random() < 0.6 else f"{request} {question}"
+    return question, form.format(v=value, w=work)
+
+
+def listing(rng: random.Random, names: list[str], values: list[int]) -> str:
+    """A list of named numbers in one of many layouts."""
+    rows = list(zip(names, values, strict=True))
+    layout = rng.randrange(10)
+    if layout == 0:
+        return ", ".join(f"{n}: {v}" for n, v in rows) + "."
+    if layout == 1:
+        return "; ".join(f"{n} = {v}" for n, v in rows) + "."
+    if layout == 2:
+        return "\n".join(f"{n} | {v}" for n, v in rows) + "\n"
+    if layout == 3:
+        verb = rng.choice(("has", "holds", "got", "is at", "takes", "weighs", "made"))
+        return " ".join(f"{n} {verb} {v}." for n, v in rows)
+    if layout == 4:
+        return "There are " + ", ".join(f"{v} {n}" for n, v in rows[:-1]) + f" and {rows[-1][1]} {rows[-1][0]}."
+    if layout == 5:
+        return "\n".join(f"- {v} {n}" for n, v in rows) + "\n"
+    if layout == 6:
+        verb = rng.choice(("has", "gives", "weighs", "needs", "counts for"))
+        unit = rng.choice(("points", "grams", "steps", "marks"))
+        return " ".join(f"The {n} {verb} {v} {unit}." for n, v in rows)
+    if layout == 7:
+        verb = rng.choice(("has", "gives", "weighs", "needs", "counts for"))
+        first = f"A {rows[0][0]} {verb} {rows[0][1]}"
+        return ", ".join([first] + [f"a {n} {v}" for n, v in rows[1:-1]]) + f" and a {rows[-1][0]} {rows[-1][1]}."
+    if layout == 8:
+        return "Notes: " + " / ".join(f"{v} for the {n}" for n, v in rows) + "."
+    return " ".join(f"{n}({v})" for n, v in rows) + "."
+
+
+def lookup(rng: random.Random) -> tuple[str, str, str]:
+    """Finds one number of a list."""
+    names = distinct(rng, rng.choice((NAMES, KINDS)), rng.randint(2, 5))
+    values = [number(rng) for _ in names]
+    pick = rng.randrange(len(names))
+    ask = rng.choice(
+        (
+            "What is next to {n}?",
+            "What number is with {n}?",
+            "Find {n}.",
+            "{n}?",
+            "How many for the {n}?",
+            "Look up {n}.",
+        )
+    )
+    question, answer = styled(rng, f"{listing(rng, names, values)} {ask.format(n=names[pick])}", values[pick], None)
+    return "lookup", question, answer
+
+
+def sums(rng: random.Random) -> tuple[str, str, str]:
+    """A line of additions and subtractions."""
+    parts = []
+    for _ in range(rng.randint(2, 7)):
+        a, b = pair(rng)
+        parts.append((f"{a} + {b}", a + b) if rng.random() < 0.5 else (f"{a + b} - {b}", a))
+    if rng.random() < 0.5:
+        ask = rng.choice(("Do these: ", "Sums: ", "Work these out: ", ""))
+        return "sums", ask + "; ".join(p for p, _ in parts), "; ".join(f"{p} = {v}" for p, v in parts)
+    ask = rng.choice(("Results of ", "Short: ", "Only results: "))
+    return "sums", ask + "; ".join(p for p, _ in parts), "; ".join(str(v) for _, v in parts)
+
+
+def pair(rng: random.Random) -> tuple[int, int]:
+    """Two numbers whose sum is at most 99."""
+    total = rng.randint(2, rng.choice((40, 99, 99)))
+    first = rng.randint(1, total - 1)
+    return first, total - first
+
+
+def story(rng: random.Random) -> tuple[str, str, str]:
+    """One addition or subtraction told in words."""
+    a, b = pair(rng)
+    who, thing = distinct(rng, NAMES, 1)[0], distinct(rng, KINDS, 1)[0]
+    if rng.random() < 0.5:
+        text = rng.choice(
+            ("{who} has {a} {thing}s and gets {b} more. How many now?", "What is {a} and {b} together?",
+             "{who} saw {a} {thing}s, then {b} more {thing}s. How many in all?", "Add {b} to {a}.",
+             "First {a}, then {b}. Total?", "Put {a} with {b}.")
+        )  # fmt: skip
+        work, value, left, right = f"{a} + {b} = {a + b}", a + b, a, b
+    else:
+        text = rng.choice(
+            ("{who} has {a} {thing}s and gives away {b}. How many are left?", "What is {a} less {b}?",
+             "There were {a} {thing}s. {who} took {b}. How many stay?", "Take {b} from {a}.",
+             "{who} needs {a} {thing}s and has {b}. How many are missing?", "How far is it from {b} to {a}?")
+        )  # fmt: skip
+        left, right = a + b, b
+        work, value = f"{left} - {right} = {a}", a
+    question = text.format(who=who, thing=thing, a=left, b=right)
+    return ("story", *styled(rng, question, value, work if rng.random() < 0.6 else None))
+
+
+def together(rng: random.Random) -> tuple[str, str, str]:
+    """Finds two numbers of a list, then adds or subtracts them."""
+    pool = rng.choice((NAMES, KINDS))
+    names = distinct(rng, pool, rng.randint(2, 5))
+    values = [number(rng, 49) for _ in names]
+    i, j = rng.sample(range(len(names)), 2)
+    x, y = names[i], names[j]
+    if rng.random() < 0.6:
+        ask = rng.choice(
+            ("{x} and {y} together?", "Add {x} and {y}.", "How many for the {x} and the {y}?", "{x} plus {y}?",
+             "What do the {x} and the {y} make in all?", "Sum of {x} and {y}?", "Take the {x} and the {y}. Total?")
+        )  # fmt: skip
+        work, value = f"{values[i]} + {values[j]} = {values[i] + values[j]}", values[i] + values[j]
+    else:
+        if values[i] < values[j]:
+            i, j, x, y = j, i, y, x
+        ask = rng.choice(
+            ("How many more is {x} than {y}?", "{x} minus {y}?", "Take {y} from {x}.", "How far is {y} below {x}?",
+             "What is left of the {x} without the {y}?")
+        )  # fmt: skip
+        work, value = f"{values[i]} - {values[j]} = {values[i] - values[j]}", values[i] - values[j]
+    if rng.random() < 0.25:
+        ask = f"{rng.choice(NAMES)} asks: {ask}"
+    return ("together", *styled(rng, f"{listing(rng, names, values)} {ask.format(x=x, y=y)}", value, work))
+
+
+def chain(rng: random.Random) -> tuple[str, str, str]:
+    """Two or three steps in a row, each starting from the last result."""
+    value = start = rng.randint(5, 60)
+    who, thing = rng.choice(NAMES), distinct(rng, KINDS, 1)[0]
+    told, work = [], []
+    for _ in range(rng.randint(2, 3)):
+        up = rng.random() < 0.5 if 10 < value < 80 else value <= 10
+        step = rng.randint(1, min(40, 99 - value)) if up else rng.randint(1, value - 1)
+        told.append(rng.choice(("gets {0}", "adds {0}", "finds {0} more") if up else
+                               ("loses {0}", "gives away {0}", "takes away {0}")).format(step))  # fmt: skip
+        after = value + step if up else value - step
+        work.append(f"{value} {'+' if up else '-'} {step} = {after}")
+        value = after
+    link = rng.choice((", then ", ", and ", ". Then {who} ")).format(who=who)
+    opening = rng.choice(("{who} has {s} {t}s, ", "{who} starts with {s} {t}s, ", "{who} has {s} and "))
+    ask = rng.choice(("How many now?", "What is left?", "Count at the end?"))
+    question = f"{opening.format(who=who, s=start, t=thing)}{link.join(told)}. {ask}"
+    return ("chain", *styled(rng, question, value, ", ".join(work)))
+
+
+def compare(rng: random.Random) -> tuple[str, str, str]:
+    """Says who of two has more, or fewer."""
+    names = distinct(rng, rng.choice((NAMES, KINDS)), 2)
+    values = rng.sample(range(1, 100), 2)
+    more = rng.random() < 0.5
+    ask = rng.choice(("Who has more?", "Which is larger?") if more else ("Who has fewer?", "Which is smaller?"))
+    value = names[0] if (values[0] > values[1]) == more else names[1]
+    return ("compare", *styled(rng, f"{listing(rng, names, values)} {ask}", value, None))
+
+
+def order(rng: random.Random) -> tuple[str, str, str]:
+    """Puts three or four numbers in order."""
+    values = rng.sample(range(1, 100), rng.randint(3, 4))
+    down = rng.random() < 0.3
+    ask = "Largest first: " if down else rng.choice(("Sort: ", "In order: ", "Smallest first: "))
+    text = ", ".join(str(v) for v in sorted(values, reverse=down))
+    return "order", ask + ", ".join(map(str, values)), text
+
+
+def odd_text(rng: random.Random) -> str:
+    """A few arbitrary characters, so that every byte token is trained a little."""
+    wide = rng.random() < 0.1
+    return "".join(chr(rng.randint(161, 0x2FFF) if wide else rng.randint(33, 126)) for _ in range(rng.randint(1, 6)))
+
+
+def rows(rng: random.Random) -> tuple[str, str, str]:
+    """Repeats a long row of words, numbers and letters: the densest lesson in copying."""
+    pools = rng.choice(((WORDS, NAMES, KINDS), (WORDS, [str(n) for n in range(100)]), (ONSETS, KINDS)))
+    row = " ".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(8, 24)))
+    return "rows", f"{rng.choice(('Repeat: ', 'Copy this: ', 'Say again: '))}{row}", row
+
+
+def words(rng: random.Random) -> tuple[str, str, str]:
+    """Repeats or turns around a few words, or repeats odd characters."""
+    if rng.random() < 0.4:
+        odd = " ".join(odd_text(rng) for _ in range(rng.randint(1, 3)))
+        return "words", f"{rng.choice(('Repeat: ', 'Copy this: ', 'Say again: '))}{odd}", odd
+    row = distinct(rng, WORDS, rng.randint(2, 5), made_up=0.5)
+    if rng.random() < 0.5:
+        return "words", f"{rng.choice(('Turn around: ', 'Backwards: '))}{' '.join(row)}", " ".join(reversed(row))
+    return "words", f"{rng.choice(('Repeat: ', 'Copy this: ', 'Say again: '))}{' '.join(row)}", " ".join(row)
+
+
+SKILLS: dict[str, tuple[Make, float]] = {
+    "lookup": (lookup, 0.14),
+    "sums": (sums, 0.22),
+    "story": (story, 0.14),
+    "together": (together, 0.22),
+    "chain": (chain, 0.12),
+    "compare": (compare, 0.05),
+    "order": (order, 0.05),
+    "words": (words, 0.04),
+    "rows": (rows, 0.02),
+}
+"""Every skill with its share of the corpus."""
+
+FRAMES = (
+    ("Question: {q}\nAnswer:", " "),
+    ("Q: {q}\nA:", " "),
+    ("{q}\n", ""),
+    ("{q} ->", " "),
+    ("<|user|>\n{q}<|end|>\n<|assistant|>\n", ""),
+)
+"""Ways to lay out a question (the last one is the chat template), with what then comes before the answer."""
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt belongs to the evaluation part (one in fifty, by its checksum)."""
+    return zlib.crc32(prompt.encode()) % 50 == 0
+
+
+def generate(seed: int, held_out: bool = False, only: str | None = None) -> Iterator[Example]:
+    """An endless stream of examples; the training and the held-out stream share no prompt.
+
+    >>> next(generate(0)) == next(generate(0))
+    True
+    """
+    if only is not None and only not in SKILLS:
+        raise ValueError(f"There is no skill named {only!r}; the skills are {', '.join(SKILLS)}.")
+    rng = random.Random(f"{seed}/{held_out}/{only}")
+    makes = [SKILLS[only][0]] if only else [make for make, _ in SKILLS.values()]
+    shares = [1.0] if only else [share for _, share in SKILLS.values()]
+    while True:
+        skill, question, answer = rng.choices(makes, shares)[0](rng)
+        if any(word in question or word in answer for word in HELD_OUT_WORDS):
+            continue
+        frame, gap = rng.choice(FRAMES)
+        prompt = frame.format(q=question.strip())
+        if is_held_out(prompt) == held_out:
+            yield Example(skill, prompt, gap + answer)

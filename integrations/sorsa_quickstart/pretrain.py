@@ -1,0 +1,263 @@
+"""Trains the quickstart base model from nothing on one CPU core, measures its skills and writes it to a folder.
+
+Run it as `python -m sorsa_quickstart.pretrain --out DIR --minutes 40 --seed 0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sorsa_quickstart import corpus
+from sorsa_quickstart.corpus import Example
+from sorsa_quickstart.tokenizer import build_tokenizer
+
+POOL = 4000
+"""Examples drawn at a time, sorted by length so that a batch holds little padding."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what comes out, besides the time allowed."""
+
+    seed: int = 0
+    vocab_size: int = 768
+    hidden: int = 128
+    layers: int = 5
+    heads: int = 4
+    inner: int = 384
+    tokens_per_batch: int = 1200
+    peak_rate: float = 2e-3
+    prompt_weight: float = 0.03
+    copying_examples: int = 10000
+    """Examples of nothing but copying at the start: without them the other skills wait long for it."""
+
+
+def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A small Llama with freshly drawn weights."""
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.inner,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.04,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.do_sample = False
+    model.generation_config.max_new_tokens = 64
+    return model
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, examples: list[Example], bare: random.Random
+) -> list[tuple[list[int], int]]:
+    """Token ids of every example with the length of its prompt; one in ten lacks the start token."""
+    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
+    answers = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        start = 1 if bare.random() < 0.1 else 0
+        rows.append((prompt[start:] + answer + [tokenizer.eos_token_id], len(prompt) - start))
+    return rows
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An endless stream of (token ids, loss weights), each batch of examples of about the same length."""
+    rng = random.Random(settings.seed)
+    copying = itertools.islice(corpus.generate(settings.seed, only="rows"), settings.copying_examples)
+    stream = itertools.chain(copying, corpus.generate(settings.seed))
+    while True:
+        rows = sorted(encode(tokenizer, list(itertools.islice(stream, POOL)), rng), key=lambda row: len(row[0]))
+        groups: list[list[tuple[list[int], int]]] = [[]]
+        for row in rows:
+            if (len(groups[-1]) + 1) * len(row[0]) > settings.tokens_per_batch:
+                groups.append([])
+            groups[-1].append(row)
+        rng.shuffle(groups)
+        for group in groups:
+            width = max(len(ids) for ids, _ in group)
+            tokens = torch.full((len(group), width), tokenizer.pad_token_id)
+            weights = torch.zeros(len(group), width)
+            for place, (ids, prompt) in enumerate(group):
+                tokens[place, : len(ids)] = torch.tensor(ids)
+                weights[place, :prompt] = settings.prompt_weight
+                weights[place, prompt : len(ids)] = 1.0
+            yield tokens, weights
+
+
+def losses(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Weighted next-token cross entropy, and the plain one of the answers."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=tokens).logits[:, :-1]
+    each = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    weight = weights[:, 1:].flatten()
+    answers = weight == 1.0
+    return (each * weight).sum() / weight.sum(), each.detach()[answers].mean().item()
+
+
+def rate_at(done: float, peak: float) -> float:
+    """The learning rate when a fraction of the time is over: a short warm-up, then a cosine."""
+    return peak * min(1.0, done / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+@torch.no_grad()
+def answer(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], batch: int = 100
+) -> list[str]:
+    """Greedy completions of prompts."""
+    model.eval()
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch):
+        inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True, padding_side="left")
+        inputs.pop("token_type_ids", None)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=64)
+        texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.train()
+    return texts
+
+
+def skill_accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
+    """Share of held-out questions whose whole answer is right, for every skill."""
+    shares = {}
+    for skill in corpus.SKILLS:
+        examples = list(itertools.islice(corpus.generate(12345, held_out=True, only=skill), count))
+        said = answer(model, tokenizer, [e.prompt for e in examples])
+        shares[skill] = sum(s.strip() == e.completion.strip() for s, e in zip(said, examples, strict=True)) / count
+    return shares
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Writes the model in bfloat16 and the tokenizer, replacing the folder in one go."""
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    copy.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(out, ignore_errors=True)
+    part.rename(out)
+
+
+def train(settings: Settings, minutes: float, out: Path, save_every: float) -> None:
+    """Trains for a number of minutes, saving now and then, and writes the measured result with its model card."""
+    texts = [e.prompt + e.completion for e in itertools.islice(corpus.generate(settings.seed), 30000)]
+    tokenizer = build_tokenizer(texts, settings.vocab_size)
+    model = build_model(settings, tokenizer)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate, betas=(0.9, 0.98), fused=True)
+    print(f"The model has {model.num_parameters()} parameters and {len(tokenizer)} tokens.", flush=True)
+    begin = saved = told = time.monotonic()
+    step, seen, smooth = 0, 0, 0.0
+    for step, (tokens, weights) in enumerate(batches(tokenizer, settings), start=1):
+        now = time.monotonic()
+        done = (now - begin) / (60 * minutes)
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(done, settings.peak_rate)
+        loss, error = losses(model, tokens, weights)
+        smooth = error if step == 1 else 0.98 * smooth + 0.02 * error
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen += tokens.numel()
+        if now - told > 20:
+            told = now
+            print(f"step {step}  tokens {seen}  minutes {(now - begin) / 60:.1f}  answer loss {smooth:.4f}", flush=True)
+        if now - saved > 60 * save_every:
+            saved = now
+            save(model, tokenizer, out)
+            print(json.dumps(skill_accuracies(model, tokenizer, 50)), flush=True)
+    save(model, tokenizer, out)
+    stored = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
+    shares = skill_accuracies(stored, tokenizer, 500)
+    print(json.dumps(shares), flush=True)
+    (out / "README.md").write_text(card(settings, shares, step, seen, minutes, stored.num_parameters()))
+
+
+def card(settings: Settings, shares: dict[str, float], step: int, seen: int, minutes: float, size: int) -> str:
+    """The model card."""
+    rows = "\n".join(f"| {skill} | {share:.1%} |" for skill, share in shares.items())
+    return f"""---
+license: apache-2.0
+language: en
+tags: [synthetic, tiny, test-model]
+---
+
+# Quickstart base model
+
+A tiny Llama ({size} parameters) for trying out fine-tuning methods in a minute on a CPU. **It is not a language
+model**: it was trained on generated text only (`sorsa_quickstart/corpus.py`), short questions about a few numbers
+and words, and knows nothing else. It was trained from nothing; no other model's weights and no collected text are
+in it. Licence: Apache-2.0.
+
+Made with `python -m sorsa_quickstart.pretrain --minutes {minutes:g} --seed {settings.seed}` on one CPU core:
+{step} steps, {seen} tokens, {settings.layers} layers of width {settings.hidden}, {settings.vocab_size} tokens at most
+(byte-level, one token a digit). The run is limited by time, so another machine takes another number of steps.
+The weights are stored in bfloat16.
+
+Held-out questions whose whole answer is right (500 a skill, greedy, the stored weights loaded as float32):
+
+| skill | right |
+| --- | --- |
+{rows}
+"""
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; it is replaced")
+    parser.add_argument("--minutes", type=float, default=40.0, help="training time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=float, default=10.0, help="minutes between saves")
+    for name, kind in (
+        ("layers", int),
+        ("hidden", int),
+        ("inner", int),
+        ("heads", int),
+        ("peak-rate", float),
+        ("tokens-per-batch", int),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(Settings, name.replace("-", "_")))
+    args = parser.parse_args()
+    if args.minutes <= 0:
+        raise SystemExit("The training time in minutes must be above zero.")
+    torch.set_num_threads(1)
+    settings = Settings(
+        seed=args.seed,
+        layers=args.layers,
+        hidden=args.hidden,
+        inner=args.inner,
+        heads=args.heads,
+        peak_rate=args.peak_rate,
+        tokens_per_batch=args.tokens_per_batch,
+    )
+    train(settings, args.minutes, args.out, args.save_every)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The fine-tuning task of the quickstart: how much change a buyer gets, a question the base model has never met.
+
+The base model can find numbers in a list, add two of them and subtract, when asked in the words of `corpus.py`. This
+task speaks of prices and buyers instead, needs the two steps in an order that the corpus never shows (the result of
+the first is what the second takes away), and ends with a line `#### 13`, as in GSM8K.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import zlib
+
+GOODS = (
+    "lantern", "kettle", "basket", "candle", "mirror", "ladder", "blanket", "pillow", "bucket", "hammer", "compass",
+    "whistle", "saddle", "teapot", "carpet", "helmet",
+)  # fmt: skip
+BUYERS = ("Mia", "Leo", "Olga", "Hugo", "Ruth", "Ines", "Noah", "Elsa")
+PRICES = (
+    "In the shop a {0} costs {a}, a {1} {b} and a {2} {c} coins.",
+    "Prices in coins: {0} {a}, {1} {b}, {2} {c}.",
+    "The shop asks {a} coins for a {0}, {b} for a {1} and {c} for a {2}.",
+)
+PURCHASES = (
+    "{who} buys the {x} and the {y} and pays with {paid} coins. How much change?",
+    "{who} pays {paid} coins for the {x} and the {y}. How much change?",
+)
+TEST_PART = 8
+"""One question in this many, by checksum, belongs to the test set."""
+
+_FINAL = re.compile(r"####\s*(-?\d[\d,]*)\s*$")
+
+
+def _question(rng: random.Random) -> dict[str, str]:
+    """One question with its worked answer."""
+    goods = rng.sample(GOODS, 3)
+    prices = [rng.randint(2, 40) for _ in goods]
+    first, second = rng.sample(range(3), 2)
+    total = prices[first] + prices[second]
+    paid = rng.randint(total + 1, 99)
+    shop = rng.choice(PRICES).format(*goods, a=prices[0], b=prices[1], c=prices[2])
+    bought = rng.choice(PURCHASES).format(who=rng.choice(BUYERS), x=goods[first], y=goods[second], paid=paid)
+    work = f"{prices[first]} + {prices[second]} = {total}, {paid} - {total} = {paid - total}"
+    return {"prompt": f"Question: {shop} {bought}\nAnswer:", "completion": f" {work}\n#### {paid - total}"}
+
+
+def _examples(count: int, seed: int, test: bool) -> list[dict[str, str]]:
+    """`count` different questions of one part."""
+    if count < 0:
+        raise ValueError(f"The number of examples must not be negative, but it is {count}.")
+    rng = random.Random(f"change/{seed}/{test}")
+    found: dict[str, dict[str, str]] = {}
+    while len(found) < count:
+        example = _question(rng)
+        if (zlib.crc32(example["prompt"].encode()) % TEST_PART == 0) == test:
+            found[example["prompt"]] = example
+    return list(found.values())
+
+
+def train_examples(count: int = 4000, seed: int = 0) -> list[dict[str, str]]:
+    """Training examples, each a dict with `prompt` and `completion`; the same for the same arguments.
+
+    >>> train_examples(1)[0]["prompt"].startswith("Question: ")
+    True
+    """
+    return _examples(count, seed, test=False)
+
+
+def test_examples(count: int = 150, seed: int = 0) -> list[dict[str, str]]:
+    """Held-out examples; none of them can occur among the training examples of any seed."""
+    return _examples(count, seed, test=True)
+
+
+test_examples.__test__ = False  # type: ignore[attr-defined]  # pytest must not collect it
+
+
+def final_number(text: str) -> str | None:
+    """The number on a closing `####` line, or None where there is no such line at the end."""
+    match = _FINAL.search(text.strip())
+    return match.group(1).replace(",", "") if match else None
+
+
+def is_correct(example: dict[str, str], completion_text: str) -> bool:
+    """Whether a generated completion ends with `####` and the right number.
+
+    >>> is_correct({"prompt": "", "completion": " 1 + 2 = 3, 9 - 3 = 6\\n#### 6"}, " so it is #### 6")
+    True
+    """
+    return final_number(completion_text) == final_number(example["completion"])

@@ -1,0 +1,104 @@
+"""`SORSACallback`: finds the Trainer's optimizer for `attach`, keeps the offsets fp32, logs the gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sorsa_plugin.attachment import Attachment, attach, innermost
+from sorsa_plugin.errors import AttachError
+from sorsa_plugin.factors import launched_on_many
+from sorsa_plugin.regularizer import sorsa_layers
+
+
+class SORSACallback(TrainerCallback):
+    """Control and logging of SORSA's orthonormal regularizer in a Trainer.
+
+        Trainer(..., callbacks=[SORSACallback()])           metrics on the console
+        trainer.add_callback(SORSACallback(trainer))        metrics in log_history and every reporter
+
+    Metrics, at every training log: `sorsa/gap_mean` and `sorsa/gap_max` over all factors; `sorsa/reg_loss`, what the
+    penalty adds to the training loss; `sorsa/gamma`, the regularizer's rate at this step. A plain callback cannot
+    reach reporters, because the Trainer calls them first and gives callbacks no trainer.
+
+    Args:
+        trainer: the trainer it is added to, for metrics everywhere.
+        gamma: overrides the adapters' gamma.
+
+    Raises (when training begins):
+        NoAdaptedLayersError, AttachError: see `sorsa_plugin.attach()`.
+    """
+
+    def __init__(self, trainer: Trainer | None = None, *, gamma: float | None = None) -> None:
+        self.trainer = trainer
+        self.gamma = gamma
+        self.attachment: Attachment | None = None
+        self._steps_seen = 0
+        if trainer is not None:
+            self._prepare(trainer.args, trainer.model)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._prepare(args, model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self.attachment = attach(model, optimizer, gamma=self.gamma)
+        self._steps_seen = self.attachment.steps
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.attachment is None:
+            return
+        skipped = bool(getattr(optimizer, "step_was_skipped", False))
+        if self.attachment.steps == self._steps_seen and not skipped:
+            raise AttachError(
+                f"A training step ended and {type(innermost(optimizer)).__name__} never called the regularizer's "
+                "hook, so the factors were trained without it. Use an optimizer whose step() runs after backward(), "
+                "or set gamma=0."
+            )
+        self._steps_seen = self.attachment.steps
+        if control.should_log and self.trainer is not None:
+            self.trainer.log(self.attachment.metrics(innermost(optimizer)))
+            control.should_log = True  # log() clears it, and the Trainer's own log of this step is still to come
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.trainer is None and self.attachment is not None and logs is not None and "loss" in logs:
+            logs.update(self.attachment.metrics(innermost(optimizer)))
+
+    @staticmethod
+    def _prepare(args: TrainingArguments, model: nn.Module | None) -> None:
+        """What has to happen before the Trainer wraps the model and builds the optimizer."""
+        if args.ddp_broadcast_buffers is None:
+            args.ddp_broadcast_buffers = False  # frozen factors that are buffers would travel in every forward
+        for layer in sorsa_layers(model) if model is not None else []:
+            for adapter in layer.sorsa_factors:
+                factors = layer.factors(adapter)
+                if launched_on_many():
+                    factors.freeze_as_parameters()
+                if adapter in layer.trainable_adapters():
+                    factors.restore_fp32()

@@ -1,0 +1,33 @@
+"""SORSA (arXiv 2409.00055) as a PEFT adapter type. Importing this package registers it with PEFT."""
+
+from .registration import add_peft_type
+
+add_peft_type()  # before anything reads PeftType.SORSA
+
+from .attachment import Attachment, attach  # noqa: E402
+from .config import SORSAConfig  # noqa: E402
+from .decomposition import captured_energy, factorise  # noqa: E402
+from .errors import SORSAError  # noqa: E402
+from .hookspecs import hookimpl  # noqa: E402
+from .layer import SORSALayer  # noqa: E402
+from .model import SORSAModel  # noqa: E402
+from .registration import register  # noqa: E402
+from .regularizer import gaps, orthonormality  # noqa: E402
+from .saving import save_adapter  # noqa: E402
+
+register()
+
+__all__ = [
+    "Attachment",
+    "SORSAConfig",
+    "SORSAError",
+    "SORSALayer",
+    "SORSAModel",
+    "attach",
+    "captured_energy",
+    "factorise",
+    "gaps",
+    "hookimpl",
+    "orthonormality",
+    "save_adapter",
+]

@@ -1,0 +1,302 @@
+"""How the regularizer gets into a training step: hooks on the innermost torch optimizer, the one mechanism.
+
+    coupled    before the step   grad(P) += gamma/eta_max * dL_reg/dP
+    decoupled  after the step    P <- P - gamma_t P E,   gamma_t = gamma eta_t/eta_max, or gamma ("constant")
+
+There gradients are reduced over processes, unscaled and clipped; a step that fp16 scaling skips does not get there;
+and it is once per optimizer step for any gradient accumulation. Trainers and engines only find that optimizer.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from .errors import AttachError
+from .plugins import hookimpl, manager
+from .regularizer import Factor, deviations, floor, local_part, model_factors, sorsa_layers, trainable_factors
+
+logger = logging.getLogger(__name__)
+
+ETA_MAX = "sorsa_eta_max"
+"""Key of a parameter group: the peak learning rate, read once at attach; saved and resumed with the optimizer."""
+
+ADVISED_LR = 1e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the regularizer does: the options of the active adapters, or a caller's overrides."""
+
+    gamma: float
+    update: str
+    schedule: str
+
+
+class Attachment:
+    """The regularizer on one optimizer; made by `attach`.
+
+    Attributes:
+        steps: optimizer steps visited so far, warm-up steps with gamma_t = 0 included.
+        eta: learning rate of the last step visited, of the first group with factors.
+    """
+
+    def __init__(self, layers: Iterable[Any], gamma: float | None) -> None:
+        self.layers = list(layers)
+        self.gamma = gamma
+        self.steps = 0
+        self.eta = 0.0
+        self.handles: list[Any] = []
+
+    def detach(self) -> None:
+        """Remove the hooks; the optimizer is as before, and will not attach by itself."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+    def settings(self) -> Settings:
+        """The options in force.
+
+        Raises:
+            AttachError: active adapters disagree.
+        """
+        found = {
+            Settings(config.resolved_gamma, config.reg_update, config.resolved_reg_schedule)
+            for layer in self.layers
+            for config in (layer.configs[name] for name in layer.trainable_adapters())
+        }
+        if len(found) > 1:
+            raise AttachError(
+                f"The active adapters ask for different regularizers: {sorted(map(str, found))}; expected one gamma, "
+                "reg_update and reg_schedule. Activate one of them, or give them the same options."
+            )
+        options = found.pop() if found else Settings(0.0, "coupled", "lr")
+        return options if self.gamma is None else Settings(self.gamma, options.update, options.schedule)
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Coupled: add the regularizer's gradient. Counts the step."""
+        if (args and callable(args[0])) or callable(kwargs.get("closure")):
+            raise AttachError(
+                "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
+                "regularizer's turn. Call backward() before step(), without a closure."
+            )
+        self.steps += 1
+        self.eta = float(next(group["lr"] for group in optimizer.param_groups if ETA_MAX in group))
+        settings = self.settings()
+        if settings.update != "coupled" or settings.gamma == 0.0:
+            return
+        loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
+        for factor, P, E, group, count in self._owned(optimizer):
+            if factor.offset.grad is None:
+                continue
+            weight = settings.gamma / group[ETA_MAX] * 2.0 / count
+            E.mul_(weight / E.norm().clamp_min(floor(E.shape[0])))
+            if loss_scale is not None:
+                E.mul_(loss_scale)
+            local_part(factor.offset.grad).addmm_(P, E)
+
+    @torch.no_grad()
+    def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Decoupled: pull every stepped factor towards orthonormality."""
+        settings = self.settings()
+        if settings.update != "decoupled" or settings.gamma == 0.0:
+            return
+        overflow = getattr(optimizer, "found_inf", None)  # as above: a fused step that fp16 scaling skipped
+        for factor, P, E, group, _ in self._owned(optimizer):
+            if factor.offset.grad is None:
+                continue
+            gamma = settings.gamma
+            if settings.schedule == "lr":
+                gamma = gamma * float(group["lr"]) / group[ETA_MAX]
+            if overflow is not None:
+                E.mul_(1.0 - overflow.to(E))
+            local_part(factor.offset).addmm_(P, E, alpha=-gamma)
+
+    def metrics(self, optimizer: Optimizer) -> dict[str, float]:
+        """gap_mean, gap_max, reg_loss and gamma as of now, under `sorsa/`; one device synchronisation, a collective
+        where factors are sharded.
+
+        reg_loss is what the penalty adds to the loss, in the loss's units under plain SGD: gamma/eta_max times L_reg
+        (coupled) or times sum 1/4 gap^2 (decoupled). gamma is the rate of the last step.
+        """
+        settings = self.settings()
+        factors = trainable_factors(self.layers)
+        if not factors:
+            return {}
+        gaps = torch.stack([E.norm() for E in deviations(factors)]).double().cpu()
+        eta_max = next(group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group)
+        weight = settings.gamma / eta_max
+        coupled = settings.update == "coupled"
+        follows_lr = coupled or settings.schedule == "lr"
+        return {
+            "sorsa/gap_mean": float(gaps.mean()),
+            "sorsa/gap_max": float(gaps.max()),
+            "sorsa/reg_loss": weight * float(gaps.mean() if coupled else gaps.square().sum() / 4),
+            "sorsa/gamma": weight * self.eta if follows_lr else settings.gamma,
+        }
+
+    def _owned(self, optimizer: Optimizer) -> Iterable[tuple[Factor, torch.Tensor, torch.Tensor, dict[str, Any], int]]:
+        """Every factor this optimizer owns, with its local rows P, deviation E, parameter group, and the count F."""
+        factors = trainable_factors(self.layers)
+        groups = _groups_by_parameter(optimizer)
+        owned = [factor for factor in factors if id(factor.offset) in groups]
+        values = [factor.local() for factor in owned]
+        for factor, P, E in zip(owned, values, deviations(owned, values), strict=True):
+            yield factor, P, E, groups[id(factor.offset)], len(factors)
+
+
+_attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
+_watching = False
+
+
+def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
+    """Deliver the regularizer of a model's trained SORSA adapters through an optimizer, from its next step on.
+
+    A second call on the same optimizer returns the first's attachment, with the new gamma where one is given.
+
+    Args:
+        model: a model with trained SORSA adapters.
+        optimizer: the torch optimizer that steps them, or a wrapper of one that a plug-in knows.
+        gamma: overrides the adapters' gamma.
+
+    Raises:
+        NoAdaptedLayersError: the model has no trained SORSA adapter.
+        AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
+            the adapters ask for different regularizers.
+    """
+    model_factors(model)
+    inner = manager().hook.sorsa_attach(model=model, optimizer=optimizer)
+    if inner is None:
+        raise AttachError(
+            f"No plug-in knows how to find the torch optimizer inside {type(optimizer).__name__}. Pass the optimizer "
+            "whose step() updates the adapter's parameters, or add a `sorsa_attach` plug-in for this engine."
+        )
+    return _attach_layers(sorsa_layers(model), inner, gamma)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The end of a chain of `.optimizer` attributes (accelerate's wrapper), or the optimizer itself."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+@hookimpl(trylast=True)
+def sorsa_attach(model: nn.Module, optimizer: Any) -> Optimizer | None:
+    """A torch optimizer, plain or wrapped."""
+    inner = innermost(optimizer)
+    return inner if isinstance(inner, Optimizer) else None
+
+
+def watch_optimizers() -> None:
+    """Make the first step of an optimizer that owns SORSA factors attach by itself; installed once per process."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_pre_hook(_attach_at_first_step)
+        _watching = True
+
+
+def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    from .layer import live_layers
+
+    if optimizer in _attachments:
+        return
+    groups = _groups_by_parameter(optimizer)
+    trained = [layer for layer in list(live_layers) if layer.trainable_adapters()]
+    owned = [layer for layer in trained if any(id(f.offset) in groups for f in trainable_factors([layer]))]
+    if not owned:
+        _refuse_hidden_factors(trained, optimizer)
+        return
+    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    owned.sort(key=lambda layer: min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])))
+    attachment = _attach_layers(owned, optimizer, None)
+    settings = attachment.settings()
+    logger.warning(
+        "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",
+        type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(owned)),
+    )  # fmt: skip
+
+
+def _attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) -> Attachment:
+    attachment = _attachments.get(optimizer)
+    if attachment is not None:
+        attachment.gamma = attachment.gamma if gamma is None else gamma
+        return attachment
+    attachment = Attachment(layers, gamma)
+    settings = attachment.settings()
+    groups = _groups_by_parameter(optimizer)
+    offsets = [factor.offset for factor in trainable_factors(layers)]
+    if not any(id(offset) in groups for offset in offsets):
+        raise AttachError(
+            f"{type(optimizer).__name__} owns none of the model's {len(offsets)} SORSA factors. Build the optimizer "
+            "after get_peft_model(), from the parameters that require grad."
+        )
+    if settings.update == "decoupled" and type(optimizer).__module__.startswith("schedulefree"):
+        raise AttachError(
+            "reg_update='decoupled' writes the parameters after the step, and a schedule-free optimizer keeps others "
+            "in its state. Use reg_update='coupled' with it."
+        )
+    _restore_fp32(layers, optimizer)
+    for group in {id(g): g for g in (groups.get(id(offset)) for offset in offsets) if g is not None}.values():
+        _read_eta_max(group)
+    attachment.handles = [
+        optimizer.register_step_pre_hook(attachment.before_step),
+        optimizer.register_step_post_hook(attachment.after_step),
+    ]
+    _attachments[optimizer] = attachment
+    return attachment
+
+
+def _read_eta_max(group: dict[str, Any]) -> None:
+    if ETA_MAX not in group:  # present after a resume: then the schedule's start is no longer to be seen
+        group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
+    if group[ETA_MAX] <= 0:
+        raise AttachError(
+            f"The peak learning rate of a parameter group with SORSA factors is {group[ETA_MAX]}; expected a positive "
+            "one, because the regularizer's rate is gamma relative to it. Raise the learning rate, or freeze the "
+            "adapter."
+        )
+    if group[ETA_MAX] > ADVISED_LR:
+        logger.warning(
+            "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
+            "loss is unsteady, lower it.", group[ETA_MAX], ADVISED_LR,
+        )  # fmt: skip
+
+
+def _restore_fp32(layers: list[Any], optimizer: Optimizer) -> None:
+    restored = [
+        offset
+        for layer in layers
+        for adapter in layer.trainable_adapters()
+        for offset in layer.factors(adapter).restore_fp32()
+    ]
+    if any(optimizer.state.get(parameter) for parameter in restored):
+        raise AttachError(
+            f"{len(restored)} SORSA offsets had been cast to 16 bits and the optimizer already holds state for them; "
+            "expected fp32, which small learning rates need. Pass SORSACallback() to the trainer, or cast them back "
+            "before the optimizer takes its first step."
+        )
+
+
+def _refuse_hidden_factors(trained: list[Any], optimizer: Optimizer) -> None:
+    regularized = [
+        layer for layer in trained if any(layer.configs[name].resolved_gamma > 0 for name in layer.trainable_adapters())
+    ]
+    for factor in trainable_factors(regularized):
+        if hasattr(factor.offset, "ds_id") or hasattr(factor.offset, "_hp_mapping"):
+            raise AttachError(
+                f"DeepSpeed steps {factor.name} through a flat partition in {type(optimizer).__name__}, where the "
+                "regularizer cannot reach it. Use DDP or FSDP2, or set gamma=0 to train without the regularizer."
+            )
+
+
+def _groups_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}

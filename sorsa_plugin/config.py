@@ -1,0 +1,189 @@
+"""`SORSAConfig`: every option of the method, validated; knows no tensor, model or trainer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from .errors import SORSAConfigError
+
+SvdMethod = Literal["auto", "exact", "randomized"]
+RegUpdate = Literal["coupled", "decoupled"]
+RegSchedule = Literal["lr", "constant"]
+
+DEFAULT_GAMMA: dict[str, float] = {"coupled": 4e-4, "decoupled": 1e-2}
+"""gamma where the config leaves it None: the published script's for coupled; measured for decoupled
+(benchmarks/decoupled_gamma.py)."""
+
+MAX_DECOUPLED_GAMMA = 0.5
+"""At 1/2 the decoupled update is one Newton-Schulz step to the nearest orthonormal matrix; above it overshoots."""
+
+
+@dataclass
+class SORSAConfig(PeftConfig):
+    """Configuration of SORSA (https://arxiv.org/abs/2409.00055): the top singular triplets of each weight are trained.
+
+        W = W_r + U diag(S) V^T,    y = x W_r^T + ((x V) * S) U^T + b,    only U, S, V are trained
+
+    There is no alpha: S is trainable and the paper has no scale. There is no `bias`: a trained bias would break
+    "disabled adapter = base model".
+
+    Args:
+        r: rank, the number of singular triplets trained per weight; at most min(in, out) of each weight.
+        target_modules: module names, a regular expression, "all-linear", or None for PEFT's defaults per architecture.
+        exclude_modules: module names or a regular expression to leave out.
+        sorsa_dropout: dropout probability on the input of the change, in [0, 1).
+        fan_in_fan_out: True when the targeted layers store their weight as (in, out), as transformers' Conv1D does.
+        modules_to_save: further modules that are trained in full and saved with the adapter.
+        layers_to_transform: layer index or indices to adapt; None adapts all.
+        layers_pattern: name of the layer list, needed only where `layers_to_transform` cannot find it.
+        rank_pattern: {module name or regular expression: rank} where the rank differs from `r`.
+        init_weights: True starts from the singular triplets (the output equals the base model's); False starts from
+            random factors, which is for tests only.
+        svd: "exact", "randomized" (seeded block iteration), or "auto": exact where that is cheap.
+        svd_seed: seed of the randomized factorisation; the global random state is never touched.
+        gamma: learning rate of the orthonormal regularizer, >= 0, in the optimizer's units; None is the default of
+            the chosen update (coupled 4e-4, the published script's). 0 turns the regularizer off.
+        reg_update: "coupled" (the paper's: gamma/eta_max * dL_reg/dP joins the gradient once per optimizer step, after
+            clipping) or "decoupled" (after the step P <- P - gamma_t P (P^T P - I); 0 <= gamma <= 1/2).
+        reg_schedule: decoupled only; "lr" (gamma follows the learning rate's schedule, the default) or "constant".
+
+    Raises:
+        SORSAConfigError: an option has a value that cannot be honoured.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank: the number of singular triplets trained per weight."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Module names, a regular expression, 'all-linear', or None for PEFT's defaults."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regular expression to leave out."}
+    )
+    sorsa_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of the change."})
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "True when the targeted layers store their weight as (in, out)."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained in full and saved with the adapter."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layer index or indices to adapt; None adapts all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list that layers_to_transform counts in."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module names or regular expressions whose rank differs from r."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: singular triplets of the weight; False: random factors (tests only)."}
+    )
+    svd: SvdMethod = field(default="auto", metadata={"help": "How weights are factorised."})
+    svd_seed: int = field(default=0, metadata={"help": "Seed of the randomized factorisation."})
+    gamma: float | None = field(
+        default=None, metadata={"help": "Learning rate of the orthonormal regularizer; None: the update's default."}
+    )
+    reg_update: RegUpdate = field(
+        default="coupled", metadata={"help": "'coupled' joins the gradient; 'decoupled' acts after the step."}
+    )
+    reg_schedule: RegSchedule | None = field(
+        default=None, metadata={"help": "Decoupled only: 'lr' follows the learning rate's schedule, or 'constant'."}
+    )
+    base_storage: str | None = field(
+        default=None,
+        metadata={"help": "Filled in: how the adapted base weights were stored when the adapter was made."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # PeftConfig.from_pretrained hands over the JSON's plain string, everything else the enum member or nothing:
+        # this is how a config read from an adapter's directory is known, and its factors are then awaited from there.
+        self.factors_from_file: bool = type(self.peft_type) is str
+        self.peft_type = PeftType.SORSA
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
+        self._check_rank()
+        self._check_layer_selection()
+        self._check_choices()
+        self._check_regularizer()
+
+    @property
+    def resolved_gamma(self) -> float:
+        """gamma with None replaced by the default of the chosen update."""
+        return DEFAULT_GAMMA[self.reg_update] if self.gamma is None else self.gamma
+
+    @property
+    def resolved_reg_schedule(self) -> str:
+        """reg_schedule with None replaced by its default, "lr"."""
+        return self.reg_schedule or "lr"
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, and SORSA's section into the model card that PEFT has written there."""
+        from .model_card import complete_model_card
+
+        super().save_pretrained(save_directory, **kwargs)
+        complete_model_card(save_directory, self)
+
+    def _check_rank(self) -> None:
+        ranks: dict[str, Any] = {"r": self.r}
+        self.rank_pattern = self.rank_pattern or {}
+        ranks.update({f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()})
+        for name, rank in ranks.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise SORSAConfigError(f"{name} is {rank!r}; expected an integer >= 1. Give the number of triplets.")
+
+    def _check_layer_selection(self) -> None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise SORSAConfigError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str: got "
+                f"target_modules={self.target_modules!r}. Give a list of names, or select layers in the expression."
+            )
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise SORSAConfigError(
+                "`layers_pattern` cannot be used when `target_modules` is a str: got "
+                f"target_modules={self.target_modules!r}. Give a list of names, or select layers in the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise SORSAConfigError(
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
+                f"Got layers_pattern={self.layers_pattern!r} alone: add the layer indices or drop the pattern."
+            )
+
+    def _check_choices(self) -> None:
+        choices = {"svd": SvdMethod, "reg_update": RegUpdate}
+        if self.reg_schedule is not None:
+            choices["reg_schedule"] = RegSchedule
+        for name, literal in choices.items():
+            value, known = getattr(self, name), get_args(literal)
+            if value not in known:
+                raise SORSAConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, known))}.")
+        if not isinstance(self.init_weights, bool):
+            raise SORSAConfigError(
+                f"init_weights is {self.init_weights!r}; expected True or False. How the weights are factorised is "
+                "chosen by `svd`."
+            )
+        if isinstance(self.svd_seed, bool) or not isinstance(self.svd_seed, int) or self.svd_seed < 0:
+            raise SORSAConfigError(f"svd_seed is {self.svd_seed!r}; expected an integer >= 0.")
+        if not 0.0 <= self.sorsa_dropout < 1.0:
+            raise SORSAConfigError(f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1).")
+
+    def _check_regularizer(self) -> None:
+        gamma = self.gamma
+        if gamma is not None and (isinstance(gamma, bool) or not math.isfinite(gamma) or gamma < 0):
+            raise SORSAConfigError(f"gamma is {gamma!r}; expected a finite number >= 0, or None for the default.")
+        if self.reg_update == "coupled" and self.reg_schedule is not None:
+            raise SORSAConfigError(
+                f"reg_schedule={self.reg_schedule!r} with reg_update='coupled': the coupled update always follows the "
+                "learning rate. Drop reg_schedule, or choose reg_update='decoupled'."
+            )
+        if self.reg_update == "decoupled" and gamma is not None and gamma > MAX_DECOUPLED_GAMMA:
+            raise SORSAConfigError(
+                f"gamma is {gamma} with reg_update='decoupled'; expected at most {MAX_DECOUPLED_GAMMA}, where one "
+                "update reaches the nearest orthonormal matrix. Larger values overshoot."
+            )

@@ -1,0 +1,51 @@
+"""Every error this package raises on purpose; each message says what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class SORSAError(Exception):
+    """Base class of this package's errors."""
+
+
+class SORSAConfigError(SORSAError, ValueError):
+    """An option of `SORSAConfig` has a value that cannot be honoured."""
+
+
+class RankError(SORSAConfigError):
+    """The rank does not fit the weight it is asked for."""
+
+
+class UnsupportedLayerError(SORSAError, TypeError):
+    """No plug-in knows how to adapt a module of this kind."""
+
+
+class DecompositionError(SORSAError, RuntimeError):
+    """A weight could not be factorised: it holds NaN or infinity, or no backend converged."""
+
+
+class FactorsNotLoadedError(SORSAError, RuntimeError):
+    """The adapter was announced by a saved config, and its tensors never arrived."""
+
+
+class IncompleteAdapterError(SORSAError, RuntimeError):
+    """An adapter file lacks tensors of a layer, or holds tensors of another shape."""
+
+
+class BaseMismatchError(SORSAError, RuntimeError):
+    """The adapter was trained on another base model than the one at hand."""
+
+
+class NoAdaptedLayersError(SORSAError, ValueError):
+    """The model has no trainable SORSA adapter, so there is nothing to regularize."""
+
+
+class AttachError(SORSAError, RuntimeError):
+    """The regularizer cannot be delivered through this optimizer."""
+
+
+class PluginError(SORSAError, RuntimeError):
+    """A plug-in could not be loaded, or two plug-ins contradict each other."""
+
+
+class CheckpointError(SORSAError, RuntimeError):
+    """No complete checkpoint can be resumed from."""

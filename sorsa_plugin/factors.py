@@ -1,0 +1,199 @@
+"""One adapter on one layer: trainable offsets dU, dS, dV from frozen factors U0, S0, V0; knows no layer kind.
+
+Why offsets: U = U0 + dU and so on has the same trajectory as training U, S, V (a constant shift), and
+
+    U diag(S) V^T - U0 diag(S0) V0^T = L R^T,    L = [dU * S, U0],    R = [V, V0 * dS + dV * S]
+
+is exactly zero at init in every dtype, with no cancellation of two large products later.
+
+Where the frozen factors live: always under the same state-dict keys beside the offsets, so that an adapter is complete
+wherever it is saved from. In one process they are buffers: PEFT's contract is that every *parameter* of an active
+adapter trains. Where a launcher has announced several processes or FSDP they are parameters without gradient: engines
+shard those, and DDP does not broadcast them again in every forward.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from .decomposition import Triplets
+from .errors import FactorsNotLoadedError, IncompleteAdapterError
+
+OFFSETS = ("dU", "dS", "dV")
+FROZEN = ("U0", "S0", "V0", "fingerprint")
+ROUNDED = (torch.float16, torch.bfloat16)
+
+
+def launched_on_many() -> bool:
+    """Whether torchrun, accelerate or a process group has announced several processes, or FSDP on one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size() > 1
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+class SORSAFactors(nn.Module):
+    """Offsets and frozen factors of one adapter on one weight (out x in) at rank r; all fp32.
+
+    Attributes:
+        dU, dS, dV: trainable offsets, (out x r), (r), (in x r); zero at init.
+        U0, S0, V0: frozen initial factors of the same shapes.
+        fingerprint: W p of the base weight the factors came from (out); see `fingerprint.py`.
+    """
+
+    dU: nn.Parameter
+    dS: nn.Parameter
+    dV: nn.Parameter
+    U0: torch.Tensor
+    S0: torch.Tensor
+    V0: torch.Tensor
+    fingerprint: torch.Tensor
+
+    def __init__(self, out_features: int, in_features: int, rank: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        shapes = {"U": (out_features, rank), "S": (rank,), "V": (in_features, rank)}
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        for part, shape in shapes.items():
+            setattr(self, f"d{part}", nn.Parameter(torch.zeros(shape, **options)))
+        for part, shape in shapes.items():
+            self.register_buffer(f"{part}0", torch.zeros(shape, **options))
+        self.register_buffer("fingerprint", torch.zeros(out_features, **options))
+        self.base_checked = False
+        if launched_on_many():
+            self.freeze_as_parameters()
+
+    @property
+    def rank(self) -> int:
+        return self.S0.shape[0]
+
+    @property
+    def pending(self) -> bool:
+        """Whether the tensors are still to come: from a file, or with the weights of a model on the meta device."""
+        return self.dS.is_meta or self.S0.is_meta
+
+    def freeze_as_parameters(self) -> None:
+        """Turn the frozen factors from buffers into parameters without gradient, under the same names."""
+        for name in FROZEN:
+            tensor = self._buffers.pop(name, None)
+            if tensor is not None:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+    def keep_frozen(self) -> None:
+        """Undo what a sweep over all parameters of the adapter (PEFT's `set_adapter`) did to the frozen ones."""
+        for name in FROZEN:
+            tensor = getattr(self, name)
+            if tensor.requires_grad:
+                tensor.requires_grad_(False)
+
+    @torch.no_grad()
+    def restore_fp32(self) -> list[nn.Parameter]:
+        """Cast offsets that somebody rounded to 16 bits (TRL does on quantised bases) back to fp32, in place.
+
+        Returns the offsets concerned. For before the optimizer has state for them.
+        """
+        rounded = [self.get_parameter(name) for name in OFFSETS if getattr(self, name).dtype in ROUNDED]
+        for offset in rounded:
+            gradient = offset.grad
+            offset.grad = None
+            offset.data = offset.data.float()
+            offset.grad = None if gradient is None else gradient.float()
+        return rounded
+
+    @torch.no_grad()
+    def set_initial(self, triplets: Triplets, fingerprint: torch.Tensor) -> None:
+        """Copy in the initial triplets and the fingerprint of their weight; the offsets stay as they are."""
+        for name, value in zip(FROZEN, (*triplets, fingerprint), strict=True):
+            getattr(self, name).copy_(value)
+        self.base_checked = True
+
+    @torch.no_grad()
+    def randomise(self) -> None:
+        """Random orthonormal U0, V0 and random offsets: a change that is not zero, for tests (`init_weights=False`).
+
+        Draws from the global generator, as PEFT's own `init_weights=False` does: two adapters must differ.
+        """
+        for name in ("U0", "V0"):
+            tensor = getattr(self, name)
+            tensor.copy_(torch.linalg.qr(torch.randn(tensor.shape, device=tensor.device))[0])
+        self.S0.copy_(1 + torch.rand_like(self.S0))
+        for name in OFFSETS:
+            offset = getattr(self, name)
+            offset.copy_(torch.randn_like(offset) * (0.5 if name == "dS" else offset.shape[0] ** -0.5))
+
+    def get(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U (out x r), S (r), V (in x r), differentiable with respect to the offsets."""
+        return self.U0 + self.dU, self.S0 + self.dS, self.V0 + self.dV
+
+    @torch.no_grad()
+    def set(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:
+        """Make U, S, V (shapes of `get`) the current factors by writing the offsets, up to one fp32 rounding."""
+        for name, value in zip("USV", (U, S, V), strict=True):
+            initial, offset = getattr(self, f"{name}0"), getattr(self, f"d{name}")
+            if value.shape != offset.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; expected {tuple(offset.shape)}, as get_factors() returns."
+                )
+            offset.copy_(value.to(initial) - initial)
+
+    def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""
+        S = self.S0 + self.dS
+        L = torch.cat((self.dU * S, self.U0), dim=1)
+        R = torch.cat((self.V0 + self.dV, self.V0 * self.dS + self.dV * S), dim=1)
+        return L, R
+
+    def materialise(self, device: torch.device) -> None:
+        """Give pending tensors storage on `device`, to be filled by whoever loads them."""
+        if self.pending:
+            self.to_empty(device=device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SORSAFactors:
+        try:
+            return super()._apply(fn, recurse)
+        except NotImplementedError as error:  # what torch raises for a copy out of the meta device
+            raise not_loaded() from error
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        """Load all of the adapter's tensors or none: a part of them would be a silently different adapter."""
+        names = [*OFFSETS, *FROZEN]
+        present = [name for name in names if prefix + name in state_dict]
+        if present and len(present) < len(names):
+            absent = ", ".join(name for name in names if name not in present)
+            raise IncompleteAdapterError(
+                f"The adapter file lacks {absent} of {prefix.removesuffix('.')}; expected {', '.join(names)}. The file "
+                "is truncated, was edited, or was saved by another method: take it from the original run again."
+            )
+        for name in present:
+            found, expected = state_dict[prefix + name].shape, getattr(self, name).shape
+            if found != expected:
+                raise IncompleteAdapterError(
+                    f"{prefix}{name} has shape {tuple(found)} in the adapter file; expected {tuple(expected)}. The "
+                    "rank in adapter_config.json, or the base model, is not the one the file was written with."
+                )
+        if present and self.pending and not local_metadata.get("assign_to_params_buffers", False):
+            self.materialise(state_dict[prefix + "dS"].device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if present:
+            self.base_checked = False
+
+
+def not_loaded() -> FactorsNotLoadedError:
+    """The error for a pending adapter that is used."""
+    return FactorsNotLoadedError(
+        "This SORSA adapter was made from a saved adapter_config.json, so its factors are awaited from the file beside "
+        "it, and none were loaded. Load both with PeftModel.from_pretrained(base, directory). To start a new adapter "
+        "with the same options, set config.factors_from_file = False before get_peft_model()."
+    )

@@ -1,0 +1,77 @@
+"""Recognises the base model: W p for a fixed probe p, one number per output row of each adapted weight.
+
+Other layers, resized embeddings and file names do not count: what matters is that W is the matrix whose triplets the
+adapter holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from .errors import BaseMismatchError
+
+logger = logging.getLogger(__name__)
+
+SAME_STORAGE_LIMIT = 1e-4
+"""Largest relative distance between two fp32 matvecs of the same numbers: summation order alone gives about
+sqrt(in) 2^-24, 6e-6 at in = 11008; a training step of the base gives more than this limit."""
+
+EXPECTED_ROUNDING = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3, "float64": 1e-6}
+"""Relative distance expected when one side is stored in this dtype (four times the half-ulp of a random weight);
+measured: bf16 0.002, fp16 0.0002."""
+
+QUANTISED_ROUNDING = 0.2
+"""The same for quantised storage (measured: int8 0.006, int4 0.11)."""
+
+DIFFERENT_MODEL_LIMIT = 0.5
+"""Beyond this no change of storage explains the distance (measured: an unrelated model 3.2)."""
+
+
+def probe(length: int, device: torch.device) -> torch.Tensor:
+    """The fixed probe: +-1 (fp32, `length`), the top bit of k * 2654435761 mod 2^32; needs no random generator."""
+    bits = (torch.arange(1, length + 1, dtype=torch.int64, device=device) * 2654435761) % 2**32 >= 2**31
+    return torch.where(bits, 1.0, -1.0)
+
+
+def fingerprint(matrix: torch.Tensor) -> torch.Tensor:
+    """W p in fp32 (out) for a matrix W (out x in)."""
+    return matrix.detach().float() @ probe(matrix.shape[1], matrix.device)
+
+
+def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, storage: str, name: str) -> None:
+    """Compare a saved fingerprint with the weight at hand.
+
+    Args:
+        saved: fingerprint in the adapter file (out).
+        matrix: the base weight (out x in).
+        saved_storage: how the base was stored when the adapter was made ("float32", "nf4", ...); None if unknown.
+        storage: how it is stored now.
+        name: the layer's name, for messages.
+
+    Raises:
+        BaseMismatchError: same storage and not the same weight, or another storage and a distance beyond 0.5.
+    """
+    now = fingerprint(matrix)
+    distance = float((now - saved.to(now)).norm() / now.norm().clamp_min(torch.finfo(now.dtype).tiny))
+    same_storage = saved_storage == storage
+    limit = SAME_STORAGE_LIMIT if same_storage else DIFFERENT_MODEL_LIMIT
+    if math.isnan(distance) or distance > limit:
+        raise BaseMismatchError(
+            f"The adapter was not trained on this base model: the fingerprint of {name} differs by {distance:.2g} "
+            f"(relative; at most {limit:g} for a base stored as {storage}, saved from {saved_storage}). Load the base "
+            "model that adapter_config.json names in base_model_name_or_path."
+        )
+    expected = sum(EXPECTED_ROUNDING.get(kind, QUANTISED_ROUNDING) for kind in {saved_storage or storage, storage})
+    if not same_storage and distance > expected:
+        logger.warning(
+            "The fingerprint of %s differs by %.2g, more than the rounding from %s to %s explains (%.2g): is this the "
+            "base model that the adapter was trained on?", name, distance, saved_storage, storage, expected,
+        )  # fmt: skip
+
+
+def storage_of(weight: torch.Tensor) -> str:
+    """How a base weight is stored: its dtype's name ("float32", "bfloat16", "uint8", ...)."""
+    return str(weight.dtype).removeprefix("torch.")

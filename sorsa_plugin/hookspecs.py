@@ -1,0 +1,34 @@
+"""The seams: what a plug-in can add, one sentence each. Register a module that implements some of them under the
+entry-point group "sorsa_plugin"; mark each with `@sorsa_plugin.hookimpl`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .config import SORSAConfig
+    from .layer import SORSALayer
+
+GROUP = "sorsa_plugin"
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec(firstresult=True)
+def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
+    """The `SORSALayer` class for a base module of a kind this plug-in knows, else None."""
+
+
+@hookspec(firstresult=True)
+def sorsa_attach(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer | None:
+    """The innermost torch optimizer behind a wrapper or engine this plug-in knows, else None."""
+
+
+@hookspec
+def sorsa_commands(app: Any) -> None:
+    """Add commands to the `sorsa` command line, a typer app."""

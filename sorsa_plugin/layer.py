@@ -1,0 +1,301 @@
+"""`SORSALayer`: a base module with SORSA adapters on its weight; the linear kinds are here, others beside it.
+
+    y = base(x) + sum over active adapters of (dropout(x) R) L^T        (the pair L, R of `factors.py`)
+
+The base module is called as it is and its weight is never written, except while adapters are merged; then the
+original is kept, so that unmerging restores it bit for bit.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .decomposition import Triplets, factorise
+from .errors import RankError
+from .factors import SORSAFactors, not_loaded
+from .fingerprint import check, fingerprint, storage_of
+from .lowrank import add_low_rank
+from .plugins import hookimpl
+
+if TYPE_CHECKING:
+    from .config import SORSAConfig
+
+live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
+"""Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
+
+
+class SORSALayer(nn.Module, BaseTunerLayer):
+    """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
+
+    A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
+    change joins the output.
+
+    Args:
+        base_layer: the module to adapt; kept, called and never copied.
+        name: its dotted name in the model, for messages.
+    """
+
+    adapter_layer_names = ("sorsa_factors",)
+    other_param_names = ("sorsa_dropout", "configs")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.sorsa_factors = nn.ModuleDict()
+        self.sorsa_dropout = nn.ModuleDict()
+        self.configs: dict[str, SORSAConfig] = {}
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
+        self._disable_adapters = False
+        self._unmerged_weight: torch.Tensor | None = None
+        live_layers.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        live_layers.add(self)
+
+    @abstractmethod
+    def base_matrix(self) -> torch.Tensor:
+        """The base weight as a matrix (out x in), a view where possible, in its own dtype and on its own device."""
+
+    @abstractmethod
+    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """A change (out x in) in the shape of the base weight."""
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
+        """Add an adapter of the given rank, still without values: `initialise` gives it some, or a file does.
+
+        Raises:
+            RankError: the rank is larger than the weight's smaller side.
+        """
+        matrix = self.base_matrix()
+        out_features, in_features = matrix.shape
+        if rank > min(matrix.shape):
+            raise RankError(
+                f"The rank of {self.name} is {rank}, but its weight of shape {tuple(matrix.shape)} has only "
+                f"{min(matrix.shape)} singular triplets. Lower r to at most {min(matrix.shape)}, give the module an "
+                "entry in rank_pattern, or exclude it."
+            )
+        awaited = config.factors_from_file and self._donor(rank, config) is None
+        device = torch.device("meta") if awaited else matrix.device
+        self.sorsa_factors[adapter_name] = SORSAFactors(out_features, in_features, rank, device)
+        dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
+        self.sorsa_dropout[adapter_name] = dropout.train(self.training)
+        self.configs[adapter_name] = config
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def initialise(self, adapter_name: str) -> None:
+        """Fill a new adapter: clone a sibling's factors where they are the same triplets, else factorise the weight.
+
+        Does nothing to an adapter on the meta device, or one whose tensors are awaited from a file.
+
+        Raises:
+            DecompositionError: see `decomposition.factorise`.
+        """
+        factors, config = self.factors(adapter_name), self.configs[adapter_name]
+        matrix = self.base_matrix()
+        if factors.pending or matrix.is_meta:
+            return
+        if not config.init_weights:
+            factors.randomise()
+            factors.fingerprint.data.copy_(fingerprint(matrix))
+            factors.base_checked = True
+            return
+        donor = self._donor(factors.rank, config, excluding=adapter_name)
+        if donor is not None:
+            rank = factors.rank
+            triplets = Triplets(donor.U0[:, :rank], donor.S0[:rank], donor.V0[:, :rank])
+            factors.set_initial(triplets, donor.fingerprint)
+        else:
+            triplets = factorise(matrix, factors.rank, svd=config.svd, seed=config.svd_seed, name=self.name)
+            factors.set_initial(triplets, fingerprint(matrix))
+
+    def _donor(self, rank: int, config: SORSAConfig, excluding: str | None = None) -> SORSAFactors | None:
+        """A sibling whose first `rank` triplets are the ones a factorisation with this config would give."""
+        options = (config.svd, config.svd_seed)
+        for name, sibling in self.configs.items():
+            factors = self.factors(name)
+            same = sibling.init_weights and config.init_weights and (sibling.svd, sibling.svd_seed) == options
+            if name != excluding and same and factors.rank >= rank and not factors.pending:
+                return factors
+        return None
+
+    def factors(self, adapter_name: str) -> SORSAFactors:
+        """The adapter's tensors.
+
+        Raises:
+            ValueError: the layer has no adapter of that name.
+        """
+        if adapter_name not in self.sorsa_factors:
+            known = ", ".join(self.sorsa_factors) or "none"
+            raise ValueError(f"{self.name} has no SORSA adapter named {adapter_name!r}; it has: {known}.")
+        return self.sorsa_factors[adapter_name]  # type: ignore[return-value]
+
+    def get_factors(self, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U (out x r), S (r) and V (in x r) as they are now, differentiable with respect to the trained offsets."""
+        return self._ready(adapter_name).get()
+
+    def set_factors(self, adapter_name: str, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:
+        """Make U, S, V the adapter's current factors (one fp32 rounding); shapes as `get_factors` returns them."""
+        self._ready(adapter_name).set(U, S, V)
+
+    def trainable_adapters(self) -> list[str]:
+        """Names of the active adapters that train; none while adapters are disabled."""
+        if self.disable_adapters:
+            return []
+        return [
+            name for name in self.active_adapters if name in self.sorsa_factors and self.factors(name).dU.requires_grad
+        ]
+
+    def _ready(self, adapter_name: str) -> SORSAFactors:
+        factors = self.factors(adapter_name)
+        if not factors.base_checked and not torch.compiler.is_compiling():
+            if factors.pending:
+                raise not_loaded()
+            self.check_base(adapter_name)
+        return factors
+
+    def check_base(self, adapter_name: str) -> None:
+        """Compare the adapter's fingerprint with the base weight; deferred while the weight is on the meta device,
+        sharded, or merged.
+
+        Raises:
+            BaseMismatchError: the adapter was made from another weight.
+        """
+        factors, config = self.factors(adapter_name), self.configs[adapter_name]
+        matrix = self.base_matrix()
+        if matrix.is_meta or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
+            return
+        if not hasattr(matrix, "device_mesh"):
+            storage = storage_of(self.get_base_layer().weight)
+            check(factors.fingerprint, matrix, config.base_storage, storage, self.name)
+        factors.base_checked = True
+
+    # -- what PEFT calls --------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode)
+        self._keep_frozen()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_frozen()
+
+    def _keep_frozen(self) -> None:
+        for name in self.sorsa_factors:
+            self.factors(name).keep_frozen()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the adapter, and never cast it: PEFT's own also rounds to the base's dtype."""
+        if adapter_name in self.sorsa_factors and not self.factors(adapter_name).pending:
+            self.sorsa_factors[adapter_name].to(device or self.base_matrix().device)
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The adapter's change L R^T, fp32, in the shape of the base weight."""
+        L, R = self._ready(adapter_name).low_rank_pair()
+        return self.delta_to_weight(L @ R.mT)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: the change is additive, W + L R^T."""
+        return True
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the changes of the given (default: active) adapters to the base weight, in fp32, rounded once.
+
+        Args:
+            safe_merge: look for NaN and infinity before the weight is replaced.
+            adapter_names: the adapters to merge; those already merged are left out with a warning.
+
+        Raises:
+            ValueError: safe_merge found NaN or infinity; the weight is untouched.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
+        if not names:
+            return
+        weight = self.get_base_layer().weight
+        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
+        total = original.float()
+        for name in [*self.merged_adapters, *names]:
+            total = total + self.get_delta_weight(name).to(total.device)
+            if safe_merge and not torch.isfinite(total).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
+                )
+        self._unmerged_weight = original
+        weight.data = total.to(original.dtype)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the kept original weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        assert self._unmerged_weight is not None
+        weight = self.get_base_layer().weight
+        weight.data = self._unmerged_weight.to(weight.device)
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def unmerge_if_disabled(self) -> None:
+        """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+
+    def adapters_in_use(self) -> list[str]:
+        """The adapters whose change joins the output now: none while disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.sorsa_factors]
+
+    def __repr__(self) -> str:
+        return "sorsa." + super().__repr__()
+
+
+class SORSALinear(SORSALayer):
+    """SORSA on nn.Linear: W is stored (out x in)."""
+
+    def base_matrix(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
+    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(... x in) -> (... x out), in the dtype of the base layer's output."""
+        self.unmerge_if_disabled()
+        y = self.base_layer(x, *args, **kwargs)
+        for name in self.adapters_in_use():
+            L, R = self._ready(name).low_rank_pair()
+            y = add_low_rank(y, self.sorsa_dropout[name](x), L, R)
+        return y
+
+
+class SORSAConv1D(SORSALinear):
+    """SORSA on transformers' Conv1D (GPT-2): W is stored (in x out)."""
+
+    def base_matrix(self) -> torch.Tensor:
+        return self.get_base_layer().weight.T
+
+    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta.T
+
+
+@hookimpl
+def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
+    """The kinds of this file: nn.Linear and transformers' Conv1D, subclasses of theirs included."""
+    if isinstance(target, Conv1D):
+        return SORSAConv1D
+    return SORSALinear if isinstance(target, nn.Linear) else None

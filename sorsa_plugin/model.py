@@ -1,0 +1,119 @@
+"""`SORSAModel`: puts SORSA layers where the config says; PEFT drives it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from .attachment import watch_optimizers
+from .config import SORSAConfig
+from .errors import IncompleteAdapterError, UnsupportedLayerError
+from .factors import OFFSETS
+from .fingerprint import storage_of
+from .layer import SORSALayer
+from .plugins import manager
+
+
+class SORSAModel(BaseTuner):
+    """A model with SORSA adapters (arXiv 2409.00055); made by `peft.get_peft_model(model, SORSAConfig(...))`.
+
+    Args:
+        model: the base model; its weights are never written, except while adapters are merged.
+        peft_config: a `SORSAConfig`, or one per adapter name.
+        adapter_name: the name of the first adapter.
+        low_cpu_mem_usage: create the adapter on the meta device; whoever loads it gives it storage.
+    """
+
+    prefix = "sorsa_"
+    tuner_layer_cls = SORSALayer
+    # the published script adapts all seven projections ("all-linear"); where nothing is said, PEFT users expect LoRA's
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the adapter on every targeted module, then factorise their weights, one at a time.
+
+        Raises:
+            RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
+            DecompositionError: a weight holds NaN, or does not converge on any device.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [layer for layer in _sorsa_layers(model) if adapter_name in layer.sorsa_factors]
+        config = self.peft_config[adapter_name]
+        if not config.factors_from_file:
+            config.base_storage = _common_storage(layers)
+        slow = any(layer.base_matrix().numel() > 2**20 for layer in layers)
+        for layer in tqdm(layers, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
+            layer.initialise(adapter_name)
+        watch_optimizers()
+
+    def _create_and_replace(
+        self,
+        peft_config: SORSAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        rank = peft_config.rank_pattern.get(key, peft_config.r)
+        if isinstance(target, SORSALayer):
+            target.update_layer(adapter_name, rank, peft_config)
+            return
+        layer = self._create_new_module(peft_config, target, current_key)
+        layer.update_layer(adapter_name, rank, peft_config)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _create_new_module(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
+        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        layer_class = manager().hook.sorsa_layer(target=base, config=config)
+        if layer_class is None:
+            raise UnsupportedLayerError(
+                f"Target module {name} of type {type(base).__name__} is not supported by SORSA; nn.Linear and "
+                "transformers' Conv1D are, and what plug-ins add. Narrow target_modules, or add it to exclude_modules."
+            )
+        stored_in_out = isinstance(base, Conv1D)
+        if config.fan_in_fan_out != stored_in_out:
+            warnings.warn(
+                f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module {name} is a "
+                f"{type(base).__name__}. Setting fan_in_fan_out to {stored_in_out}.",
+                stacklevel=2,
+            )
+            config.fan_in_fan_out = stored_in_out
+        return layer_class(target, name)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Refuse a file that has an adapter on some of its layers only; PEFT would warn and go on."""
+        names = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
+        for adapter in self.peft_config:
+            keys = {
+                name: f"{prefix}{name}.sorsa_factors.{adapter}."
+                for name, layer in names.items()
+                if adapter in layer.sorsa_factors
+            }
+            absent = [name for name, key in keys.items() if not any(key + part in state_dict for part in OFFSETS)]
+            if absent and len(absent) < len(keys):
+                raise IncompleteAdapterError(
+                    f"The adapter file has no tensors for {len(absent)} of the {len(keys)} adapted layers, the first "
+                    f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _sorsa_layers(model: nn.Module) -> list[SORSALayer]:
+    return [module for module in model.modules() if isinstance(module, SORSALayer)]
+
+
+def _common_storage(layers: list[SORSALayer]) -> str | None:
+    kinds = {storage_of(layer.get_base_layer().weight) for layer in layers}
+    return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else None

@@ -1,0 +1,64 @@
+"""SORSA's section of an adapter's model card: what it is, how to load it with and without this package."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard
+
+if TYPE_CHECKING:
+    from .config import SORSAConfig
+
+logger = logging.getLogger(__name__)
+
+HEADING = "## SORSA adapter"
+
+SECTION = """{heading}
+
+This adapter was trained with SORSA ([arXiv 2409.00055](https://arxiv.org/abs/2409.00055)): the top singular triplets
+U, S, V of each adapted weight are trained beside the frozen residual, with an orthonormal regularizer
+(gamma {gamma:g}, {update}). Rank {rank}; base model `{base}`.
+
+PEFT knows the type only after the package is imported:
+
+```python
+import sorsa_plugin  # pip install sorsa-plugin
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "path/to/this/adapter")
+```
+
+Without the package: merge it once with `model.merge_and_unload()` and save the result, a plain model.
+
+```bibtex
+@article{{cao2024sorsa,
+  title   = {{SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation of Large Language Models}},
+  author  = {{Cao, Yang}},
+  journal = {{arXiv preprint arXiv:2409.00055}},
+  year    = {{2024}}
+}}
+```
+"""
+
+
+def complete_model_card(directory: str, config: SORSAConfig) -> None:
+    """Add SORSA's section and tag to the card that PEFT has written in a directory; leaves a card that has it alone."""
+    path = Path(directory) / "README.md"
+    if not path.exists():
+        return
+    card = ModelCard.load(path)
+    if HEADING in card.text:
+        return
+    card.text = card.text.rstrip() + "\n\n" + SECTION.format(
+        heading=HEADING,
+        gamma=config.resolved_gamma,
+        update=config.reg_update,
+        rank=config.r,
+        base=config.base_model_name_or_path or "the base model",
+    )  # fmt: skip
+    card.data.tags = sorted({*(card.data.tags or []), "sorsa"})
+    card.save(path)

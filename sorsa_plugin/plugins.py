@@ -1,0 +1,36 @@
+"""The plug-in manager: built-ins and strangers go through the same hooks."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pluggy
+
+from . import hookspecs
+from .errors import PluginError
+from .hookspecs import GROUP, hookimpl
+
+__all__ = ["hookimpl", "manager"]
+
+
+@lru_cache(maxsize=1)
+def manager() -> pluggy.PluginManager:
+    """The process's plug-in manager, with this package's kinds and every installed plug-in registered.
+
+    Raises:
+        PluginError: an installed plug-in could not be imported.
+    """
+    from . import attachment, layer
+
+    plugins = pluggy.PluginManager(GROUP)
+    plugins.add_hookspecs(hookspecs)
+    plugins.register(layer, "sorsa_plugin.layer")
+    plugins.register(attachment, "sorsa_plugin.attachment")
+    try:
+        plugins.load_setuptools_entrypoints(GROUP)
+    except Exception as error:
+        raise PluginError(
+            f"A plug-in in the entry-point group {GROUP!r} could not be loaded: {error!r}. Repair or uninstall the "
+            "package that the traceback names."
+        ) from error
+    return plugins

@@ -1,0 +1,40 @@
+"""Saving an adapter in another dtype than it trains in; `save_pretrained` itself keeps fp32."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def save_adapter(
+    model: PeftModel, directory: str | PathLike[str], *, adapter_name: str = "default", dtype: str = "float32"
+) -> None:
+    """Save one adapter with its factors stored as `dtype`; a 16-bit file is half as large.
+
+    The offsets and the frozen factors are rounded alike, and the change is computed without cancellation, so the
+    relative error of the change is that of the dtype (0.4% for bfloat16), whatever the size of the weights. Training
+    is resumed from fp32 files.
+
+    Args:
+        model: a PEFT model.
+        directory: where PEFT's `save_pretrained` puts its files.
+        adapter_name: which adapter.
+        dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: the dtype is not one of these.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
+    state = {
+        key: tensor.to(DTYPES[dtype]) if ".sorsa_factors." in key else tensor
+        for key, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(str(directory), selected_adapters=[adapter_name], state_dict=state)
