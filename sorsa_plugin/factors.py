@@ -90,17 +90,22 @@ class SORSAFactors(nn.Module):
                 tensor.requires_grad_(False)
 
     @torch.no_grad()
+    def cast_offsets(self, dtype: torch.dtype) -> None:
+        """Give the offsets another dtype, in place: the parameters stay the same objects."""
+        for name in OFFSETS:
+            offset = self.get_parameter(name)
+            gradient, offset.grad = offset.grad, None
+            offset.data = offset.data.to(dtype)
+            offset.grad = None if gradient is None else gradient.to(dtype)
+
     def restore_fp32(self) -> list[nn.Parameter]:
-        """Cast offsets that somebody rounded to 16 bits (TRL does on quantised bases) back to fp32, in place.
+        """Cast offsets that somebody rounded to 16 bits (TRL does on quantised bases) back to fp32.
 
         Returns the offsets concerned. For before the optimizer has state for them.
         """
         rounded = [self.get_parameter(name) for name in OFFSETS if getattr(self, name).dtype in ROUNDED]
-        for offset in rounded:
-            gradient = offset.grad
-            offset.grad = None
-            offset.data = offset.data.float()
-            offset.grad = None if gradient is None else gradient.float()
+        if rounded:
+            self.cast_offsets(torch.float32)
         return rounded
 
     @torch.no_grad()

@@ -57,6 +57,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
         self._unmerged_weight: torch.Tensor | None = None
+        self.out_features, self.in_features = self.base_matrix().shape
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -80,7 +81,6 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             RankError: the rank is larger than the weight's smaller side.
         """
         matrix = self.base_matrix()
-        out_features, in_features = matrix.shape
         if rank > min(matrix.shape):
             raise RankError(
                 f"The rank of {self.name} is {rank}, but its weight of shape {tuple(matrix.shape)} has only "
@@ -89,7 +89,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             )
         awaited = config.factors_from_file and self._donor(rank, config) is None
         device = torch.device("meta") if awaited else matrix.device
-        self.sorsa_factors[adapter_name] = SORSAFactors(out_features, in_features, rank, device)
+        self.sorsa_factors[adapter_name] = SORSAFactors(*matrix.shape, rank, device)
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.configs[adapter_name] = config

@@ -19,6 +19,7 @@ from .factors import OFFSETS
 from .fingerprint import storage_of
 from .layer import SORSALayer
 from .plugins import manager
+from .regularizer import sorsa_layers
 
 
 class SORSAModel(BaseTuner):
@@ -44,7 +45,7 @@ class SORSAModel(BaseTuner):
             DecompositionError: a weight holds NaN, or does not converge on any device.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [layer for layer in _sorsa_layers(model) if adapter_name in layer.sorsa_factors]
+        layers = [layer for layer in sorsa_layers(model) if adapter_name in layer.sorsa_factors]
         config = self.peft_config[adapter_name]
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
@@ -52,6 +53,17 @@ class SORSAModel(BaseTuner):
         for layer in tqdm(layers, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
             layer.initialise(adapter_name)
         watch_optimizers()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.
+
+        16-bit offsets serve inference; `attach` makes them fp32 again before they train.
+        """
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in sorsa_layers(self) if not autocast_adapter_dtype else []:
+            dtype = layer.base_matrix().dtype
+            if adapter_name in layer.sorsa_factors and dtype.is_floating_point:
+                layer.factors(adapter_name).cast_offsets(dtype)
 
     def _create_and_replace(
         self,
@@ -108,10 +120,6 @@ class SORSAModel(BaseTuner):
                     f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _sorsa_layers(model: nn.Module) -> list[SORSALayer]:
-    return [module for module in model.modules() if isinstance(module, SORSALayer)]
 
 
 def _common_storage(layers: list[SORSALayer]) -> str | None:

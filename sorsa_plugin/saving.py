@@ -33,8 +33,10 @@ def save_adapter(
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
-    state = {
-        key: tensor.to(DTYPES[dtype]) if ".sorsa_factors." in key else tensor
-        for key, tensor in model.state_dict().items()
-    }
+    state = {key: tensor.to(DTYPES[dtype]) if _is_factor(key) else tensor for key, tensor in model.state_dict().items()}
     model.save_pretrained(str(directory), selected_adapters=[adapter_name], state_dict=state)
+
+
+def _is_factor(key: str) -> bool:
+    """Whether a state-dict key is a factor; the fingerprint is compared to five digits and stays fp32."""
+    return ".sorsa_factors." in key and not key.endswith(".fingerprint")

@@ -50,7 +50,7 @@ class Example:
 def invented(rng: random.Random) -> str:
     """A made-up word, so that the model learns to copy words it has never seen."""
     while True:
-        count = rng.choice((1, 1, 2, 2, 2))
+        count = rng.choice((1, 1, 2))
         word = "".join(rng.choice(ONSETS) + rng.choice("aeiou") + rng.choice(CODAS) for _ in range(count))
         if len(word) > 2 and not any(held in word for held in HELD_OUT_WORDS):
             return word
@@ -61,7 +61,7 @@ def number(rng: random.Random, top: int = 99) -> int:
     return rng.randint(1, rng.choice((max(1, top // 3), top, top)))
 
 
-def distinct(rng: random.Random, pool: list[str], count: int, made_up: float = 0.3) -> list[str]:
+def distinct(rng: random.Random, pool: list[str], count: int, made_up: float = 0.2) -> list[str]:
     """`count` different words, some of them invented."""
     words: list[str] = []
     while len(words) < count:
@@ -129,7 +129,7 @@ def listing(rng: random.Random, names: list[str], values: list[int]) -> str:
 
 def lookup(rng: random.Random) -> tuple[str, str, str]:
     """Finds one number of a list."""
-    names = distinct(rng, rng.choice((NAMES, KINDS)), rng.randint(2, 5))
+    names = distinct(rng, rng.choice((NAMES, KINDS)), rng.randint(2, 4))
     values = [number(rng) for _ in names]
     pick = rng.randrange(len(names))
     ask = rng.choice(
@@ -192,7 +192,7 @@ def story(rng: random.Random) -> tuple[str, str, str]:
 def together(rng: random.Random) -> tuple[str, str, str]:
     """Finds two numbers of a list, then adds or subtracts them."""
     pool = rng.choice((NAMES, KINDS))
-    names = distinct(rng, pool, rng.randint(2, 5))
+    names = distinct(rng, pool, rng.randint(2, 4))
     values = [number(rng, 49) for _ in names]
     i, j = rng.sample(range(len(names)), 2)
     x, y = names[i], names[j]
@@ -279,13 +279,13 @@ def words(rng: random.Random) -> tuple[str, str, str]:
 
 
 SKILLS: dict[str, tuple[Make, float]] = {
-    "lookup": (lookup, 0.14),
-    "sums": (sums, 0.22),
+    "lookup": (lookup, 0.16),
+    "sums": (sums, 0.24),
     "story": (story, 0.14),
     "together": (together, 0.22),
     "chain": (chain, 0.12),
-    "compare": (compare, 0.05),
-    "order": (order, 0.05),
+    "compare": (compare, 0.03),
+    "order": (order, 0.03),
     "words": (words, 0.04),
     "rows": (rows, 0.02),
 }

@@ -34,13 +34,14 @@ class Settings:
     seed: int = 0
     vocab_size: int = 768
     hidden: int = 128
-    layers: int = 5
+    layers: int = 4
     heads: int = 4
     inner: int = 384
-    tokens_per_batch: int = 1200
-    peak_rate: float = 2e-3
+    tokens_per_batch: int = 1800
+    peak_rate: float = 3e-3
+    matrix_rate: float = 0.02
     prompt_weight: float = 0.03
-    copying_examples: int = 10000
+    copying_examples: int = 4000
     """Examples of nothing but copying at the start: without them the other skills wait long for it."""
 
 
@@ -114,9 +115,9 @@ def losses(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor)
     return (each * weight).sum() / weight.sum(), each.detach()[answers].mean().item()
 
 
-def rate_at(done: float, peak: float) -> float:
-    """The learning rate when a fraction of the time is over: a short warm-up, then a cosine."""
-    return peak * min(1.0, done / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+def rate_at(done: float) -> float:
+    """The share of the peak learning rate when a fraction of the time is over: a short warm-up, then a cosine."""
+    return min(1.0, done / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
 @torch.no_grad()
@@ -158,15 +159,23 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     part.rename(out)
 
 
+def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, which learns to look things up much sooner, and AdamW for the rest."""
+    inside = {id(p) for p in model.model.layers.parameters() if p.dim() == 2}
+    matrices = [p for p in model.parameters() if id(p) in inside]
+    others = [p for p in model.parameters() if id(p) not in inside]
+    return [
+        torch.optim.Muon([{"params": matrices, "peak": settings.matrix_rate}], weight_decay=0.05),
+        torch.optim.AdamW([{"params": others, "peak": settings.peak_rate}], betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
 def train(settings: Settings, minutes: float, out: Path, save_every: float) -> None:
     """Trains for a number of minutes, saving now and then, and writes the measured result with its model card."""
     texts = [e.prompt + e.completion for e in itertools.islice(corpus.generate(settings.seed), 30000)]
     tokenizer = build_tokenizer(texts, settings.vocab_size)
     model = build_model(settings, tokenizer)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=settings.peak_rate, betas=(0.9, 0.98), fused=True)
+    optimizers = build_optimizers(model, settings)
     print(f"The model has {model.num_parameters()} parameters and {len(tokenizer)} tokens.", flush=True)
     begin = saved = told = time.monotonic()
     step, seen, smooth = 0, 0, 0.0
@@ -175,18 +184,22 @@ def train(settings: Settings, minutes: float, out: Path, save_every: float) -> N
         done = (now - begin) / (60 * minutes)
         if done >= 1:
             break
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(done, settings.peak_rate)
         loss, error = losses(model, tokens, weights)
         smooth = error if step == 1 else 0.98 * smooth + 0.02 * error
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_at(done)
+            optimizer.step()
+            optimizer.zero_grad()
         seen += tokens.numel()
         if now - told > 20:
             told = now
-            print(f"step {step}  tokens {seen}  minutes {(now - begin) / 60:.1f}  answer loss {smooth:.4f}", flush=True)
+            print(
+                f"step {step}  tokens {seen}  minutes {(now - begin) / 60:.1f}  answer loss {smooth:.4f}",
+                flush=True,
+            )
         if now - saved > 60 * save_every:
             saved = now
             save(model, tokenizer, out)
@@ -240,6 +253,7 @@ def main() -> None:
         ("inner", int),
         ("heads", int),
         ("peak-rate", float),
+        ("matrix-rate", float),
         ("tokens-per-batch", int),
     ):
         parser.add_argument(f"--{name}", type=kind, default=getattr(Settings, name.replace("-", "_")))
@@ -254,6 +268,7 @@ def main() -> None:
         inner=args.inner,
         heads=args.heads,
         peak_rate=args.peak_rate,
+        matrix_rate=args.matrix_rate,
         tokens_per_batch=args.tokens_per_batch,
     )
     train(settings, args.minutes, args.out, args.save_every)
