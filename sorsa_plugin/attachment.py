@@ -83,21 +83,22 @@ class Attachment:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
-        if (args and callable(args[0])) or callable(kwargs.get("closure")):
+        settings = self.settings()
+        # args[0] is the optimizer itself
+        if settings.gamma > 0.0 and any(callable(closure) for closure in (*args[1:], kwargs.get("closure"))):
             raise AttachError(
                 "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
         self.steps += 1
-        self.eta = float(next(group["lr"] for group in optimizer.param_groups if ETA_MAX in group))
-        settings = self.settings()
+        self.eta = float(next((group["lr"] for group in optimizer.param_groups if ETA_MAX in group), self.eta))
         if settings.update != "coupled" or settings.gamma == 0.0:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
         for factor, P, E, group, count in self._owned(optimizer):
             if factor.offset.grad is None:
                 continue
-            weight = settings.gamma / group[ETA_MAX] * 2.0 / count
+            weight = settings.gamma / _eta_max(group, settings.gamma) * 2.0 / count
             E.mul_(weight / E.norm().clamp_min(floor(E.shape[0])))
             if loss_scale is not None:
                 E.mul_(loss_scale)
@@ -115,7 +116,7 @@ class Attachment:
                 continue
             gamma = settings.gamma
             if settings.schedule == "lr":
-                gamma = gamma * float(group["lr"]) / group[ETA_MAX]
+                gamma = gamma * float(group["lr"]) / _eta_max(group, gamma)
             if overflow is not None:
                 E.mul_(1.0 - overflow.to(E))
             local_part(factor.offset).addmm_(P, E, alpha=-gamma)
@@ -132,8 +133,8 @@ class Attachment:
         if not factors:
             return {}
         gaps = torch.stack([E.norm() for E in deviations(factors)]).double().cpu()
-        eta_max = next(group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group)
-        weight = settings.gamma / eta_max
+        eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group), 0.0)
+        weight = settings.gamma / eta_max if settings.gamma > 0.0 else 0.0
         coupled = settings.update == "coupled"
         follows_lr = coupled or settings.schedule == "lr"
         return {
@@ -219,7 +220,7 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     owned.sort(key=lambda layer: min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])))
     attachment = _attach_layers(owned, optimizer, None)
     settings = attachment.settings()
-    logger.warning(
+    _say(
         "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",
         type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(owned)),
     )  # fmt: skip
@@ -227,7 +228,7 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
 
 def _attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) -> Attachment:
     attachment = _attachments.get(optimizer)
-    if attachment is not None:
+    if attachment is not None and attachment.handles:
         attachment.gamma = attachment.gamma if gamma is None else gamma
         return attachment
     attachment = Attachment(layers, gamma)
@@ -245,8 +246,13 @@ def _attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None)
             "in its state. Use reg_update='coupled' with it."
         )
     _restore_fp32(layers, optimizer)
-    for group in {id(g): g for g in (groups.get(id(offset)) for offset in offsets) if g is not None}.values():
-        _read_eta_max(group)
+    owning = {id(g): g for g in (groups.get(id(offset)) for offset in offsets) if g is not None}
+    peak = max(_eta_max(group, settings.gamma) for group in owning.values())
+    if peak > ADVISED_LR:
+        _say(
+            "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
+            "loss is unsteady, lower it.", peak, ADVISED_LR,
+        )  # fmt: skip
     attachment.handles = [
         optimizer.register_step_pre_hook(attachment.before_step),
         optimizer.register_step_post_hook(attachment.after_step),
@@ -255,20 +261,17 @@ def _attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None)
     return attachment
 
 
-def _read_eta_max(group: dict[str, Any]) -> None:
-    if ETA_MAX not in group:  # present after a resume: then the schedule's start is no longer to be seen
+def _eta_max(group: dict[str, Any], gamma: float) -> float:
+    """The group's peak learning rate, read once: after a resume the schedule's start is no longer to be seen."""
+    if ETA_MAX not in group:
         group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
-    if group[ETA_MAX] <= 0:
+    if group[ETA_MAX] <= 0 and gamma > 0:
         raise AttachError(
             f"The peak learning rate of a parameter group with SORSA factors is {group[ETA_MAX]}; expected a positive "
             "one, because the regularizer's rate is gamma relative to it. Raise the learning rate, or freeze the "
             "adapter."
         )
-    if group[ETA_MAX] > ADVISED_LR:
-        logger.warning(
-            "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
-            "loss is unsteady, lower it.", group[ETA_MAX], ADVISED_LR,
-        )  # fmt: skip
+    return group[ETA_MAX]
 
 
 def _restore_fp32(layers: list[Any], optimizer: Optimizer) -> None:
@@ -296,6 +299,12 @@ def _refuse_hidden_factors(trained: list[Any], optimizer: Optimizer) -> None:
                 f"DeepSpeed steps {factor.name} through a flat partition in {type(optimizer).__name__}, where the "
                 "regularizer cannot reach it. Use DDP or FSDP2, or set gamma=0 to train without the regularizer."
             )
+
+
+def _say(message: str, *values: Any) -> None:
+    """Log one line for the user, from one process of a run."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        logger.warning(message, *values)
 
 
 def _groups_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:

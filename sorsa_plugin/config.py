@@ -170,12 +170,12 @@ class SORSAConfig(PeftConfig):
             )
         if isinstance(self.svd_seed, bool) or not isinstance(self.svd_seed, int) or self.svd_seed < 0:
             raise SORSAConfigError(f"svd_seed is {self.svd_seed!r}; expected an integer >= 0.")
-        if not 0.0 <= self.sorsa_dropout < 1.0:
+        if not _is_number(self.sorsa_dropout) or not 0.0 <= self.sorsa_dropout < 1.0:
             raise SORSAConfigError(f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1).")
 
     def _check_regularizer(self) -> None:
         gamma = self.gamma
-        if gamma is not None and (isinstance(gamma, bool) or not math.isfinite(gamma) or gamma < 0):
+        if gamma is not None and (not _is_number(gamma) or not math.isfinite(gamma) or gamma < 0):
             raise SORSAConfigError(f"gamma is {gamma!r}; expected a finite number >= 0, or None for the default.")
         if self.reg_update == "coupled" and self.reg_schedule is not None:
             raise SORSAConfigError(
@@ -187,3 +187,7 @@ class SORSAConfig(PeftConfig):
                 f"gamma is {gamma} with reg_update='decoupled'; expected at most {MAX_DECOUPLED_GAMMA}, where one "
                 "update reaches the nearest orthonormal matrix. Larger values overshoot."
             )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -136,13 +136,16 @@ class SORSAFactors(nn.Module):
     @torch.no_grad()
     def set(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:
         """Make U, S, V (shapes of `get`) the current factors by writing the offsets, up to one fp32 rounding."""
-        for name, value in zip("USV", (U, S, V), strict=True):
-            initial, offset = getattr(self, f"{name}0"), getattr(self, f"d{name}")
-            if value.shape != offset.shape:
+        wanted = dict(zip("USV", (U, S, V), strict=True))
+        for name, value in wanted.items():
+            expected = getattr(self, f"d{name}").shape
+            if value.shape != expected:
                 raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}; expected {tuple(offset.shape)}, as get_factors() returns."
+                    f"{name} has shape {tuple(value.shape)}; expected {tuple(expected)}, as get_factors() returns."
                 )
-            offset.copy_(value.to(initial) - initial)
+        for name, value in wanted.items():
+            initial = getattr(self, f"{name}0")
+            getattr(self, f"d{name}").copy_(value.to(initial) - initial)
 
     def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""
@@ -155,6 +158,30 @@ class SORSAFactors(nn.Module):
         """Give pending tensors storage on `device`, to be filled by whoever loads them."""
         if self.pending:
             self.to_empty(device=device)
+
+    def names_in(self, state_dict: Any, prefix: str) -> list[str]:
+        """The names of this adapter's tensors in a state dict: all of them or none, because a part of them would be a
+        silently different adapter.
+
+        Raises:
+            IncompleteAdapterError: some are absent, or have another shape.
+        """
+        names = [*OFFSETS, *FROZEN]
+        present = [name for name in names if prefix + name in state_dict]
+        if present and len(present) < len(names):
+            absent = ", ".join(name for name in names if name not in present)
+            raise IncompleteAdapterError(
+                f"The adapter file lacks {absent} of {prefix.removesuffix('.')}; expected {', '.join(names)}. The file "
+                "is truncated, was edited, or was saved by another method: take it from the original run again."
+            )
+        for name in present:
+            found, expected = state_dict[prefix + name].shape, getattr(self, name).shape
+            if found != expected:
+                raise IncompleteAdapterError(
+                    f"{prefix}{name} has shape {tuple(found)} in the adapter file; expected {tuple(expected)}. The "
+                    "rank in adapter_config.json, or the base model, is not the one the file was written with."
+                )
+        return present
 
     def _apply(self, fn: Any, recurse: bool = True) -> SORSAFactors:
         try:
@@ -172,23 +199,11 @@ class SORSAFactors(nn.Module):
         unexpected: Any,
         errors: Any,
     ) -> None:
-        """Load all of the adapter's tensors or none: a part of them would be a silently different adapter."""
-        names = [*OFFSETS, *FROZEN]
-        present = [name for name in names if prefix + name in state_dict]
-        if present and len(present) < len(names):
-            absent = ", ".join(name for name in names if name not in present)
-            raise IncompleteAdapterError(
-                f"The adapter file lacks {absent} of {prefix.removesuffix('.')}; expected {', '.join(names)}. The file "
-                "is truncated, was edited, or was saved by another method: take it from the original run again."
-            )
-        for name in present:
-            found, expected = state_dict[prefix + name].shape, getattr(self, name).shape
-            if found != expected:
-                raise IncompleteAdapterError(
-                    f"{prefix}{name} has shape {tuple(found)} in the adapter file; expected {tuple(expected)}. The "
-                    "rank in adapter_config.json, or the base model, is not the one the file was written with."
-                )
-        if present and self.pending and not local_metadata.get("assign_to_params_buffers", False):
+        """Load all of the adapter's tensors or none, as fp32 whatever the file holds."""
+        present = self.names_in(state_dict, prefix)
+        if local_metadata.get("assign_to_params_buffers", False):  # the tensors given become ours, dtype and all
+            state_dict.update({prefix + name: state_dict[prefix + name].float() for name in present})
+        elif present and self.pending:
             self.materialise(state_dict[prefix + "dS"].device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if present:

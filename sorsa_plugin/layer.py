@@ -188,6 +188,15 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode)
         self._keep_frozen()
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; where it is merged, its change leaves the weight with it."""
+        if adapter_name in self.merged_adapters:
+            others = [name for name in self.merged_adapters if name != adapter_name]
+            self.unmerge()
+            if others:
+                self.merge(adapter_names=others)
+        super().delete_adapter(adapter_name)
+
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad)
         self._keep_frozen()

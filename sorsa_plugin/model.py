@@ -105,7 +105,8 @@ class SORSAModel(BaseTuner):
         return layer_class(target, name)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuse a file that has an adapter on some of its layers only; PEFT would warn and go on."""
+        """Refuse a file that has an adapter on some of its layers only, or damaged, before any layer is written; PEFT
+        would warn and go on."""
         names = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
         for adapter in self.peft_config:
             keys = {
@@ -119,6 +120,8 @@ class SORSAModel(BaseTuner):
                     f"The adapter file has no tensors for {len(absent)} of the {len(keys)} adapted layers, the first "
                     f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
                 )
+            for name, key in keys.items():
+                names[name].factors(adapter).names_in(state_dict, key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

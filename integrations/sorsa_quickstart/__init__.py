@@ -1,1 +1,1 @@
-"""The embedded base model of `make quickstart`: its corpus, its tokenizer, its pre-training and a task on it."""
+"""The base model of `make quickstart`: its corpus, tokenizer, pre-training and fine-tuning task."""

@@ -1,7 +1,7 @@
-"""Generates, from a seed, the synthetic question-and-answer text that the quickstart base model is trained on.
+"""Generates, from a seed, the synthetic questions and answers that the base model is trained on.
 
-Nothing here is natural text: every example is a short question about a few numbers or words, and its only right
-answer. The words of the fine-tuning task (`task.py`) are kept out on purpose: see `HELD_OUT_WORDS`.
+Nothing here is natural text: every example is a short question about a few numbers or words, and its only
+right answer. The words of the fine-tuning task (`task.py`) are kept out on purpose: see `HELD_OUT_WORDS`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ def _split(text: str) -> list[str]:
 
 
 NAMES = _split(
-    "Anna Ben Carl Dora Emil Fay Gus Hana Ivan Jane Kofi Lena Max Nina Omar Pia Quinn Rosa Sam Tara Umar Vera "
-    "Will Xena Yuri Zoe"
+    "Anna Ben Carl Dora Emil Fay Gus Hana Ivan Jane Kofi Lena Max Nina Omar Pia Quinn Rosa Sam Tara "
+    "Umar Vera Will Xena Yuri Zoe"
 )
 KINDS = _split(
-    "apple pear plum fig lime hen cow goat duck sheep pen book card clip doll kite ball car block cup plate fork "
-    "shell stone leaf seed hat sock glove coat lamp chair bench drum flute bell"
+    "apple pear plum fig lime hen cow goat duck sheep pen book card clip doll kite ball car block cup "
+    "plate fork shell stone leaf seed hat sock glove coat lamp chair bench drum flute bell"
 )
 WORDS = _split(
-    "red blue green old new big small north south day night sun moon rain snow tree river hill road house door "
-    "hand foot head fast slow warm cold long short one two three first last this that with from over under"
+    "red blue green old new big small north south day night sun moon rain snow tree river hill road house "
+    "door hand foot head fast slow warm cold long short one two three first last this that with from over under"
 )
 ONSETS = _split("b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kn pl sh sk sl sp st th tr")
 CODAS = ["", "", "", "n", "r", "s", "t", "l", "m", "nd", "st", "ck", "ng", "sk", "rn", "mp"]
+
+REPEAT = ("Repeat: ", "Copy this: ", "Say again: ")
+TURN = ("Turn around: ", "Backwards: ")
 
 Make = Callable[[random.Random], tuple[str, str, str]]
 
@@ -111,7 +114,8 @@ def listing(rng: random.Random, names: list[str], values: list[int]) -> str:
         verb = rng.choice(("has", "holds", "got", "is at", "takes", "weighs", "made"))
         return " ".join(f"{n} {verb} {v}." for n, v in rows)
     if layout == 4:
-        return "There are " + ", ".join(f"{v} {n}" for n, v in rows[:-1]) + f" and {rows[-1][1]} {rows[-1][0]}."
+        start = ", ".join(f"{v} {n}" for n, v in rows[:-1])
+        return f"There are {start} and {rows[-1][1]} {rows[-1][0]}."
     if layout == 5:
         return "\n".join(f"- {v} {n}" for n, v in rows) + "\n"
     if layout == 6:
@@ -120,8 +124,8 @@ def listing(rng: random.Random, names: list[str], values: list[int]) -> str:
         return " ".join(f"The {n} {verb} {v} {unit}." for n, v in rows)
     if layout == 7:
         verb = rng.choice(("has", "gives", "weighs", "needs", "counts for"))
-        first = f"A {rows[0][0]} {verb} {rows[0][1]}"
-        return ", ".join([first] + [f"a {n} {v}" for n, v in rows[1:-1]]) + f" and a {rows[-1][0]} {rows[-1][1]}."
+        start = ", ".join([f"A {rows[0][0]} {verb} {rows[0][1]}"] + [f"a {n} {v}" for n, v in rows[1:-1]])
+        return f"{start} and a {rows[-1][0]} {rows[-1][1]}."
     if layout == 8:
         return "Notes: " + " / ".join(f"{v} for the {n}" for n, v in rows) + "."
     return " ".join(f"{n}({v})" for n, v in rows) + "."
@@ -142,8 +146,8 @@ def lookup(rng: random.Random) -> tuple[str, str, str]:
             "Look up {n}.",
         )
     )
-    question, answer = styled(rng, f"{listing(rng, names, values)} {ask.format(n=names[pick])}", values[pick], None)
-    return "lookup", question, answer
+    question = f"{listing(rng, names, values)} {ask.format(n=names[pick])}"
+    return ("lookup", *styled(rng, question, values[pick], None))
 
 
 def sums(rng: random.Random) -> tuple[str, str, str]:
@@ -198,16 +202,17 @@ def together(rng: random.Random) -> tuple[str, str, str]:
     x, y = names[i], names[j]
     if rng.random() < 0.6:
         ask = rng.choice(
-            ("{x} and {y} together?", "Add {x} and {y}.", "How many for the {x} and the {y}?", "{x} plus {y}?",
-             "What do the {x} and the {y} make in all?", "Sum of {x} and {y}?", "Take the {x} and the {y}. Total?")
+            ("{x} and {y} together?", "Add {x} and {y}.", "How many for the {x} and the {y}?",
+             "{x} plus {y}?", "What do the {x} and the {y} make in all?", "Sum of {x} and {y}?",
+             "Take the {x} and the {y}. Total?")
         )  # fmt: skip
         work, value = f"{values[i]} + {values[j]} = {values[i] + values[j]}", values[i] + values[j]
     else:
         if values[i] < values[j]:
             i, j, x, y = j, i, y, x
         ask = rng.choice(
-            ("How many more is {x} than {y}?", "{x} minus {y}?", "Take {y} from {x}.", "How far is {y} below {x}?",
-             "What is left of the {x} without the {y}?")
+            ("How many more is {x} than {y}?", "{x} minus {y}?", "Take {y} from {x}.",
+             "How far is {y} below {x}?", "What is left of the {x} without the {y}?")
         )  # fmt: skip
         work, value = f"{values[i]} - {values[j]} = {values[i] - values[j]}", values[i] - values[j]
     if rng.random() < 0.25:
@@ -240,7 +245,8 @@ def compare(rng: random.Random) -> tuple[str, str, str]:
     names = distinct(rng, rng.choice((NAMES, KINDS)), 2)
     values = rng.sample(range(1, 100), 2)
     more = rng.random() < 0.5
-    ask = rng.choice(("Who has more?", "Which is larger?") if more else ("Who has fewer?", "Which is smaller?"))
+    asks = ("Who has more?", "Which is larger?") if more else ("Who has fewer?", "Which is smaller?")
+    ask = rng.choice(asks)
     value = names[0] if (values[0] > values[1]) == more else names[1]
     return ("compare", *styled(rng, f"{listing(rng, names, values)} {ask}", value, None))
 
@@ -257,25 +263,26 @@ def order(rng: random.Random) -> tuple[str, str, str]:
 def odd_text(rng: random.Random) -> str:
     """A few arbitrary characters, so that every byte token is trained a little."""
     wide = rng.random() < 0.1
-    return "".join(chr(rng.randint(161, 0x2FFF) if wide else rng.randint(33, 126)) for _ in range(rng.randint(1, 6)))
+    low, high = (161, 0x2FFF) if wide else (33, 126)
+    return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 6)))
 
 
 def rows(rng: random.Random) -> tuple[str, str, str]:
     """Repeats a long row of words, numbers and letters: the densest lesson in copying."""
     pools = rng.choice(((WORDS, NAMES, KINDS), (WORDS, [str(n) for n in range(100)]), (ONSETS, KINDS)))
     row = " ".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(8, 24)))
-    return "rows", f"{rng.choice(('Repeat: ', 'Copy this: ', 'Say again: '))}{row}", row
+    return "rows", f"{rng.choice(REPEAT)}{row}", row
 
 
 def words(rng: random.Random) -> tuple[str, str, str]:
     """Repeats or turns around a few words, or repeats odd characters."""
     if rng.random() < 0.4:
         odd = " ".join(odd_text(rng) for _ in range(rng.randint(1, 3)))
-        return "words", f"{rng.choice(('Repeat: ', 'Copy this: ', 'Say again: '))}{odd}", odd
+        return "words", f"{rng.choice(REPEAT)}{odd}", odd
     row = distinct(rng, WORDS, rng.randint(2, 5), made_up=0.5)
     if rng.random() < 0.5:
-        return "words", f"{rng.choice(('Turn around: ', 'Backwards: '))}{' '.join(row)}", " ".join(reversed(row))
-    return "words", f"{rng.choice(('Repeat: ', 'Copy this: ', 'Say again: '))}{' '.join(row)}", " ".join(row)
+        return "words", f"{rng.choice(TURN)}{' '.join(row)}", " ".join(reversed(row))
+    return "words", f"{rng.choice(REPEAT)}{' '.join(row)}", " ".join(row)
 
 
 SKILLS: dict[str, tuple[Make, float]] = {
@@ -286,8 +293,8 @@ SKILLS: dict[str, tuple[Make, float]] = {
     "chain": (chain, 0.12),
     "compare": (compare, 0.03),
     "order": (order, 0.03),
-    "words": (words, 0.04),
-    "rows": (rows, 0.02),
+    "words": (words, 0.03),
+    "rows": (rows, 0.03),
 }
 """Every skill with its share of the corpus."""
 

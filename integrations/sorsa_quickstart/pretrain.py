@@ -1,4 +1,4 @@
-"""Trains the quickstart base model from nothing on one CPU core, measures its skills and writes it to a folder.
+"""Trains the quickstart base model from nothing on one CPU core and writes it with its measured skills.
 
 Run it as `python -m sorsa_quickstart.pretrain --out DIR --minutes 40 --seed 0`.
 """
@@ -27,6 +27,10 @@ POOL = 4000
 """Examples drawn at a time, sorted by length so that a batch holds little padding."""
 
 
+Row = tuple[list[int], int]
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what comes out, besides the time allowed."""
@@ -37,12 +41,12 @@ class Settings:
     layers: int = 4
     heads: int = 4
     inner: int = 384
-    tokens_per_batch: int = 1800
+    tokens_per_batch: int = 2000
     peak_rate: float = 3e-3
     matrix_rate: float = 0.02
     prompt_weight: float = 0.03
-    copying_examples: int = 4000
-    """Examples of nothing but copying at the start: without them the other skills wait long for it."""
+    recall_batches: int = 220
+    recall_share: float = 0.05
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -63,14 +67,35 @@ def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llama
         initializer_range=0.04,
     )
     model = LlamaForCausalLM(config)
+    start_looking_back(model, heads=2)
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 64
     return model
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerFast, examples: list[Example], bare: random.Random
-) -> list[tuple[list[int], int]]:
+@torch.no_grad()
+def start_looking_back(model: LlamaForCausalLM, heads: int) -> None:
+    """Lets head n of the first layer attend to the token n + 1 places back from the start.
+
+    Copying from the context is built on such heads, and a small model spends most of a short training on finding
+    them. Every embedding gets the same constant part; queries and keys read it, and a rotary turn by the distance
+    makes their product largest there. Nothing keeps the heads so: they are trained like all others.
+    """
+    attention, table = model.model.layers[0].self_attn, model.model.embed_tokens.weight
+    size, width = attention.head_dim, table.shape[1]
+    constant = torch.where(torch.rand(width) < 0.5, -1.0, 1.0)
+    table.add_(table.std() * constant)
+    turns = 10000.0 ** (-torch.arange(0, size, 2) / size)
+    weight = torch.where(turns > 0.1, 1.0, 0.3)
+    for head in range(heads):
+        query = torch.cat([weight, torch.zeros(size // 2)])
+        key = torch.cat([weight * torch.cos((head + 1) * turns), weight * torch.sin((head + 1) * turns)])
+        rows = slice(head * size, (head + 1) * size)
+        for linear, direction in ((attention.q_proj, query), (attention.k_proj, key)):
+            linear.weight[rows].mul_(0.1).add_(7.5 * 2**0.5 / width * torch.outer(direction, constant))
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example], bare: random.Random) -> list[Row]:
     """Token ids of every example with the length of its prompt; one in ten lacks the start token."""
     prompts = tokenizer([e.prompt for e in examples])["input_ids"]
     answers = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
@@ -81,20 +106,37 @@ def encode(
     return rows
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def recall_batch(rng: random.Random, settings: Settings, first: int) -> Batch:
+    """Random tokens in pieces of four, then the same pieces in another order: the densest lesson in recalling."""
+    pieces = rng.randint(2, 6)
+    rows, length = settings.tokens_per_batch // (8 * pieces), 4 * pieces
+    seen = torch.tensor([[rng.randrange(first, settings.vocab_size) for _ in range(length)] for _ in range(rows)])
+    orders = torch.tensor([rng.sample(range(pieces), pieces) for _ in range(rows)])
+    again = seen.view(rows, pieces, 4)[torch.arange(rows)[:, None], orders]
+    weights = torch.zeros(rows, 2 * length)
+    weights[:, length:] = torch.tensor([0.0, 1.0, 1.0, 1.0]).repeat(pieces)
+    return torch.cat([seen, again.flatten(1)], dim=1), weights
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Iterator[Batch]:
     """An endless stream of (token ids, loss weights), each batch of examples of about the same length."""
     rng = random.Random(settings.seed)
-    copying = itertools.islice(corpus.generate(settings.seed, only="rows"), settings.copying_examples)
-    stream = itertools.chain(copying, corpus.generate(settings.seed))
+    stream = corpus.generate(settings.seed)
+    specials = len(tokenizer.all_special_ids)
+    for _ in range(settings.recall_batches):
+        yield recall_batch(rng, settings, specials)
     while True:
-        rows = sorted(encode(tokenizer, list(itertools.islice(stream, POOL)), rng), key=lambda row: len(row[0]))
-        groups: list[list[tuple[list[int], int]]] = [[]]
+        examples = list(itertools.islice(stream, POOL))
+        rows = sorted(encode(tokenizer, examples, rng), key=lambda row: len(row[0]))
+        groups: list[list[Row]] = [[]]
         for row in rows:
             if (len(groups[-1]) + 1) * len(row[0]) > settings.tokens_per_batch:
                 groups.append([])
             groups[-1].append(row)
         rng.shuffle(groups)
         for group in groups:
+            if rng.random() < settings.recall_share:
+                yield recall_batch(rng, settings, specials)
             width = max(len(ids) for ids, _ in group)
             tokens = torch.full((len(group), width), tokenizer.pad_token_id)
             weights = torch.zeros(len(group), width)
@@ -105,18 +147,20 @@ def batches(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Iterator[
             yield tokens, weights
 
 
-def losses(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, float]:
+def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
     """Weighted next-token cross entropy, and the plain one of the answers."""
+    tokens, weights = batch
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=tokens).logits[:, :-1]
-    each = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    targets = tokens[:, 1:].flatten()
+    each = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
     weight = weights[:, 1:].flatten()
     answers = weight == 1.0
     return (each * weight).sum() / weight.sum(), each.detach()[answers].mean().item()
 
 
 def rate_at(done: float) -> float:
-    """The share of the peak learning rate when a fraction of the time is over: a short warm-up, then a cosine."""
+    """The share of the peak rate when a fraction of the time is over: a short warm-up, then a cosine."""
     return min(1.0, done / 0.02) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
 
@@ -128,7 +172,8 @@ def answer(
     model.eval()
     texts: list[str] = []
     for start in range(0, len(prompts), batch):
-        inputs = tokenizer(prompts[start : start + batch], return_tensors="pt", padding=True, padding_side="left")
+        some = prompts[start : start + batch]
+        inputs = tokenizer(some, return_tensors="pt", padding=True, padding_side="left")
         inputs.pop("token_type_ids", None)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=64)
         texts += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -136,13 +181,14 @@ def answer(
     return texts
 
 
-def skill_accuracies(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int) -> dict[str, float]:
     """Share of held-out questions whose whole answer is right, for every skill."""
     shares = {}
     for skill in corpus.SKILLS:
         examples = list(itertools.islice(corpus.generate(12345, held_out=True, only=skill), count))
         said = answer(model, tokenizer, [e.prompt for e in examples])
-        shares[skill] = sum(s.strip() == e.completion.strip() for s, e in zip(said, examples, strict=True)) / count
+        right = [s.strip() == e.completion.strip() for s, e in zip(said, examples, strict=True)]
+        shares[skill] = sum(right) / count
     return shares
 
 
@@ -160,18 +206,20 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, which learns to look things up much sooner, and AdamW for the rest."""
+    """Muon for the matrices of the layers, which learns to look up much sooner, and AdamW for the rest."""
     inside = {id(p) for p in model.model.layers.parameters() if p.dim() == 2}
     matrices = [p for p in model.parameters() if id(p) in inside]
     others = [p for p in model.parameters() if id(p) not in inside]
+    inner = {"params": matrices, "peak": settings.matrix_rate}
+    outer = {"params": others, "peak": settings.peak_rate}
     return [
-        torch.optim.Muon([{"params": matrices, "peak": settings.matrix_rate}], weight_decay=0.05),
-        torch.optim.AdamW([{"params": others, "peak": settings.peak_rate}], betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon([inner], weight_decay=0.05),
+        torch.optim.AdamW([outer], betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
 def train(settings: Settings, minutes: float, out: Path, save_every: float) -> None:
-    """Trains for a number of minutes, saving now and then, and writes the measured result with its model card."""
+    """Trains for some minutes, saving now and then, and writes the measured result with its model card."""
     texts = [e.prompt + e.completion for e in itertools.islice(corpus.generate(settings.seed), 30000)]
     tokenizer = build_tokenizer(texts, settings.vocab_size)
     model = build_model(settings, tokenizer)
@@ -179,12 +227,12 @@ def train(settings: Settings, minutes: float, out: Path, save_every: float) -> N
     print(f"The model has {model.num_parameters()} parameters and {len(tokenizer)} tokens.", flush=True)
     begin = saved = told = time.monotonic()
     step, seen, smooth = 0, 0, 0.0
-    for step, (tokens, weights) in enumerate(batches(tokenizer, settings), start=1):
+    for step, batch in enumerate(batches(tokenizer, settings), start=1):
         now = time.monotonic()
         done = (now - begin) / (60 * minutes)
         if done >= 1:
             break
-        loss, error = losses(model, tokens, weights)
+        loss, error = losses(model, batch)
         smooth = error if step == 1 else 0.98 * smooth + 0.02 * error
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -193,7 +241,7 @@ def train(settings: Settings, minutes: float, out: Path, save_every: float) -> N
                 group["lr"] = group["peak"] * rate_at(done)
             optimizer.step()
             optimizer.zero_grad()
-        seen += tokens.numel()
+        seen += batch[0].numel()
         if now - told > 20:
             told = now
             print(
@@ -203,15 +251,17 @@ def train(settings: Settings, minutes: float, out: Path, save_every: float) -> N
         if now - saved > 60 * save_every:
             saved = now
             save(model, tokenizer, out)
-            print(json.dumps(skill_accuracies(model, tokenizer, 50)), flush=True)
+            print(json.dumps(measure(model, tokenizer, 50)), flush=True)
     save(model, tokenizer, out)
     stored = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
-    shares = skill_accuracies(stored, tokenizer, 500)
+    shares = measure(stored, tokenizer, 500)
     print(json.dumps(shares), flush=True)
     (out / "README.md").write_text(card(settings, shares, step, seen, minutes, stored.num_parameters()))
 
 
-def card(settings: Settings, shares: dict[str, float], step: int, seen: int, minutes: float, size: int) -> str:
+def card(
+    settings: Settings, shares: dict[str, float], step: int, seen: int, minutes: float, size: int
+) -> str:
     """The model card."""
     rows = "\n".join(f"| {skill} | {share:.1%} |" for skill, share in shares.items())
     return f"""---
@@ -222,14 +272,14 @@ tags: [synthetic, tiny, test-model]
 
 # Quickstart base model
 
-A tiny Llama ({size} parameters) for trying out fine-tuning methods in a minute on a CPU. **It is not a language
-model**: it was trained on generated text only (`sorsa_quickstart/corpus.py`), short questions about a few numbers
-and words, and knows nothing else. It was trained from nothing; no other model's weights and no collected text are
-in it. Licence: Apache-2.0.
+A tiny Llama ({size} parameters) for trying out fine-tuning methods in a minute on a CPU. **It is not a
+language model**: it was trained on generated text only (`sorsa_quickstart/corpus.py`), short questions about a
+few numbers and words, and knows nothing else. It was trained from nothing; no other model's weights and no
+collected text are in it. Licence: Apache-2.0.
 
 Made with `python -m sorsa_quickstart.pretrain --minutes {minutes:g} --seed {settings.seed}` on one CPU core:
-{step} steps, {seen} tokens, {settings.layers} layers of width {settings.hidden}, {settings.vocab_size} tokens at most
-(byte-level, one token a digit). The run is limited by time, so another machine takes another number of steps.
+{step} steps, {seen} tokens, {settings.layers} layers of width {settings.hidden}, a vocabulary of
+{settings.vocab_size} (byte-level, one token a digit). The run is limited by time, so another machine takes another number of steps.
 The weights are stored in bfloat16.
 
 Held-out questions whose whole answer is right (500 a skill, greedy, the stored weights loaded as float32):

@@ -1,8 +1,8 @@
-"""The fine-tuning task of the quickstart: how much change a buyer gets, a question the base model has never met.
+"""The fine-tuning task of the quickstart: how much change a buyer gets, which the base model never met.
 
-The base model can find numbers in a list, add two of them and subtract, when asked in the words of `corpus.py`. This
-task speaks of prices and buyers instead, needs the two steps in an order that the corpus never shows (the result of
-the first is what the second takes away), and ends with a line `#### 13`, as in GSM8K.
+The base model can find numbers in a list, add two of them and subtract, when asked in the words of `corpus.py`.
+This task speaks of prices and buyers instead, needs the two steps in an order that the corpus never shows (the
+result of the first is what the second takes away), and ends with a line `#### 13`, as in GSM8K.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 import zlib
 
 GOODS = (
-    "lantern", "kettle", "basket", "candle", "mirror", "ladder", "blanket", "pillow", "bucket", "hammer", "compass",
-    "whistle", "saddle", "teapot", "carpet", "helmet",
+    "lantern", "kettle", "basket", "candle", "mirror", "ladder", "blanket", "pillow", "bucket", "hammer",
+    "compass", "whistle", "saddle", "teapot", "carpet", "helmet",
 )  # fmt: skip
 BUYERS = ("Mia", "Leo", "Olga", "Hugo", "Ruth", "Ines", "Noah", "Elsa")
 PRICES = (

@@ -37,12 +37,12 @@ class SORSACallback(TrainerCallback):
         self.attachment: Attachment | None = None
         self._steps_seen = 0
         if trainer is not None:
-            self._prepare(trainer.args, trainer.model)
+            self._prepare(trainer.model)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self._prepare(args, model)
+        self._prepare(model)
 
     def on_train_begin(
         self,
@@ -67,16 +67,24 @@ class SORSACallback(TrainerCallback):
         if self.attachment is None:
             return
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
-        if self.attachment.steps == self._steps_seen and not skipped:
+        if self.attachment.steps == self._steps_seen and not skipped and self.attachment.settings().gamma > 0:
             raise AttachError(
                 f"A training step ended and {type(innermost(optimizer)).__name__} never called the regularizer's "
                 "hook, so the factors were trained without it. Use an optimizer whose step() runs after backward(), "
                 "or set gamma=0."
             )
         self._steps_seen = self.attachment.steps
-        if control.should_log and self.trainer is not None:
-            self.trainer.log(self.attachment.metrics(innermost(optimizer)))
-            control.should_log = True  # log() clears it, and the Trainer's own log of this step is still to come
+        self._log_everywhere(control, optimizer)
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._log_everywhere(control, optimizer)  # logging_strategy="epoch"
 
     def on_log(
         self,
@@ -90,11 +98,14 @@ class SORSACallback(TrainerCallback):
         if self.trainer is None and self.attachment is not None and logs is not None and "loss" in logs:
             logs.update(self.attachment.metrics(innermost(optimizer)))
 
+    def _log_everywhere(self, control: TrainerControl, optimizer: Any) -> None:
+        if control.should_log and self.trainer is not None and self.attachment is not None:
+            self.trainer.log(self.attachment.metrics(innermost(optimizer)))
+            control.should_log = True  # log() clears it, and the Trainer's own log of this step is still to come
+
     @staticmethod
-    def _prepare(args: TrainingArguments, model: nn.Module | None) -> None:
+    def _prepare(model: nn.Module | None) -> None:
         """What has to happen before the Trainer wraps the model and builds the optimizer."""
-        if args.ddp_broadcast_buffers is None:
-            args.ddp_broadcast_buffers = False  # frozen factors that are buffers would travel in every forward
         for layer in sorsa_layers(model) if model is not None else []:
             for adapter in layer.sorsa_factors:
                 factors = layer.factors(adapter)

@@ -1,0 +1,597 @@
+"""The regularizer in a plain torch loop: what attach delivers, when, how often, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from support import adapt, inputs, make_base, only_layer, perturb
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+
+from sorsa_plugin import SORSAConfig, attach, gaps
+from sorsa_plugin.attachment import ETA_MAX
+from sorsa_plugin.errors import AttachError, NoAdaptedLayersError
+from sorsa_plugin.regularizer import sorsa_layers
+
+LR = 1e-3
+GAMMA = 0.1
+ATTACHED = "attached itself"
+
+
+def one_layer(dtype: torch.dtype = torch.float64, **options: object) -> PeftModel:
+    """One adapted linear layer with perturbed factors; its trained parameters are dU, dS, dV."""
+    options.setdefault("gamma", GAMMA)
+    model = adapt(make_base(), **options).to(dtype)
+    perturb(model, scale=0.3)
+    return model
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def sgd(model: nn.Module, lr: float = LR) -> SGD:
+    return SGD(trained(model), lr=lr)
+
+
+def backward(model: nn.Module, rows: int = 5) -> None:
+    dtype = only_layer(model).base_matrix().dtype
+    model(inputs(24, rows, dtype)).square().mean().backward()
+
+
+def step(model: nn.Module, optimizer: Optimizer) -> None:
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def exact_step(model: nn.Module, *, gamma: float, update: str, lr: float = LR) -> dict[str, torch.Tensor]:
+    """U, S, V after one SGD step: the task's gradient by autograd, the regularizer's by the paper's formulas."""
+    model.zero_grad()
+    backward(model)
+    layer = only_layer(model)
+    P = dict(zip("USV", (t.detach() for t in layer.get_factors()), strict=True))
+    gradients = {part: layer.factors("default").get_parameter(f"d{part}").grad.clone() for part in "USV"}
+    model.zero_grad()
+    eye = torch.eye(P["S"].shape[0], dtype=P["S"].dtype)
+    if update == "coupled":
+        leaves = {part: P[part].clone().requires_grad_() for part in "UV"}
+        torch.stack([torch.linalg.matrix_norm(p.mT @ p - eye) for p in leaves.values()]).mean().backward()
+        for part, leaf in leaves.items():
+            gradients[part] += gamma / lr * leaf.grad
+    P = {part: P[part] - lr * gradients[part] for part in "USV"}
+    if update == "decoupled":
+        for part in "UV":
+            P[part] = P[part] - gamma * P[part] @ (P[part].mT @ P[part] - eye)
+    return P
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
+    """The lines logged by the attachment that contain a text."""
+    caplog.set_level(logging.INFO, logger="sorsa_plugin")
+    return lambda text: [r.getMessage() for r in caplog.records if text in r.getMessage()]
+
+
+# -- what a step does -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_one_step_is_the_formula(update: str, explicit: bool) -> None:
+    """One step in float64: a few dozen roundings of values below 4, so 1e-14; the regularizer moves far more."""
+    model = one_layer(reg_update=update)
+    optimizer = sgd(model)
+    expected = exact_step(model, gamma=GAMMA, update=update)
+    without = exact_step(model, gamma=0.0, update=update)
+    if explicit:
+        attach(model, optimizer)
+
+    step(model, optimizer)
+
+    for part, found in zip("USV", only_layer(model).get_factors(), strict=True):
+        torch.testing.assert_close(found.detach(), expected[part], rtol=0, atol=1e-14)
+        if part != "S":
+            assert float((expected[part] - without[part]).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_gamma_argument_overrides_the_adapters(update: str) -> None:
+    model = one_layer(reg_update=update)
+    optimizer = sgd(model)
+    expected = exact_step(model, gamma=0.3, update=update)
+    attach(model, optimizer, gamma=0.3)
+    step(model, optimizer)
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
+
+
+def test_second_attach_returns_the_first_and_changes_only_a_given_gamma() -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    first = attach(model, optimizer, gamma=0.2)
+    assert attach(model, optimizer) is first
+    assert first.settings().gamma == 0.2
+    assert attach(model, optimizer, gamma=0.3) is first
+    assert first.settings().gamma == 0.3
+    expected = exact_step(model, gamma=0.3, update="coupled")
+    step(model, optimizer)
+    assert first.steps == 1, "a second attach must not act twice"
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
+
+
+def test_detached_optimizer_trains_without_the_regularizer_until_attached_again(log: Callable) -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    first = attach(model, optimizer)
+    first.detach()
+    expected = exact_step(model, gamma=0.0, update="coupled")
+
+    step(model, optimizer)
+
+    assert not log(ATTACHED)
+    assert first.steps == 0
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
+    expected = exact_step(model, gamma=GAMMA, update="coupled")
+    again = attach(model, optimizer)
+    step(model, optimizer)
+    assert again.steps == 1
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
+
+
+def test_factor_without_gradient_stays_and_still_counts() -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    expected = exact_step(model, gamma=GAMMA, update="coupled")
+    before = values(model)
+    attach(model, optimizer)
+    backward(model)
+    factors = only_layer(model).factors("default")
+    factors.dV.grad = None
+    optimizer.step()
+    assert torch.equal(factors.dV, before[next(name for name in before if name.endswith("dV"))])
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_accumulated_gradients_meet_the_regularizer_once(count: int) -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    attachment = attach(model, optimizer)
+    expected = exact_step(model, gamma=GAMMA, update="coupled")
+    for _ in range(count):
+        model(inputs(24, dtype=torch.float64)).square().mean().div(count).backward()
+    optimizer.step()
+    assert attachment.steps == 1
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
+
+
+def test_task_gradient_is_clipped_and_the_regularizer_is_not() -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    zero = {name: p.detach().clone() for name, p in model.named_parameters()}
+    backward(model)
+    nn.utils.clip_grad_norm_(trained(model), 1e-12)
+    optimizer.step()
+    moved = max(float((p.detach() - zero[name]).abs().max()) for name, p in model.named_parameters())
+    assert moved > 1e-4  # gamma / F times a direction of unit norm, and not lr * 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["lr", "constant"])
+def test_decoupled_at_one_half_reaches_the_nearest_orthonormal_factors(schedule: str) -> None:
+    """One Newton-Schulz step squares the gap: E' = -(3/4) E^2 - (1/4) E^3 for E = P^T P - I."""
+    model = one_layer(gamma=0.5, reg_update="decoupled", reg_schedule=schedule)
+    optimizer = sgd(model, lr=1e-12)
+    for layer in sorsa_layers(model):
+        factors = layer.factors("default")
+        with torch.no_grad():
+            factors.dU.mul_(0.1)
+            factors.dV.mul_(0.1)
+    before = gaps(model)
+    step(model, optimizer)
+    for name, gap in gaps(model).items():
+        assert gap <= 0.75 * before[name] ** 2 + 0.25 * before[name] ** 3 + 1e-10
+        assert gap < 0.1 * before[name]
+
+
+# -- learning rates ---------------------------------------------------------------------------------------------------
+
+SCHEDULERS = {
+    "none": lambda optimizer: ConstantLR(optimizer, factor=1.0),
+    "warm-up from zero": lambda optimizer: LambdaLR(optimizer, lambda t: min(1.0, t / 3)),
+    "cosine": lambda optimizer: CosineAnnealingLR(optimizer, T_max=6),
+    "one-cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=LR, total_steps=8),
+    "plateau": lambda optimizer: ReduceLROnPlateau(optimizer, patience=0, factor=0.5),
+}
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_rate_follows_every_scheduler_from_the_peak(name: str, explicit: bool) -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    scheduler = SCHEDULERS[name](optimizer)
+    if explicit:
+        attach(model, optimizer)
+    rates = []
+    for count in range(1, 7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        step(model, optimizer)
+        attachment = attach(model, optimizer)
+        assert attachment.steps == count, "a step at rate zero counts too"
+        assert optimizer.param_groups[0][ETA_MAX] == LR
+        assert attachment.metrics(optimizer)["sorsa/gamma"] == pytest.approx(GAMMA * rates[-1] / LR, rel=1e-12)
+        scheduler.step(1.0) if name == "plateau" else scheduler.step()
+    assert len(set(rates)) == 1 if name == "none" else len(set(rates)) > 1
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("lr", 0.25), ("constant", 1.0)])
+def test_decoupled_schedule(schedule: str, expected: float) -> None:
+    model = one_layer(reg_update="decoupled", reg_schedule=schedule)
+    optimizer = sgd(model)
+    attachment = attach(model, optimizer)
+    optimizer.param_groups[0]["lr"] = LR / 4
+    reference = exact_step(model, gamma=GAMMA * expected, update="decoupled", lr=LR / 4)
+    step(model, optimizer)
+    assert attachment.metrics(optimizer)["sorsa/gamma"] == pytest.approx(GAMMA * expected, rel=1e-12)
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), reference["U"], rtol=0, atol=1e-14)
+
+
+def test_peak_rate_survives_a_resume() -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    optimizer.param_groups[0]["lr"] = LR / 10
+    resumed = sgd(model, lr=LR / 10)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    attach(model, resumed)
+    assert resumed.param_groups[0][ETA_MAX] == LR
+
+
+def test_state_saved_by_an_optimizer_without_the_regularizer_can_be_loaded_after_attach() -> None:
+    model = one_layer()
+    optimizer, foreign = sgd(model), sgd(model)
+    attachment = attach(model, optimizer)
+    optimizer.load_state_dict(foreign.state_dict())
+    expected = exact_step(model, gamma=GAMMA, update="coupled")
+    step(model, optimizer)
+    assert attachment.metrics(optimizer)["sorsa/gap_mean"] > 0
+    torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
+
+
+def test_adapter_added_to_the_optimizer_after_attach_is_regularized_at_its_own_peak() -> None:
+    model = one_layer(torch.float32, gamma=0.0)
+    optimizer = sgd(model)
+    attachment = attach(model, optimizer)
+    model.add_adapter("late", SORSAConfig(r=2, target_modules=["proj"], gamma=GAMMA))
+    model.set_adapter("late")
+    perturb(model, "late", scale=0.3)
+    optimizer.add_param_group({"params": trained(model), "lr": LR / 2})
+    before = gaps(model)
+    for _ in range(3):
+        step(model, optimizer)
+    assert attachment.steps == 3
+    assert optimizer.param_groups[1][ETA_MAX] == LR / 2
+    after = gaps(model)
+    assert all(after[name] < 0.9 * before[name] for name in before)
+
+
+# -- mixed precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_loss_scaling_changes_nothing(update: str, fused: bool) -> None:
+    """The scale is a power of two, so scaling and unscaling are exact and the two runs are bit-equal."""
+    results = []
+    for scale in (1.0, 1024.0):
+        model = one_layer(torch.float32, reg_update=update)
+        optimizer = AdamW(trained(model), lr=LR, weight_decay=0.0, fused=fused)
+        attach(model, optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(model(inputs(24)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        results.append(values(model))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_overflowed_step_leaves_every_factor_alone(update: str, fused: bool) -> None:
+    model = one_layer(torch.float32, reg_update=update)
+    optimizer = AdamW(trained(model), lr=LR, weight_decay=0.0, fused=fused)
+    attachment = attach(model, optimizer)
+    scaler = torch.amp.GradScaler("cpu")
+    before = values(model)
+    scaler.scale(model(inputs(24)).square().mean()).backward()
+    only_layer(model).factors("default").dS.grad[0] = float("inf")
+    scaler.step(optimizer)
+    scaler.update()
+    assert same(before, values(model))
+    if not fused:
+        assert attachment.steps == 0, "the skipped step must not be visited"
+    step(model, optimizer)
+    assert not same(before, values(model))
+
+
+def cast_offsets(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """What TRL does to trainable parameters on quantised bases."""
+    for parameter in trained(model):
+        parameter.data = parameter.data.to(dtype)
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+@pytest.mark.parametrize("optimizer_class", [SGD, AdamW])
+def test_rounded_offsets_are_fp32_again_before_the_first_update(
+    optimizer_class: type[Optimizer], explicit: bool
+) -> None:
+    model = one_layer(torch.float32, gamma=0.0)
+    for parameter in trained(model):
+        parameter.data.fill_(1.0)
+    cast_offsets(model)
+    optimizer = optimizer_class(trained(model), lr=1e-5)
+    if explicit:
+        attach(model, optimizer)
+    step(model, optimizer)
+    for parameter in trained(model):
+        assert parameter.dtype == torch.float32
+        assert parameter.grad.dtype == torch.float32
+        for entry in optimizer.state[parameter].values():
+            assert not isinstance(entry, torch.Tensor) or entry.dtype == torch.float32
+    dU = only_layer(model).factors("default").dU
+    assert bool((dU != 1.0).any()), "an update of 1e-5 is lost in bf16"
+
+
+def test_rounded_offsets_with_optimizer_state_are_an_error() -> None:
+    model = one_layer(torch.float32)
+    optimizer = AdamW(trained(model), lr=LR)
+    attachment = attach(model, optimizer)
+    step(model, optimizer)
+    attachment.detach()
+    cast_offsets(model)
+    with pytest.raises(AttachError, match="3 SORSA offsets had been cast to 16 bits and the optimizer already holds"):
+        attach(model, optimizer)
+
+
+# -- attaching by itself ----------------------------------------------------------------------------------------------
+
+
+def test_first_step_attaches_and_says_so_once(log: Callable) -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    for _ in range(3):
+        step(model, optimizer)
+    assert log(ATTACHED) == [
+        "SORSA's orthonormal regularizer attached itself to SGD at its first step: gamma 0.1, coupled, 2 factors."
+    ]
+    assert attach(model, optimizer).steps == 3
+
+
+def test_explicit_attach_does_not_announce_itself(log: Callable) -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    step(model, optimizer)
+    assert not log(ATTACHED)
+
+
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_gamma_zero_is_plain_training(update: str) -> None:
+    results = []
+    for detached in (False, True):
+        model = one_layer(gamma=0.0, reg_update=update)
+        optimizer = AdamW(trained(model), lr=LR, weight_decay=0.0)
+        if detached:
+            attach(model, optimizer).detach()
+        for _ in range(3):
+            step(model, optimizer)
+        results.append(values(model))
+    assert same(*results)
+
+
+def test_gamma_zero_permits_what_the_regularizer_does_not() -> None:
+    model = one_layer(gamma=0.0)
+    step(model, sgd(model, lr=0.0))
+    optimizer = torch.optim.LBFGS(trained(model), lr=LR, max_iter=2)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(inputs(24, dtype=torch.float64)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert attach(model, optimizer).metrics(optimizer)["sorsa/reg_loss"] == 0.0
+
+
+def test_optimizer_without_factors_is_left_alone(log: Callable) -> None:
+    model = one_layer()
+    other = nn.Linear(24, 3)
+    optimizer = SGD(other.parameters(), lr=LR)
+    before = values(model)
+    other(inputs(24)).sum().backward()
+    optimizer.step()
+    assert not log(ATTACHED)
+    assert ETA_MAX not in optimizer.param_groups[0]
+    assert same(before, values(model))
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+def test_two_optimizers_that_share_the_factors_act_as_one(explicit: bool, log: Callable) -> None:
+    together, apart = one_layer(), one_layer()
+    step(together, sgd(together))
+    factors = only_layer(apart).factors("default")
+    pair = [SGD([factors.dU, factors.dS], lr=LR), SGD([factors.dV], lr=LR)]
+    if explicit:
+        for optimizer in pair:
+            attach(apart, optimizer)
+    backward(apart)
+    for optimizer in pair:
+        optimizer.step()
+    assert same(values(together), values(apart))
+    assert len(log(ATTACHED)) == (1 if explicit else 3)
+
+
+def by_peft(config: SORSAConfig) -> nn.Module:
+    return get_peft_model(tiny_llama(layers=1), config)
+
+
+def by_injection(config: SORSAConfig) -> nn.Module:
+    return inject_adapter_in_model(config, tiny_llama(layers=1))
+
+
+def by_transformers(config: SORSAConfig) -> nn.Module:
+    model = tiny_llama(layers=1)
+    model.add_adapter(config)
+    return model
+
+
+@pytest.mark.parametrize("build", [by_peft, by_injection, by_transformers])
+def test_every_way_of_adding_the_adapter_is_regularized(build: Callable, tokens: torch.Tensor, log: Callable) -> None:
+    found = []
+    for gamma in (0.0, GAMMA):
+        model = build(SORSAConfig(r=4, target_modules=["q_proj", "down_proj"], gamma=gamma))
+        perturb(model, scale=0.3)
+        optimizer = sgd(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+        found.append(gaps(model))
+    assert len(log(ATTACHED)) == 2
+    assert "4 factors" in log(ATTACHED)[0]
+    assert all(found[1][name] < found[0][name] for name in found[0])
+
+
+def test_eval_loss_does_not_see_gamma(tokens: torch.Tensor) -> None:
+    losses = []
+    for gamma in (0.0, 100.0):
+        model = by_peft(SORSAConfig(r=4, target_modules="all-linear", gamma=gamma))
+        perturb(model, scale=0.3)
+        losses.append(model(input_ids=tokens, labels=tokens).loss)
+    assert torch.equal(*losses)
+
+
+# -- what is refused, and advice --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+def test_peak_rate_of_zero_is_an_error(explicit: bool) -> None:
+    model = one_layer()
+    optimizer = sgd(model, lr=0.0)
+    with pytest.raises(AttachError, match=r"peak learning rate .* is 0.0; expected a positive one"):
+        attach(model, optimizer) if explicit else step(model, optimizer)
+
+
+@pytest.mark.parametrize("second", [{"gamma": 0.2}, {"gamma": GAMMA, "reg_update": "decoupled"}])
+def test_adapters_that_ask_for_different_regularizers_are_an_error_while_active_together(second: dict) -> None:
+    model = one_layer(torch.float32)
+    model.add_adapter("other", SORSAConfig(r=2, target_modules=["proj"], **second))
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(AttachError, match="The active adapters ask for different regularizers"):
+        attach(model, sgd(model))
+    backward(model)
+    with pytest.raises(AttachError, match="The active adapters ask for different regularizers"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("by_keyword", [True, False])
+def test_closure_is_an_error(by_keyword: bool) -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    attach(model, optimizer)
+
+    def closure() -> None:
+        backward(model)
+
+    with pytest.raises(AttachError, match="was called with a closure"):
+        optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+
+
+def test_optimizer_that_owns_no_factor_is_an_error() -> None:
+    model = one_layer()
+    with pytest.raises(AttachError, match="SGD owns none of the model's 2 SORSA factors"):
+        attach(model, SGD(nn.Linear(2, 2).parameters(), lr=LR))
+
+
+def test_unknown_engine_is_an_error() -> None:
+    with pytest.raises(AttachError, match="No plug-in knows how to find the torch optimizer inside dict"):
+        attach(one_layer(), {})
+
+
+def test_model_without_adapters_is_an_error() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(NoAdaptedLayersError, match="Linear has no active, trainable SORSA adapter"):
+        attach(layer, SGD(layer.parameters(), lr=LR))
+
+
+@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
+def test_factors_hidden_in_deepspeed_partitions_are_refused_unless_gamma_is_zero(mark: str) -> None:
+    flat = nn.Parameter(torch.zeros(3))
+    optimizer = SGD([flat], lr=LR)
+    flat.grad = torch.ones(3)
+    model = one_layer(gamma=0.0)
+    setattr(only_layer(model).factors("default").dU, mark, 0)
+    optimizer.step()
+    model = one_layer()
+    setattr(only_layer(model).factors("default").dU, mark, 0)
+    with pytest.raises(AttachError, match=r"DeepSpeed steps proj\.default\.U through a flat partition in SGD"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+def test_schedule_free_optimizers_take_the_coupled_update_only(explicit: bool) -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+
+    def run(**options: object) -> dict[str, float]:
+        model = one_layer(torch.float32, **options)
+        optimizer = schedulefree.SGDScheduleFree(trained(model), lr=LR)
+        optimizer.train()
+        if explicit:
+            attach(model, optimizer)
+        for _ in range(5):
+            step(model, optimizer)
+        optimizer.eval()
+        return gaps(model)
+
+    with pytest.raises(AttachError, match="schedule-free optimizer keeps others"):
+        run(reg_update="decoupled")
+    without, regularized = run(gamma=0.0), run()
+    assert all(regularized[name] < without[name] for name in without)
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+@pytest.mark.parametrize(("lr", "lines"), [(1e-4, 0), (2e-4, 1)])
+def test_high_learning_rate_is_advised_against_once_and_kept(
+    lr: float, lines: int, explicit: bool, log: Callable
+) -> None:
+    model = one_layer()
+    factors = only_layer(model).factors("default")
+    optimizer = SGD([{"params": [p]} for p in (factors.dU, factors.dS, factors.dV)], lr=lr)
+    if explicit:
+        attach(model, optimizer)
+        attach(model, optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+    assert len(log("published recipe uses 3e-5")) == lines
+    assert [group["lr"] for group in optimizer.param_groups] == [lr] * 3

@@ -1,0 +1,182 @@
+"""The base model is recognised by W p: the same base passes, another is refused, a change of storage is understood."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from support import perturb
+
+from sorsa_plugin import SORSAConfig
+from sorsa_plugin.errors import BaseMismatchError
+from sorsa_plugin.fingerprint import check, fingerprint, probe
+from sorsa_plugin.regularizer import sorsa_layers
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def random_matrix(out: int = 24, inner: int = 40, seed: int = 0) -> torch.Tensor:
+    return torch.randn(out, inner, generator=torch.Generator().manual_seed(seed))
+
+
+def saved_adapter(directory, base=None):
+    """An adapter of a tiny Llama, moved away from init, saved; returns the model."""
+    model = get_peft_model(tiny_llama() if base is None else base, SORSAConfig(r=3, target_modules="all-linear"))
+    perturb(model)
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+def test_the_probe_is_fixed_balanced_and_the_same_in_every_process():
+    expected = [1.0 if (k * 2654435761) % 2**32 >= 2**31 else -1.0 for k in range(1, 301)]
+    assert probe(300, "cpu").tolist() == expected
+    assert abs(sum(expected)) <= 300**0.5
+
+
+def test_the_fingerprint_is_the_matvec_in_fp32():
+    W = random_matrix()
+    expected = W.double() @ probe(40, "cpu").double()
+    # an inner product of n terms errs by at most n u sum |w|
+    assert ((fingerprint(W).double() - expected).abs() <= 40 * 2.0**-24 * W.double().abs().sum(1)).all()
+    assert fingerprint(W.to(BF16)).dtype == FP32
+
+
+def test_the_layer_stores_the_fingerprint_of_its_own_weight():
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    for layer in sorsa_layers(model):
+        assert torch.equal(layer.factors("default").fingerprint, fingerprint(layer.base_matrix()))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16), storage=st.sampled_from(["float32", "bfloat16", "float16", "nf4", None]))
+def test_a_weight_matches_its_own_fingerprint_and_no_other_weight_matches(seed, storage):
+    W, other = random_matrix(seed=seed), random_matrix(seed=seed + 1)
+    check(fingerprint(W), W, storage, "float32", "here")
+    with pytest.raises(BaseMismatchError, match="fingerprint of here differs by"):
+        check(fingerprint(other), W, storage, "float32", "here")
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("made_in_16_bits", [False, True])
+def test_rounding_the_base_to_16_bits_is_expected_and_silent(dtype, made_in_16_bits, caplog):
+    W = random_matrix(256, 256)
+    low = str(dtype).removeprefix("torch.")
+    trained, now = (W.to(dtype), W) if made_in_16_bits else (W, W.to(dtype))
+    kinds = (low, "float32") if made_in_16_bits else ("float32", low)
+    with caplog.at_level(logging.WARNING):
+        check(fingerprint(trained), now, *kinds, "here")
+    assert not caplog.records
+
+
+def test_more_than_rounding_with_another_storage_is_a_warning_that_names_the_layer(caplog):
+    W = random_matrix()
+    with caplog.at_level(logging.WARNING):
+        check(fingerprint(W * 1.1), W.to(BF16), "float32", "bfloat16", "layers.0.q_proj")
+    assert "fingerprint of layers.0.q_proj differs by 0.1" in caplog.text
+
+
+@pytest.mark.parametrize(("relative", "accepted"), [(1e-6, True), (1e-3, False), (1e-2, False)])
+def test_with_the_same_storage_a_fine_tuned_base_is_refused(relative, accepted):
+    W = random_matrix(128, 128)
+    tuned = W + relative * random_matrix(128, 128, seed=1)
+    if accepted:
+        check(fingerprint(W), tuned, "float32", "float32", "here")
+    else:
+        with pytest.raises(BaseMismatchError):
+            check(fingerprint(W), tuned, "float32", "float32", "here")
+
+
+def test_a_nan_in_the_base_is_a_mismatch():
+    W = random_matrix()
+    with pytest.raises(BaseMismatchError, match="nan"):
+        check(fingerprint(W), W * float("nan"), "float32", "bfloat16", "here")
+
+
+# -- through PEFT ----------------------------------------------------------------------------------------------------
+
+
+def test_the_base_an_adapter_was_made_on_is_accepted(tmp_path, tokens):
+    saved_adapter(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    loaded(tokens)
+    assert all(layer.factors("default").base_checked for layer in sorsa_layers(loaded))
+
+
+@pytest.mark.parametrize("use", ["forward", "merge", "get_factors"])
+def test_another_base_of_the_same_shape_is_refused_by_name_at_every_use(use, tmp_path, tokens):
+    saved_adapter(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path)
+    uses = {
+        "forward": lambda: loaded(tokens),
+        "merge": lambda: loaded.merge_adapter(),
+        "get_factors": lambda: sorsa_layers(loaded)[0].get_factors(),
+    }
+    with pytest.raises(BaseMismatchError, match=r"model\.layers\.0\.self_attn\.q_proj.*base_model_name_or_path"):
+        uses[use]()
+
+
+def test_one_changed_layer_among_many_is_enough_and_is_the_one_named(tmp_path, tokens):
+    saved_adapter(tmp_path)
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.layers[1].mlp.up_proj.weight.mul_(1.001)
+    with pytest.raises(BaseMismatchError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        PeftModel.from_pretrained(base, tmp_path)(tokens)
+
+
+def test_layers_that_are_not_adapted_do_not_count(tmp_path, tokens):
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    base = tiny_llama()
+    with torch.no_grad():
+        base.model.layers[0].mlp.up_proj.weight.mul_(3)
+    PeftModel.from_pretrained(base, tmp_path)(tokens)
+
+
+def test_resized_embeddings_do_not_count(tmp_path, tokens):
+    saved_adapter(tmp_path)
+    base = tiny_llama()
+    base.resize_token_embeddings(80)
+    assert PeftModel.from_pretrained(base, tmp_path)(tokens).logits.shape[-1] == 80
+
+
+def test_an_adapter_trained_on_fp32_runs_on_the_bf16_base_without_a_word(tmp_path, tokens, caplog):
+    model = saved_adapter(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="sorsa_plugin"):
+        loaded = PeftModel.from_pretrained(tiny_llama(BF16), tmp_path)
+        logits = loaded(tokens).logits
+    assert not [record for record in caplog.records if record.name.startswith("sorsa_plugin")]
+    # eight matrix products deep, each rounded to u = 2^-8 relative to its largest values
+    exact = model(tokens).logits.detach()
+    assert (logits.float() - exact).norm() <= 8 * 2.0**-8 * exact.norm()
+
+
+def test_weights_on_the_meta_device_are_checked_when_they_arrive(tmp_path):
+    model = saved_adapter(tmp_path)
+    layer = sorsa_layers(model)[0]
+    weight = layer.get_base_layer().weight
+    layer.factors("default").base_checked = False
+    layer.get_base_layer().weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
+    layer.check_base("default")
+    assert not layer.factors("default").base_checked
+    layer.get_base_layer().weight = torch.nn.Parameter(weight * 2, requires_grad=False)
+    with pytest.raises(BaseMismatchError):
+        layer.check_base("default")
+    layer.get_base_layer().weight = weight
+    layer.check_base("default")
+    assert layer.factors("default").base_checked
+
+
+def test_loading_a_state_dict_checks_the_base_again(tmp_path, tokens):
+    saved = saved_adapter(tmp_path)
+    model = get_peft_model(tiny_llama(seed=1), SORSAConfig(r=3, target_modules="all-linear"))
+    model(tokens)
+    adapter = {key: value for key, value in saved.state_dict().items() if "sorsa_factors" in key}
+    model.load_state_dict(adapter, strict=False)
+    with pytest.raises(BaseMismatchError):
+        model(tokens)
