@@ -22,6 +22,7 @@ from torch import nn
 
 from .decomposition import Triplets
 from .errors import FactorsNotLoadedError, IncompleteAdapterError
+from .lowrank import Parts
 
 OFFSETS = ("dU", "dS", "dV")
 FROZEN = ("U0", "S0", "V0", "fingerprint")
@@ -72,8 +73,8 @@ class SORSAFactors(nn.Module):
 
     @property
     def pending(self) -> bool:
-        """Whether the tensors are still to come: from a file, or with the weights of a model on the meta device."""
-        return self.dS.is_meta or self.S0.is_meta
+        """Whether tensors are still to come: from a file, or with the weights of a model on the meta device."""
+        return any(getattr(self, name).is_meta for name in (*OFFSETS, *FROZEN))
 
     def freeze_as_parameters(self) -> None:
         """Turn the frozen factors from buffers into parameters without gradient, under the same names."""
@@ -147,12 +148,13 @@ class SORSAFactors(nn.Module):
             initial = getattr(self, f"{name}0")
             getattr(self, f"d{name}").copy_(value.to(initial) - initial)
 
+    def parts(self) -> Parts:
+        """The tensors as `lowrank.py` takes them."""
+        return Parts(self.dU, self.dS, self.dV, self.U0, self.S0, self.V0)
+
     def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""
-        S = self.S0 + self.dS
-        L = torch.cat((self.dU * S, self.U0), dim=1)
-        R = torch.cat((self.V0 + self.dV, self.V0 * self.dS + self.dV * S), dim=1)
-        return L, R
+        return self.parts().pair()
 
     def materialise(self, device: torch.device) -> None:
         """Give pending tensors storage on `device`, to be filled by whoever loads them."""

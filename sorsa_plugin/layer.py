@@ -221,7 +221,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the changes of the given (default: active) adapters to the base weight, in fp32, rounded once.
+        """Add the changes of the given (default: active) adapters to the base weight, in fp32 at least, rounded once.
 
         Args:
             safe_merge: look for NaN and infinity before the weight is replaced.
@@ -235,7 +235,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             return
         weight = self.get_base_layer().weight
         original = weight.data if self._unmerged_weight is None else self._unmerged_weight
-        total = original.float()
+        total = original.to(torch.promote_types(original.dtype, torch.float32))
         for name in [*self.merged_adapters, *names]:
             total = total + self.get_delta_weight(name).to(total.device)
             if safe_merge and not torch.isfinite(total).all():
@@ -287,8 +287,7 @@ class SORSALinear(SORSALayer):
         self.unmerge_if_disabled()
         y = self.base_layer(x, *args, **kwargs)
         for name in self.adapters_in_use():
-            L, R = self._ready(name).low_rank_pair()
-            y = add_low_rank(y, self.sorsa_dropout[name](x), L, R)
+            y = add_low_rank(y, self.sorsa_dropout[name](x), self._ready(name).parts())
         return y
 
 

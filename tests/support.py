@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import sorsa_plugin.layer
 from sorsa_plugin import SORSAConfig, SORSALayer
 from sorsa_plugin.regularizer import sorsa_layers
 
@@ -110,6 +112,15 @@ def forward_bound(layer: SORSALayer, x: torch.Tensor, adapters: tuple[str, ...] 
     exact = (terms + 6 * len(adapters)) * ROUNDOFF[torch.float32] * magnitude
     rounded = 0.0 if x.dtype == torch.float32 else (4 + 2 * len(adapters)) * ROUNDOFF[x.dtype]
     return exact + rounded * magnitude
+
+
+def refuse_to_factorise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, any factorisation of a layer's weight fails the test."""
+
+    def factorise(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a weight was factorised")
+
+    monkeypatch.setattr(sorsa_plugin.layer, "factorise", factorise)
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ REFUSED = [
     ({"reg_update": "both"}, "reg_update is 'both'; expected one of 'coupled', 'decoupled'"),
     (
         {"reg_update": "decoupled", "reg_schedule": "cosine"},
-        "reg_schedule is 'cosine'; expected one of 'lr', 'constant'",
+        "reg_schedule is 'cosine'; expected one of 'lr'",
     ),
     ({"reg_schedule": "lr"}, "reg_schedule='lr' with reg_update='coupled'.*Drop reg_schedule"),
     ({"reg_schedule": "constant"}, "reg_schedule='constant' with reg_update='coupled'"),

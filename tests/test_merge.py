@@ -216,6 +216,16 @@ def test_merging_an_untrained_adapter_changes_no_bit():
         assert digest(model) == before
 
 
+def test_a_float64_base_keeps_its_digits_when_merged():
+    base = make_base(dtype=torch.float64)
+    with torch.no_grad():
+        base.proj.weight.div_(3)
+    before = base.proj.weight.detach().clone()
+    model = adapt(base)
+    model.merge_adapter()
+    assert torch.equal(only_layer(model).get_base_layer().weight, before)
+
+
 def test_disabling_a_merged_adapter_gives_the_base_model_back():
     base, x = make_base(), inputs(24)
     expected = base(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -15,13 +17,12 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
-from support import assert_same_tensors, perturb, snapshot
+from safetensors.torch import load_file, save_file
+from support import assert_same_tensors, perturb, refuse_to_factorise, snapshot
 from transformers import AutoModelForCausalLM
 
-import sorsa_plugin.layer
-from sorsa_plugin import SORSAConfig, SORSAModel
-from sorsa_plugin.errors import FactorsNotLoadedError
+from sorsa_plugin import SORSAConfig, SORSAModel, save_adapter
+from sorsa_plugin.errors import BaseMismatchError, FactorsNotLoadedError
 from sorsa_plugin.factors import FROZEN, OFFSETS
 from sorsa_plugin.regularizer import sorsa_layers
 
@@ -31,28 +32,18 @@ def config(**options) -> SORSAConfig:
 
 
 @pytest.fixture
-def refuse_decomposition(monkeypatch):
-    """Call it, and any further factorisation fails the test."""
-
-    def factorise(*args, **kwargs):
-        raise AssertionError("a weight was factorised")
-
-    return lambda: monkeypatch.setattr(sorsa_plugin.layer, "factorise", factorise)
-
-
-@pytest.fixture
 def base_directory(tmp_path):
     directory = tmp_path / "base"
     tiny_llama().save_pretrained(directory)
     return directory
 
 
-def test_auto_peft_model_finds_the_base_and_is_exact(base_directory, tmp_path, tokens, refuse_decomposition):
+def test_auto_peft_model_finds_the_base_and_is_exact(base_directory, tmp_path, tokens, monkeypatch):
     base = AutoModelForCausalLM.from_pretrained(base_directory)
     model = get_peft_model(base, config(task_type=TaskType.CAUSAL_LM)).eval()
     perturb(model)
     model.save_pretrained(tmp_path / "adapter")
-    refuse_decomposition()
+    refuse_to_factorise(monkeypatch)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
     assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(base_directory)
@@ -68,7 +59,7 @@ def test_a_causal_model_generates_the_same_tokens_before_and_after_saving(base_d
     assert torch.equal(loaded.generate(input_ids=tokens, max_new_tokens=5, do_sample=False), expected)
 
 
-def test_transformers_add_save_and_load_adapter_are_exact(tmp_path, tokens, refuse_decomposition):
+def test_transformers_add_save_and_load_adapter_are_exact(tmp_path, tokens, monkeypatch):
     base = tiny_llama()
     expected = base(tokens).logits
     base.add_adapter(config())
@@ -79,7 +70,7 @@ def test_transformers_add_save_and_load_adapter_are_exact(tmp_path, tokens, refu
     base.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 14 * 7
 
-    refuse_decomposition()
+    refuse_to_factorise(monkeypatch)
     fresh = tiny_llama()
     fresh.load_adapter(str(tmp_path))
     assert torch.equal(fresh.eval()(tokens).logits, moved)
@@ -142,8 +133,8 @@ def test_an_injected_adapter_on_the_meta_device_says_so_when_used(tokens):
         model(tokens)
 
 
-def test_a_model_wholly_on_the_meta_device_is_wrapped_without_a_decomposition(refuse_decomposition):
-    refuse_decomposition()
+def test_a_model_wholly_on_the_meta_device_is_wrapped_without_a_decomposition(monkeypatch):
+    refuse_to_factorise(monkeypatch)
     with torch.device("meta"):
         base = tiny_llama()
     model = get_peft_model(base, config())
@@ -162,7 +153,7 @@ def test_the_tuner_and_its_layers_are_what_peft_asks_for():
     assert status.enabled is True
     assert status.requires_grad == {"default": True}
     assert status.merged_adapters == []
-    assert {s.module_type for s in model.get_layer_status()} == {"sorsa"} or len(model.get_layer_status()) == 14
+    assert len(model.get_layer_status()) == 14
 
 
 def test_wrapping_and_unloading_leaves_the_base_model_bit_equal_and_unwrapped():
@@ -202,3 +193,47 @@ def test_training_lowers_the_loss_and_the_base_is_untouched(tokens):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert_same_tensors(snapshot(model.unload()), before)
+
+
+# -- transformers' loader assigns tensors itself: the same refusals hold there ---------------------------------------
+
+
+@pytest.fixture
+def peft_directory(tmp_path):
+    model = get_peft_model(tiny_llama(), config())
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_transformers_refuses_another_base_model(peft_directory, tokens):
+    other = tiny_llama(seed=1)
+    other.load_adapter(str(peft_directory))
+    with pytest.raises(BaseMismatchError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        other(tokens)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [*(rf"layers\.1\.mlp\.up_proj\..*{part}$" for part in (*OFFSETS, *FROZEN)), r"layers\.1\.mlp\.up_proj\.", "sorsa_"],
+)
+def test_transformers_never_runs_an_incomplete_adapter(peft_directory, tokens, lost):
+    file = peft_directory / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not re.search(lost, name)}
+    save_file(tensors or {"nothing": torch.zeros(1)}, file)
+    model = tiny_llama()
+    model.load_adapter(str(peft_directory))  # reports what is missing, and leaves it on the meta device
+    with pytest.raises(FactorsNotLoadedError, match="factors are awaited"):
+        model(tokens)
+
+
+def test_transformers_loads_a_16_bit_file_as_fp32(tmp_path, tokens):
+    model = get_peft_model(tiny_llama(), config()).eval()
+    perturb(model)
+    save_adapter(model, tmp_path, dtype="bfloat16")
+    reference = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    loaded = tiny_llama()
+    loaded.load_adapter(str(tmp_path))
+    dtypes = {name: t.dtype for name, t in loaded.state_dict().items() if "sorsa_" in name}
+    assert set(dtypes.values()) == {torch.float32}
+    assert torch.equal(loaded.eval()(tokens).logits, reference(tokens).logits)

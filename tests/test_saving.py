@@ -11,9 +11,8 @@ import torch
 from conftest import tiny_llama
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from support import assert_same_tensors, perturb
+from support import assert_same_tensors, perturb, refuse_to_factorise
 
-import sorsa_plugin.layer
 from sorsa_plugin import SORSAConfig, save_adapter
 from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError, RankError
 from sorsa_plugin.factors import FROZEN, OFFSETS
@@ -31,16 +30,6 @@ def trained(adapter: str = "default", seed: int = 3, base=None, **options) -> Pe
     model = get_peft_model(base, SORSAConfig(**options), adapter_name=adapter)
     perturb(model, adapter, seed=seed)
     return model.eval()
-
-
-@pytest.fixture
-def no_decomposition(monkeypatch):
-    """Any attempt to factorise a weight fails the test."""
-
-    def factorise(*args, **kwargs):
-        raise AssertionError("a weight was factorised")
-
-    monkeypatch.setattr(sorsa_plugin.layer, "factorise", factorise)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +61,9 @@ def test_the_file_holds_offsets_frozen_factors_and_fingerprint_of_every_layer_in
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize("is_trainable", [False, True])
-def test_loading_is_exact_and_factorises_nothing(saved, tokens, is_trainable, low_cpu_mem_usage, no_decomposition):
+def test_loading_is_exact_and_factorises_nothing(saved, tokens, is_trainable, low_cpu_mem_usage, monkeypatch):
     directory, logits, state = saved
+    refuse_to_factorise(monkeypatch)
     loaded = PeftModel.from_pretrained(
         tiny_llama(), directory, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
     )
@@ -124,10 +114,7 @@ def test_adapters_of_any_name_load_beside_each_other_and_exactly(names, tokens, 
         model.save_pretrained(tmp_path)
     paths = {name: tmp_path if name == "default" else tmp_path / name for name in names}
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("a weight was factorised")
-
-    monkeypatch.setattr(sorsa_plugin.layer, "factorise", refuse)
+    refuse_to_factorise(monkeypatch)
     loaded = PeftModel.from_pretrained(tiny_llama(), paths[names[0]], adapter_name="first")
     loaded.load_adapter(paths[names[1]], adapter_name="second")
     for mine, theirs in (("first", names[0]), ("second", names[1]), ("first", names[0])):

@@ -45,8 +45,26 @@ class Settings:
     peak_rate: float = 3e-3
     matrix_rate: float = 0.02
     prompt_weight: float = 0.03
-    recall_batches: int = 220
-    recall_share: float = 0.05
+    recall_share: float = 0.04
+
+
+@dataclass
+class Progress:
+    """How far the training is; `error` is the smoothed loss of the answers."""
+
+    step: int = 0
+    seen: int = 0
+    error: float = 0.0
+
+    def copies(self) -> bool:
+        """Whether the model has learned to copy from the context."""
+        return self.step > 100 and self.error < 0.3
+
+    def note(self, error: float, tokens: int) -> None:
+        """Counts one step."""
+        self.error = 0.95 * self.error + 0.05 * error if self.step else error
+        self.step += 1
+        self.seen += tokens
 
 
 def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -107,23 +125,24 @@ def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example], bare: ra
 
 
 def recall_batch(rng: random.Random, settings: Settings, first: int) -> Batch:
-    """Random tokens in pieces of four, then the same pieces in another order: the densest lesson in recalling."""
-    pieces = rng.randint(2, 6)
-    rows, length = settings.tokens_per_batch // (8 * pieces), 4 * pieces
-    seen = torch.tensor([[rng.randrange(first, settings.vocab_size) for _ in range(length)] for _ in range(rows)])
-    orders = torch.tensor([rng.sample(range(pieces), pieces) for _ in range(rows)])
-    again = seen.view(rows, pieces, 4)[torch.arange(rows)[:, None], orders]
-    weights = torch.zeros(rows, 2 * length)
-    weights[:, length:] = torch.tensor([0.0, 1.0, 1.0, 1.0]).repeat(pieces)
-    return torch.cat([seen, again.flatten(1)], dim=1), weights
+    """Random tokens, then the same again: the densest lesson in copying from the context."""
+    length = rng.randint(6, 24)
+    rows = settings.tokens_per_batch // (2 * length)
+    seen = torch.tensor(
+        [[rng.randrange(first, settings.vocab_size) for _ in range(length)] for _ in range(rows)]
+    )
+    mark = torch.full((rows, 1), 1)
+    weights = torch.zeros(rows, 2 * length + 2)
+    weights[:, length + 3 :] = 1.0
+    return torch.cat([mark, seen, mark + 1, seen], dim=1), weights
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> Iterator[Batch]:
+def batches(tokenizer: PreTrainedTokenizerFast, settings: Settings, progress: Progress) -> Iterator[Batch]:
     """An endless stream of (token ids, loss weights), each batch of examples of about the same length."""
     rng = random.Random(settings.seed)
     stream = corpus.generate(settings.seed)
     specials = len(tokenizer.all_special_ids)
-    for _ in range(settings.recall_batches):
+    while not progress.copies():
         yield recall_batch(rng, settings, specials)
     while True:
         examples = list(itertools.islice(stream, POOL))
@@ -226,14 +245,13 @@ def train(settings: Settings, minutes: float, out: Path, save_every: float) -> N
     optimizers = build_optimizers(model, settings)
     print(f"The model has {model.num_parameters()} parameters and {len(tokenizer)} tokens.", flush=True)
     begin = saved = told = time.monotonic()
-    step, seen, smooth = 0, 0, 0.0
-    for step, batch in enumerate(batches(tokenizer, settings), start=1):
+    progress = Progress()
+    for batch in batches(tokenizer, settings, progress):
         now = time.monotonic()
         done = (now - begin) / (60 * minutes)
         if done >= 1:
             break
         loss, error = losses(model, batch)
-        smooth = error if step == 1 else 0.98 * smooth + 0.02 * error
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -241,13 +259,10 @@ def train(settings: Settings, minutes: float, out: Path, save_every: float) -> N
                 group["lr"] = group["peak"] * rate_at(done)
             optimizer.step()
             optimizer.zero_grad()
-        seen += batch[0].numel()
+        progress.note(error, batch[0].numel())
         if now - told > 20:
             told = now
-            print(
-                f"step {step}  tokens {seen}  minutes {(now - begin) / 60:.1f}  answer loss {smooth:.4f}",
-                flush=True,
-            )
+            print(f"{(now - begin) / 60:.1f} minutes: {progress}", flush=True)
         if now - saved > 60 * save_every:
             saved = now
             save(model, tokenizer, out)
@@ -256,12 +271,10 @@ def train(settings: Settings, minutes: float, out: Path, save_every: float) -> N
     stored = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
     shares = measure(stored, tokenizer, 500)
     print(json.dumps(shares), flush=True)
-    (out / "README.md").write_text(card(settings, shares, step, seen, minutes, stored.num_parameters()))
+    (out / "README.md").write_text(card(settings, shares, progress, minutes, stored.num_parameters()))
 
 
-def card(
-    settings: Settings, shares: dict[str, float], step: int, seen: int, minutes: float, size: int
-) -> str:
+def card(settings: Settings, shares: dict[str, float], progress: Progress, minutes: float, size: int) -> str:
     """The model card."""
     rows = "\n".join(f"| {skill} | {share:.1%} |" for skill, share in shares.items())
     return f"""---
@@ -278,9 +291,9 @@ few numbers and words, and knows nothing else. It was trained from nothing; no o
 collected text are in it. Licence: Apache-2.0.
 
 Made with `python -m sorsa_quickstart.pretrain --minutes {minutes:g} --seed {settings.seed}` on one CPU core:
-{step} steps, {seen} tokens, {settings.layers} layers of width {settings.hidden}, a vocabulary of
-{settings.vocab_size} (byte-level, one token a digit). The run is limited by time, so another machine takes another number of steps.
-The weights are stored in bfloat16.
+{progress.step} steps, {progress.seen} tokens, {settings.layers} layers of width {settings.hidden}, a vocabulary
+of {settings.vocab_size} (byte-level, one token a digit). The run is limited by time, so another machine takes
+another number of steps and gets other weights. The weights are stored in bfloat16.
 
 Held-out questions whose whole answer is right (500 a skill, greedy, the stored weights loaded as float32):
 

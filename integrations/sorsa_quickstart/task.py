@@ -1,8 +1,8 @@
 """The fine-tuning task of the quickstart: how much change a buyer gets, which the base model never met.
 
-The base model can find numbers in a list, add two of them and subtract, when asked in the words of `corpus.py`.
-This task speaks of prices and buyers instead, needs the two steps in an order that the corpus never shows (the
-result of the first is what the second takes away), and ends with a line `#### 13`, as in GSM8K.
+The base model can find numbers in a list, add two of them and subtract, when asked in the words of
+`corpus.py`. This task speaks of prices and buyers instead, needs the two steps in an order that the corpus never
+shows (the result of the first is what the second takes away), and ends with a line `#### 13`, as in GSM8K.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _FINAL = re.compile(r"####\s*(-?\d[\d,]*)\s*$")
 def _question(rng: random.Random) -> dict[str, str]:
     """One question with its worked answer."""
     goods = rng.sample(GOODS, 3)
-    prices = [rng.randint(2, 40) for _ in goods]
+    prices = [rng.randint(2, 15) for _ in goods]
     first, second = rng.sample(range(3), 2)
     total = prices[first] + prices[second]
-    paid = rng.randint(total + 1, 99)
+    paid = rng.randint(total + 1, 40)
     shop = rng.choice(PRICES).format(*goods, a=prices[0], b=prices[1], c=prices[2])
     bought = rng.choice(PURCHASES).format(who=rng.choice(BUYERS), x=goods[first], y=goods[second], paid=paid)
     work = f"{prices[first]} + {prices[second]} = {total}, {paid} - {total} = {paid - total}"
@@ -66,7 +66,7 @@ def train_examples(count: int = 4000, seed: int = 0) -> list[dict[str, str]]:
     return _examples(count, seed, test=False)
 
 
-def test_examples(count: int = 150, seed: int = 0) -> list[dict[str, str]]:
+def test_examples(count: int = 150, seed: int = 0) -> list[dict[str, str]]:  # noqa: PT028
     """Held-out examples; none of them can occur among the training examples of any seed."""
     return _examples(count, seed, test=True)
 

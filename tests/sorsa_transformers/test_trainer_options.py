@@ -191,3 +191,17 @@ def test_offsets_that_a_trainer_rounded_train_in_fp32(when: str, explicit: bool,
         assert 0 < float(factors.dU.detach().abs().max()) < 1e-4
     states = trainer.optimizer.state.values()
     assert {entry.dtype for state in states for entry in state.values()} == {torch.float32}
+
+
+def test_adamw_with_state_of_8_bits(tmp_path: Path) -> None:
+    """As `optim="adamw_bnb_8bit"`, with the threshold lowered: by default small tensors keep fp32 state."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = adapted()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=LR, weight_decay=0.0, min_8bit_size=1)
+    before = sum(gaps(model).values())
+    trainer = make_trainer(model, tmp_path, optimizers=(optimizer, None), lr_scheduler_type="constant")
+    trainer.train()
+    assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
+    assert attachment_of(trainer).steps == 4
+    assert sum(gaps(model).values()) < before

@@ -25,9 +25,9 @@ CLIP = 0.02
 DATA = token_batches(STEPS * WINDOW * BATCH)
 
 # (update, schedule, optimizer, learning rate, gamma). The coupled penalty's gradient has norm gamma/lr * 2/sqrt(28), of
-# the order of the clipped task gradient's. Its steps have a fixed length, so gamma is small enough for 20 of them not to
-# reach a gap of zero, around which they would jump to and fro and magnify roundings. The decoupled pull is a tenth of a
-# Newton-Schulz step.
+# the order of the clipped task gradient's. Its steps have a fixed length, so gamma is small enough for 20 of them not
+# to reach a gap of zero, around which they would jump to and fro and magnify roundings. The decoupled pull is a tenth
+# of a Newton-Schulz step.
 RUNS = [
     ("coupled", None, "sgd", 1.0, 0.03),
     ("coupled", None, "adamw_torch", 1e-3, 1e-4),
