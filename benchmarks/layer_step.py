@@ -39,7 +39,8 @@ def published_layer(width: int, rank: int) -> nn.Module:
     """The layer of PyPI's `sorsa` 1.0.1, by path: its package does not import with today's transformers."""
     path = importlib.metadata.distribution("sorsa").locate_file("sorsa/layer.py")
     specification = importlib.util.spec_from_file_location("published_sorsa_layer", str(path))
-    assert specification is not None and specification.loader is not None
+    assert specification is not None
+    assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     layer = module.Linear(width, width, r=rank, merge_weights=False)

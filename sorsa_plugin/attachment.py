@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .errors import AttachError
-from .plugins import hookimpl, manager
+from .hookspecs import hookimpl
+from .plugins import manager
 from .regularizer import Factor, deviations, floor, local_part, model_factors, sorsa_layers, trainable_factors
 
 logger = logging.getLogger(__name__)

@@ -103,7 +103,8 @@ class SORSAConfig(PeftConfig):
         super().__post_init__()
         # PeftConfig.from_pretrained hands over the JSON's plain string, everything else the enum member or nothing:
         # this is how a config read from an adapter's directory is known, and its factors are then awaited from there.
-        self.factors_from_file: bool = type(self.peft_type) is str
+        given: Any = self.peft_type  # type: ignore[has-type]
+        self.factors_from_file: bool = type(given) is str
         self.peft_type = PeftType.SORSA
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

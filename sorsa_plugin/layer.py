@@ -1,4 +1,4 @@
-"""`SORSALayer`: a base module with SORSA adapters on its weight; the linear kinds are here, others beside it.
+"""`SORSALayer`: a base module with SORSA adapters on its weight; its kinds are in files of their own.
 
     y = base(x) + sum over active adapters of (dropout(x) R) L^T        (the pair L, R of `factors.py`)
 
@@ -16,14 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .decomposition import Triplets, factorise
 from .errors import RankError
 from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
-from .lowrank import add_low_rank
-from .plugins import hookimpl
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -43,6 +40,13 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         name: its dotted name in the model, for messages.
     """
 
+    if TYPE_CHECKING:  # what BaseTunerLayer provides, which nn.Module's __getattr__ hides from type checkers
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+
+        def get_base_layer(self) -> Any: ...
+
     adapter_layer_names = ("sorsa_factors",)
     other_param_names = ("sorsa_dropout", "configs")
 
@@ -58,6 +62,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._unmerged_weight: torch.Tensor | None = None
         self.out_features, self.in_features = self.base_matrix().shape
+        self.register_load_state_dict_post_hook(_check_after_load)
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,9 +92,10 @@ class SORSALayer(nn.Module, BaseTunerLayer):
                 f"{min(matrix.shape)} singular triplets. Lower r to at most {min(matrix.shape)}, give the module an "
                 "entry in rank_pattern, or exclude it."
             )
-        awaited = config.factors_from_file and self._donor(rank, config) is None
-        device = torch.device("meta") if awaited else matrix.device
-        self.sorsa_factors[adapter_name] = SORSAFactors(*matrix.shape, rank, device)
+        # a config that an adapter here already has (TRL adds its "ref" so) announces a copy of it, not another file
+        shared = any(config is other for other in self.configs.values())
+        device = torch.device("meta") if config.factors_from_file and not shared else matrix.device
+        self.sorsa_factors[adapter_name] = SORSAFactors(self.out_features, self.in_features, rank, device)
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.configs[adapter_name] = config
@@ -144,11 +150,11 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     def get_factors(self, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """U (out x r), S (r) and V (in x r) as they are now, differentiable with respect to the trained offsets."""
-        return self._ready(adapter_name).get()
+        return self.ready_factors(adapter_name).get()
 
     def set_factors(self, adapter_name: str, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:
         """Make U, S, V the adapter's current factors (one fp32 rounding); shapes as `get_factors` returns them."""
-        self._ready(adapter_name).set(U, S, V)
+        self.ready_factors(adapter_name).set(U, S, V)
 
     def trainable_adapters(self) -> list[str]:
         """Names of the active adapters that train; none while adapters are disabled."""
@@ -158,7 +164,12 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             name for name in self.active_adapters if name in self.sorsa_factors and self.factors(name).dU.requires_grad
         ]
 
-    def _ready(self, adapter_name: str) -> SORSAFactors:
+    def ready_factors(self, adapter_name: str) -> SORSAFactors:
+        """The adapter's tensors, loaded and checked against the base weight.
+
+        Raises:
+            FactorsNotLoadedError, BaseMismatchError: they are not.
+        """
         factors = self.factors(adapter_name)
         if not factors.base_checked and not torch.compiler.is_compiling():
             if factors.pending:
@@ -175,11 +186,11 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         """
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
         matrix = self.base_matrix()
-        if matrix.is_meta or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
+        sharded = hasattr(matrix, "device_mesh")  # outside FSDP2's forward
+        if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
-        if not hasattr(matrix, "device_mesh"):
-            storage = storage_of(self.get_base_layer().weight)
-            check(factors.fingerprint, matrix, config.base_storage, storage, self.name)
+        storage = storage_of(self.get_base_layer().weight)
+        check(factors.fingerprint, matrix, config.base_storage, storage, self.name)
         factors.base_checked = True
 
     # -- what PEFT calls --------------------------------------------------------------------------------------------
@@ -212,7 +223,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's change L R^T, fp32, in the shape of the base weight."""
-        L, R = self._ready(adapter_name).low_rank_pair()
+        L, R = self.ready_factors(adapter_name).low_rank_pair()
         return self.delta_to_weight(L @ R.mT)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -273,37 +284,9 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         return "sorsa." + super().__repr__()
 
 
-class SORSALinear(SORSALayer):
-    """SORSA on nn.Linear: W is stored (out x in)."""
-
-    def base_matrix(self) -> torch.Tensor:
-        return self.get_base_layer().weight
-
-    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(... x in) -> (... x out), in the dtype of the base layer's output."""
-        self.unmerge_if_disabled()
-        y = self.base_layer(x, *args, **kwargs)
-        for name in self.adapters_in_use():
-            y = add_low_rank(y, self.sorsa_dropout[name](x), self._ready(name).parts())
-        return y
-
-
-class SORSAConv1D(SORSALinear):
-    """SORSA on transformers' Conv1D (GPT-2): W is stored (in x out)."""
-
-    def base_matrix(self) -> torch.Tensor:
-        return self.get_base_layer().weight.T
-
-    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta.T
-
-
-@hookimpl
-def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
-    """The kinds of this file: nn.Linear and transformers' Conv1D, subclasses of theirs included."""
-    if isinstance(target, Conv1D):
-        return SORSAConv1D
-    return SORSALinear if isinstance(target, nn.Linear) else None
+def _check_after_load(layer: SORSALayer, incompatible_keys: Any) -> None:
+    """After load_state_dict: compare the base at once where it can be, so that a wrong one is refused on loading."""
+    for name in layer.sorsa_factors:
+        factors = layer.factors(name)
+        if not factors.base_checked and not factors.pending:
+            layer.check_base(name)

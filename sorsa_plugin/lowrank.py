@@ -81,11 +81,11 @@ class _AddLowRank(torch.autograd.Function):
             if needs_x:
                 grads["x"] = (D @ R.mT).view(x.shape).to(x.dtype)
             if needs_offsets:
-                K = (G.mT @ C1).float()
+                K = (G.mT @ C1).to(S.dtype)
                 grads["dU"] = K * S
                 grads["dS"] = (K * (parts.U0 + parts.dU)).sum(0)
                 gUS = torch.addcmul(D[:, :rank], D[:, rank:], S.to(g.dtype))
-                grads["dV"] = (_rows(x).to(g.dtype).mT @ gUS).float()
+                grads["dV"] = (_rows(x).to(g.dtype).mT @ gUS).to(S.dtype)
         for name, offset in zip(("dU", "dS", "dV"), parts, strict=False):
             if name in grads:
                 grads[name] = grads[name].to(offset.dtype)

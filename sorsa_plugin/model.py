@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -54,6 +56,17 @@ class SORSAModel(BaseTuner):
             layer.initialise(adapter_name)
         watch_optimizers()
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT's special forward arguments arrive, to be refused: PeftModel would drop them without a word."""
+        for name in ("adapter_names", "alora_offsets"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} was passed, and SORSA does not support batches of mixed adapters. Run one batch per "
+                    "adapter, with set_adapter() in between."
+                )
+        yield
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.
 
@@ -87,7 +100,7 @@ class SORSAModel(BaseTuner):
 
     @staticmethod
     def _create_new_module(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+        base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = manager().hook.sorsa_layer(target=base, config=config)
         if layer_class is None:
             raise UnsupportedLayerError(

@@ -46,18 +46,18 @@ Without the package: merge it once with `model.merge_and_unload()` and save the 
 
 
 def complete_model_card(directory: str, config: SORSAConfig) -> None:
-    """Add SORSA's section, once, and its tag, which every save of PEFT's drops, to the card in a directory."""
+    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card."""
     path = Path(directory) / "README.md"
     if not path.exists():
         return
     card = ModelCard.load(path)
-    if HEADING not in card.text:
-        card.text = card.text.rstrip() + "\n\n" + SECTION.format(
-            heading=HEADING,
-            gamma=config.resolved_gamma,
-            update=config.reg_update,
-            rank=config.r,
-            base=config.base_model_name_or_path or "the base model",
-        )  # fmt: skip
+    section = SECTION.format(
+        heading=HEADING,
+        gamma=config.resolved_gamma,
+        update=config.reg_update,
+        rank=config.r,
+        base=config.base_model_name_or_path or "the base model",
+    )
+    card.text = card.text.split(HEADING)[0].rstrip() + "\n\n" + section
     card.data.tags = sorted({*(card.data.tags or []), "sorsa"})
     card.save(path)

@@ -8,9 +8,7 @@ import pluggy
 
 from . import hookspecs
 from .errors import PluginError
-from .hookspecs import GROUP, hookimpl
-
-__all__ = ["hookimpl", "manager"]
+from .hookspecs import GROUP
 
 
 @lru_cache(maxsize=1)
@@ -20,11 +18,11 @@ def manager() -> pluggy.PluginManager:
     Raises:
         PluginError: an installed plug-in could not be imported.
     """
-    from . import attachment, layer
+    from . import attachment, linear
 
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(hookspecs)
-    plugins.register(layer, "sorsa_plugin.layer")
+    plugins.register(linear, "sorsa_plugin.linear")
     plugins.register(attachment, "sorsa_plugin.attachment")
     try:
         plugins.load_setuptools_entrypoints(GROUP)

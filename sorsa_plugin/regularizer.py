@@ -134,7 +134,8 @@ def _sum_over_shards(factors: list[Factor], grams: list[torch.Tensor]) -> None:
     """Add up the Gram matrices of row-sharded DTensors over their shards, in place, one all-reduce per mesh."""
     sharded: dict[Any, list[torch.Tensor]] = {}
     for factor, gram in zip(factors, grams, strict=True):
-        placements = getattr(factor.offset, "placements", ())
+        offset: Any = factor.offset
+        placements = getattr(offset, "placements", ())
         if any(p.is_shard() and not p.is_shard(0) for p in placements):
             raise AttachError(
                 f"{factor.name} is sharded as {placements}; expected row shards (FSDP2's Shard(0)). Tensor-parallel "
@@ -142,7 +143,7 @@ def _sum_over_shards(factors: list[Factor], grams: list[torch.Tensor]) -> None:
             )
         dims = tuple(i for i, p in enumerate(placements) if p.is_shard(0))
         if dims:
-            sharded.setdefault((factor.offset.device_mesh, dims), []).append(gram)
+            sharded.setdefault((offset.device_mesh, dims), []).append(gram)
     for (mesh, dims), parts in sharded.items():
         flat = torch.cat([part.reshape(-1) for part in parts])
         for dim in dims:

@@ -153,6 +153,23 @@ def test_detached_optimizer_trains_without_the_regularizer_until_attached_again(
     torch.testing.assert_close(only_layer(model).get_factors()[0].detach(), expected["U"], rtol=0, atol=1e-14)
 
 
+def test_step_from_orthonormal_factors_is_no_larger_than_eps_promises() -> None:
+    """gamma 2/F (gap / eps) sigma_max(P) per factor, with eps = 1e-5 sqrt(r): far below the published gamma 2/F."""
+    model = adapt(make_base(), gamma=GAMMA)
+    optimizer = sgd(model)
+    attach(model, optimizer)
+    before = gaps(model)
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    factors = only_layer(model).factors("default")
+    for part in "UV":
+        promised = GAMMA * before[f"proj.default.{part}"] / (1e-5 * factors.rank**0.5)
+        moved = float(factors.get_parameter(f"d{part}").detach().norm())
+        assert 0 < moved <= promised * 1.001
+        assert promised < 0.5 * GAMMA
+
+
 def test_factor_without_gradient_stays_and_still_counts() -> None:
     model = one_layer()
     optimizer = sgd(model)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from sorsa_plugin import SORSAConfig, SORSALayer, attach, gaps, hookimpl
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import AttachError, PluginError, UnsupportedLayerError
-from sorsa_plugin.layer import SORSALinear
+from sorsa_plugin.linear import SORSALinear
 from sorsa_plugin.plugins import manager
 
 
@@ -56,7 +56,7 @@ class SORSAScaled(SORSALayer):
         self.unmerge_if_disabled()
         y = self.base_layer(x)
         for name in self.adapters_in_use():
-            L, R = self._ready(name).low_rank_pair()
+            L, R = self.ready_factors(name).low_rank_pair()
             y = y + 2 * (self.sorsa_dropout[name](x) @ R) @ L.mT
         return y
 

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_llama
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import assert_same_tensors, perturb, refuse_to_factorise
 
@@ -299,12 +299,20 @@ def test_a_refused_second_adapter_is_never_used_half_loaded(saved, tmp_path, tok
     with pytest.raises(IncompleteAdapterError):
         model.load_adapter(tmp_path, adapter_name="second")
     assert torch.equal(model(tokens).logits, expected)
-    moved = [
-        layer.name
-        for layer in sorsa_layers(model)
-        if "second" in layer.sorsa_factors and layer.factors("second").dU.abs().max() > 0
-    ]
-    assert moved == []
+    assert all(layer.factors("second").pending for layer in sorsa_layers(model))
+    model.set_adapter("second")
+    with pytest.raises(FactorsNotLoadedError):
+        model(tokens)
+
+
+def test_a_file_of_another_method_is_not_taken_for_a_second_adapter(saved, tmp_path, tokens):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    shutil.copy(saved[0] / "adapter_config.json", tmp_path)
+    model = trained(seed=5)
+    model.load_adapter(tmp_path, adapter_name="second")
+    model.set_adapter("second")
+    with pytest.raises(FactorsNotLoadedError):
+        model(tokens)
 
 
 def test_a_refused_file_leaves_an_adapter_as_it_was(saved, tmp_path, tokens):

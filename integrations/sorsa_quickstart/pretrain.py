@@ -128,9 +128,7 @@ def recall_batch(rng: random.Random, settings: Settings, first: int) -> Batch:
     """Random tokens, then the same again: the densest lesson in copying from the context."""
     length = rng.randint(6, 24)
     rows = settings.tokens_per_batch // (2 * length)
-    seen = torch.tensor(
-        [[rng.randrange(first, settings.vocab_size) for _ in range(length)] for _ in range(rows)]
-    )
+    seen = torch.tensor([[rng.randrange(first, settings.vocab_size) for _ in range(length)] for _ in range(rows)])
     mark = torch.full((rows, 1), 1)
     weights = torch.zeros(rows, 2 * length + 2)
     weights[:, length + 3 :] = 1.0
@@ -220,6 +218,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     copy.generation_config = model.generation_config
     copy.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    for file in part.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner may read
     shutil.rmtree(out, ignore_errors=True)
     part.rename(out)
 

@@ -152,9 +152,7 @@ def accuracy(examples: list[dict[str, str]], answers: list[str]) -> float:
 
 def untouched(model: Any, weights: dict[str, torch.Tensor]) -> bool:
     """Whether the base weights under the adapter are bit-equal to the ones that were loaded."""
-    base = {
-        name.replace(".base_layer", ""): tensor for name, tensor in model.get_base_model().state_dict().items()
-    }
+    base = {name.replace(".base_layer", ""): tensor for name, tensor in model.get_base_model().state_dict().items()}
     return all(torch.equal(base[name], tensor) for name, tensor in weights.items())
 
 

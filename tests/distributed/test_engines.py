@@ -53,9 +53,7 @@ def single(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_two_processes_follow_the_trajectory_of_one(
-    run: str, single: tuple[str, Path, dict], tmp_path: Path
-) -> None:
+def test_two_processes_follow_the_trajectory_of_one(run: str, single: tuple[str, Path, dict], tmp_path: Path) -> None:
     update, reference_dir, reference = single
     report = run_worker(tmp_path, 2, *RUNS[run], "--update", update)
 
@@ -71,9 +69,7 @@ def test_two_processes_follow_the_trajectory_of_one(
         torch.testing.assert_close(saved[key], tensor, rtol=0, atol=5e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_the_penalty_in_these_runs_is_large_enough_to_matter(
-    single: tuple[str, Path, dict], tmp_path: Path
-) -> None:
+def test_the_penalty_in_these_runs_is_large_enough_to_matter(single: tuple[str, Path, dict], tmp_path: Path) -> None:
     update, reference_dir, _ = single
     run_worker(tmp_path, 1, "single", "--update", update, "--gamma", "0")
     key = "base_model.model.model.layers.0.mlp.down_proj.sorsa_factors.dU"

@@ -1,6 +1,6 @@
 """What every process of a distributed test runs: a few Trainer steps on a tiny Llama, started by torchrun.
 
-    torchrun --nproc_per_node 2 train_worker.py OUTPUT_DIR {single|ddp|fsdp2} [--self-attach] [--ram-efficient] ...
+torchrun --nproc_per_node 2 train_worker.py OUTPUT_DIR {single|ddp|fsdp2} [--self-attach] [--ram-efficient] ...
 """
 
 from __future__ import annotations
