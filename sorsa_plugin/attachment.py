@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer
 
+from .config import check_gamma
 from .errors import AttachError
 from .hookspecs import hookimpl
 from .plugins import manager
@@ -148,21 +149,22 @@ class Attachment:
     def _owned(self, optimizer: Optimizer) -> Iterable[tuple[Factor, torch.Tensor, torch.Tensor, dict[str, Any], int]]:
         """Every factor this optimizer owns, with its local rows P, deviation E, parameter group, and the count F."""
         factors = trainable_factors(self.layers)
-        groups = _groups_by_parameter(optimizer)
+        groups = groups_by_parameter(optimizer)
         owned = [factor for factor in factors if id(factor.offset) in groups]
         values = [factor.local() for factor in owned]
         for factor, P, E in zip(owned, values, deviations(owned, values), strict=True):
             yield factor, P, E, groups[id(factor.offset)], len(factors)
 
 
-_attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
-_watching = False
+attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
+"""The attachment of every optimizer that has one, detached ones included."""
 
 
 def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
     """Deliver the regularizer of a model's trained SORSA adapters through an optimizer, from its next step on.
 
-    A second call on the same optimizer returns the first's attachment, with the new gamma where one is given.
+    A second call on the same optimizer returns the first's attachment, with the new gamma where one is given; one with
+    another model adds its layers.
 
     Args:
         model: a model with trained SORSA adapters.
@@ -171,6 +173,7 @@ def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> A
 
     Raises:
         NoAdaptedLayersError: the model has no trained SORSA adapter.
+        SORSAConfigError: gamma cannot be honoured.
         AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
             the adapters ask for different regularizers.
     """
@@ -181,7 +184,7 @@ def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> A
             f"No plug-in knows how to find the torch optimizer inside {type(optimizer).__name__}. Pass the optimizer "
             "whose step() updates the adapter's parameters, or add a `sorsa_attach` plug-in for this engine."
         )
-    return _attach_layers(sorsa_layers(model), inner, gamma)
+    return attach_layers(sorsa_layers(model), inner, gamma)
 
 
 def innermost(optimizer: Any) -> Any:
@@ -198,43 +201,17 @@ def sorsa_attach(model: nn.Module, optimizer: Any) -> Optimizer | None:
     return inner if isinstance(inner, Optimizer) else None
 
 
-def watch_optimizers() -> None:
-    """Make the first step of an optimizer that owns SORSA factors attach by itself; installed once per process."""
-    global _watching
-    if not _watching:
-        register_optimizer_step_pre_hook(_attach_at_first_step)
-        _watching = True
-
-
-def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    from .layer import live_layers
-
-    if optimizer in _attachments:
-        return
-    groups = _groups_by_parameter(optimizer)
-    trained = [layer for layer in list(live_layers) if layer.trainable_adapters()]
-    owned = [layer for layer in trained if any(id(f.offset) in groups for f in trainable_factors([layer]))]
-    if not owned:
-        _refuse_hidden_factors(trained, optimizer)
-        return
-    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    owned.sort(key=lambda layer: min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])))
-    attachment = _attach_layers(owned, optimizer, None)
-    settings = attachment.settings()
-    _say(
-        "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",
-        type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(owned)),
-    )  # fmt: skip
-
-
-def _attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) -> Attachment:
-    attachment = _attachments.get(optimizer)
-    if attachment is not None and attachment.handles:
-        attachment.gamma = attachment.gamma if gamma is None else gamma
-        return attachment
+def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) -> Attachment:
+    """`attach` for the SORSA layers of one or several models and a torch optimizer."""
+    known = attachments.get(optimizer)
+    if known is not None and known.handles and set(layers) <= set(known.layers):
+        known.gamma = known.gamma if gamma is None else gamma
+        check_gamma(known.gamma, known.settings().update)
+        return known
     attachment = Attachment(layers, gamma)
     settings = attachment.settings()
-    groups = _groups_by_parameter(optimizer)
+    check_gamma(settings.gamma, settings.update)
+    groups = groups_by_parameter(optimizer)
     offsets = [factor.offset for factor in trainable_factors(layers)]
     if not any(id(offset) in groups for offset in offsets):
         raise AttachError(
@@ -250,15 +227,19 @@ def _attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None)
     owning = {id(g): g for g in (groups.get(id(offset)) for offset in offsets) if g is not None}
     peak = max(_eta_max(group, settings.gamma) for group in owning.values())
     if peak > ADVISED_LR:
-        _say(
+        say(
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
             "loss is unsteady, lower it.", peak, ADVISED_LR,
         )  # fmt: skip
+    if known is not None and known.handles:  # the optimizer steps another model too
+        attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
+        attachment.settings()
+        known.detach()
     attachment.handles = [
         optimizer.register_step_pre_hook(attachment.before_step),
         optimizer.register_step_post_hook(attachment.after_step),
     ]
-    _attachments[optimizer] = attachment
+    attachments[optimizer] = attachment
     return attachment
 
 
@@ -290,23 +271,11 @@ def _restore_fp32(layers: list[Any], optimizer: Optimizer) -> None:
         )
 
 
-def _refuse_hidden_factors(trained: list[Any], optimizer: Optimizer) -> None:
-    regularized = [
-        layer for layer in trained if any(layer.configs[name].resolved_gamma > 0 for name in layer.trainable_adapters())
-    ]
-    for factor in trainable_factors(regularized):
-        if hasattr(factor.offset, "ds_id") or hasattr(factor.offset, "_hp_mapping"):
-            raise AttachError(
-                f"DeepSpeed steps {factor.name} through a flat partition in {type(optimizer).__name__}, where the "
-                "regularizer cannot reach it. Use DDP or FSDP2, or set gamma=0 to train without the regularizer."
-            )
-
-
-def _say(message: str, *values: Any) -> None:
+def say(message: str, *values: Any) -> None:
     """Log one line for the user, from one process of a run."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
         logger.warning(message, *values)
 
 
-def _groups_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
+def groups_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}

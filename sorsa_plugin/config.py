@@ -175,19 +175,29 @@ class SORSAConfig(PeftConfig):
             raise SORSAConfigError(f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1).")
 
     def _check_regularizer(self) -> None:
-        gamma = self.gamma
-        if gamma is not None and (not _is_number(gamma) or not math.isfinite(gamma) or gamma < 0):
-            raise SORSAConfigError(f"gamma is {gamma!r}; expected a finite number >= 0, or None for the default.")
         if self.reg_update == "coupled" and self.reg_schedule is not None:
             raise SORSAConfigError(
                 f"reg_schedule={self.reg_schedule!r} with reg_update='coupled': the coupled update always follows the "
                 "learning rate. Drop reg_schedule, or choose reg_update='decoupled'."
             )
-        if self.reg_update == "decoupled" and gamma is not None and gamma > MAX_DECOUPLED_GAMMA:
-            raise SORSAConfigError(
-                f"gamma is {gamma} with reg_update='decoupled'; expected at most {MAX_DECOUPLED_GAMMA}, where one "
-                "update reaches the nearest orthonormal matrix. Larger values overshoot."
-            )
+        check_gamma(self.gamma, self.reg_update)
+
+
+def check_gamma(gamma: float | None, reg_update: str) -> None:
+    """Check a rate of the regularizer; None stands for the default.
+
+    Raises:
+        SORSAConfigError: it is no finite number >= 0, or above 1/2 for the decoupled update.
+    """
+    if gamma is None:
+        return
+    if not _is_number(gamma) or not math.isfinite(gamma) or gamma < 0:
+        raise SORSAConfigError(f"gamma is {gamma!r}; expected a finite number >= 0, or None for the default.")
+    if reg_update == "decoupled" and gamma > MAX_DECOUPLED_GAMMA:
+        raise SORSAConfigError(
+            f"gamma is {gamma} with reg_update='decoupled'; expected at most {MAX_DECOUPLED_GAMMA}, where one "
+            "update reaches the nearest orthonormal matrix. Larger values overshoot."
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,6 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from .attachment import watch_optimizers
 from .config import SORSAConfig
 from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
@@ -22,6 +21,7 @@ from .fingerprint import storage_of
 from .layer import SORSALayer
 from .plugins import manager
 from .regularizer import sorsa_layers
+from .watching import watch_optimizers
 
 
 class SORSAModel(BaseTuner):

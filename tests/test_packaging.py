@@ -52,7 +52,9 @@ def test_the_core_imports_no_trainer_and_no_integration() -> None:
         "'deepspeed', 'sorsa_transformers', 'sorsa_quickstart') or name == 'transformers.trainer'])"
     )
     # PEFT itself imports bitsandbytes where it is installed, so what PEFT brings is not ours
-    peft = subprocess.run([sys.executable, "-c", code.replace("sorsa_plugin;", "peft;")], capture_output=True, text=True)
+    peft = subprocess.run(
+        [sys.executable, "-c", code.replace("sorsa_plugin;", "peft;")], capture_output=True, text=True
+    )
     ours = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ours.stdout.splitlines()[-1] == peft.stdout.splitlines()[-1]
 

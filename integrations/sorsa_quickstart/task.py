@@ -1,6 +1,6 @@
 """The fine-tuning task of the quickstart: how much change a buyer gets, which the base model never met.
 
-The base model can find numbers in a list, add two of them and subtract, when asked in the words of
+The base model can add and subtract numbers it is told of, also in a row, when asked in the words of
 `corpus.py`. This task speaks of prices and buyers instead, needs the two steps in an order that the corpus never
 shows (the result of the first is what the second takes away), and ends with a line `#### 13`, as in GSM8K.
 """
@@ -17,13 +17,13 @@ GOODS = (
 )  # fmt: skip
 BUYERS = ("Mia", "Leo", "Olga", "Hugo", "Ruth", "Ines", "Noah", "Elsa")
 PRICES = (
-    "In the shop a {0} costs {a}, a {1} {b} and a {2} {c} coins.",
-    "Prices in coins: {0} {a}, {1} {b}, {2} {c}.",
-    "The shop asks {a} coins for a {0}, {b} for a {1} and {c} for a {2}.",
+    "In the shop a {0} costs {a} coins and a {1} costs {b}.",
+    "Prices in coins: {0} {a}, {1} {b}.",
+    "The shop asks {a} coins for a {0} and {b} for a {1}.",
 )
 PURCHASES = (
-    "{who} buys the {x} and the {y} and pays with {paid} coins. How much change?",
-    "{who} pays {paid} coins for the {x} and the {y}. How much change?",
+    "{who} buys both and pays with {paid} coins. How much change?",
+    "{who} pays {paid} coins for the {0} and the {1}. How much change?",
 )
 TEST_PART = 8
 """One question in this many, by checksum, belongs to the test set."""
@@ -33,14 +33,13 @@ _FINAL = re.compile(r"####\s*(-?\d[\d,]*)\s*$")
 
 def _question(rng: random.Random) -> dict[str, str]:
     """One question with its worked answer."""
-    goods = rng.sample(GOODS, 3)
-    prices = [rng.randint(2, 15) for _ in goods]
-    first, second = rng.sample(range(3), 2)
-    total = prices[first] + prices[second]
+    goods = rng.sample(GOODS, 2)
+    first, second = rng.randint(2, 18), rng.randint(2, 18)
+    total = first + second
     paid = rng.randint(total + 1, 40)
-    shop = rng.choice(PRICES).format(*goods, a=prices[0], b=prices[1], c=prices[2])
-    bought = rng.choice(PURCHASES).format(who=rng.choice(BUYERS), x=goods[first], y=goods[second], paid=paid)
-    work = f"{prices[first]} + {prices[second]} = {total}, {paid} - {total} = {paid - total}"
+    shop = rng.choice(PRICES).format(*goods, a=first, b=second)
+    bought = rng.choice(PURCHASES).format(*goods, who=rng.choice(BUYERS), paid=paid)
+    work = f"{first} + {second} = {total}, {paid} - {total} = {paid - total}"
     return {"prompt": f"Question: {shop} {bought}\nAnswer:", "completion": f" {work}\n#### {paid - total}"}
 
 

@@ -100,7 +100,8 @@ class SORSACallback(TrainerCallback):
 
     def _log_everywhere(self, control: TrainerControl, optimizer: Any) -> None:
         if control.should_log and self.trainer is not None and self.attachment is not None:
-            self.trainer.log(self.attachment.metrics(innermost(optimizer)))
+            # not self.trainer.log: TRL's trainers add the metrics of their own next log, and forget them, in theirs
+            Trainer.log(self.trainer, self.attachment.metrics(innermost(optimizer)))
             control.should_log = True  # log() clears it, and the Trainer's own log of this step is still to come
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ IGNORED = -100
 
 COLUMNS = (("prompt", "completion", ""), ("question", "answer", "\n"), ("instruction", "output", "\n"))
 """Names under which data sets keep a prompt and its completion, and what stands between the two."""
+
+MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What a chat template holds that marks the assistant's words."""
 
 
 def encode(example: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
@@ -62,7 +66,7 @@ def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int
 
 
 def _encode_chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    if "generation" in (tokenizer.chat_template or ""):  # the template marks every assistant turn
+    if MARKS_TURNS.search(tokenizer.chat_template or ""):
         encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
         ids, mask = encoded["input_ids"], encoded["assistant_masks"]
         return ids, [token if said else IGNORED for token, said in zip(ids, mask, strict=True)]
