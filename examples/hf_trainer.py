@@ -101,6 +101,7 @@ def main() -> None:
         gradient_checkpointing=options.gradient_checkpointing,
         eval_strategy="epoch" if held_out else "no",
         logging_steps=10,
+        logging_first_step=True,
         save_steps=200,
         save_total_limit=2,
         report_to=options.report_to,

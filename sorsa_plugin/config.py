@@ -17,7 +17,7 @@ RegSchedule = Literal["lr", "constant"]
 
 DEFAULT_GAMMA: dict[str, float] = {"coupled": 4e-4, "decoupled": 1e-2}
 """gamma where the config leaves it None: the published script's for coupled; measured for decoupled
-(benchmarks/decoupled_gamma.py)."""
+(benchmarks/quickstart_sweep.py)."""
 
 MAX_DECOUPLED_GAMMA = 0.5
 """At 1/2 the decoupled update is one Newton-Schulz step to the nearest orthonormal matrix; above it overshoots."""

@@ -18,7 +18,7 @@ def sorsa_commands(app: Any) -> None:
 
 def quickstart(
     adapter: str = typer.Option("sorsa", help="sorsa, or lora for comparison."),
-    steps: int = typer.Option(250, min=1, help="Optimizer steps."),
+    steps: int = typer.Option(150, min=1, help="Optimizer steps."),
     seed: int = typer.Option(0, min=0, help="The same seed gives the same numbers."),
     gamma: float | None = typer.Option(None, help="Rate of the orthonormal regularizer; default: the method's."),
     output: Path = typer.Option(Path("runs/quickstart"), help="Where the adapter is saved; replaced."),

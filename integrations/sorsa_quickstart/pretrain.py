@@ -9,159 +9,16 @@ import argparse
 import itertools
 import json
 import math
-import random
-import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sorsa_quickstart import corpus
-from sorsa_quickstart.corpus import Example
-from sorsa_quickstart.tokenizer import build_tokenizer
-
-POOL = 4000
-"""Examples drawn at a time, sorted by length so that a batch holds little padding."""
-
-
-Row = tuple[list[int], int]
-Batch = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that decides what comes out, besides the time allowed."""
-
-    seed: int = 0
-    vocab_size: int = 768
-    hidden: int = 128
-    layers: int = 4
-    heads: int = 4
-    inner: int = 384
-    tokens_per_batch: int = 2000
-    peak_rate: float = 3e-3
-    matrix_rate: float = 0.02
-    prompt_weight: float = 0.03
-    recall_share: float = 0.04
-
-
-@dataclass
-class Progress:
-    """How far the training is; `error` is the smoothed loss of the answers."""
-
-    step: int = 0
-    seen: int = 0
-    error: float = 0.0
-
-    def copies(self) -> bool:
-        """Whether the model has learned to copy from the context."""
-        return self.step > 100 and self.error < 0.3
-
-    def note(self, error: float, tokens: int) -> None:
-        """Counts one step."""
-        self.error = 0.95 * self.error + 0.05 * error if self.step else error
-        self.step += 1
-        self.seen += tokens
-
-
-def build_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A small Llama with freshly drawn weights."""
-    torch.manual_seed(settings.seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=settings.hidden,
-        intermediate_size=settings.inner,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.04,
-    )
-    model = LlamaForCausalLM(config)
-    start_looking_back(model, heads=2)
-    model.generation_config.do_sample = False
-    model.generation_config.max_new_tokens = 64
-    return model
-
-
-@torch.no_grad()
-def start_looking_back(model: LlamaForCausalLM, heads: int) -> None:
-    """Lets head n of the first layer attend to the token n + 1 places back from the start.
-
-    Copying from the context is built on such heads, and a small model spends most of a short training on finding
-    them. Every embedding gets the same constant part; queries and keys read it, and a rotary turn by the distance
-    makes their product largest there. Nothing keeps the heads so: they are trained like all others.
-    """
-    attention, table = model.model.layers[0].self_attn, model.model.embed_tokens.weight
-    size, width = attention.head_dim, table.shape[1]
-    constant = torch.where(torch.rand(width) < 0.5, -1.0, 1.0)
-    table.add_(table.std() * constant)
-    turns = 10000.0 ** (-torch.arange(0, size, 2) / size)
-    weight = torch.where(turns > 0.1, 1.0, 0.3)
-    for head in range(heads):
-        query = torch.cat([weight, torch.zeros(size // 2)])
-        key = torch.cat([weight * torch.cos((head + 1) * turns), weight * torch.sin((head + 1) * turns)])
-        rows = slice(head * size, (head + 1) * size)
-        for linear, direction in ((attention.q_proj, query), (attention.k_proj, key)):
-            linear.weight[rows].mul_(0.1).add_(7.5 * 2**0.5 / width * torch.outer(direction, constant))
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, examples: list[Example], bare: random.Random) -> list[Row]:
-    """Token ids of every example with the length of its prompt; one in ten lacks the start token."""
-    prompts = tokenizer([e.prompt for e in examples])["input_ids"]
-    answers = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
-    rows = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        start = 1 if bare.random() < 0.1 else 0
-        rows.append((prompt[start:] + answer + [tokenizer.eos_token_id], len(prompt) - start))
-    return rows
-
-
-def recall_batch(rng: random.Random, settings: Settings, first: int) -> Batch:
-    """Random tokens, then the same again: the densest lesson in copying from the context."""
-    length = rng.randint(6, 24)
-    rows = settings.tokens_per_batch // (2 * length)
-    seen = torch.tensor([[rng.randrange(first, settings.vocab_size) for _ in range(length)] for _ in range(rows)])
-    mark = torch.full((rows, 1), 1)
-    weights = torch.zeros(rows, 2 * length + 2)
-    weights[:, length + 3 :] = 1.0
-    return torch.cat([mark, seen, mark + 1, seen], dim=1), weights
-
-
-def batches(tokenizer: PreTrainedTokenizerFast, settings: Settings, progress: Progress) -> Iterator[Batch]:
-    """An endless stream of (token ids, loss weights), each batch of examples of about the same length."""
-    rng = random.Random(settings.seed)
-    stream = corpus.generate(settings.seed)
-    specials = len(tokenizer.all_special_ids)
-    while not progress.copies():
-        yield recall_batch(rng, settings, specials)
-    while True:
-        examples = list(itertools.islice(stream, POOL))
-        rows = sorted(encode(tokenizer, examples, rng), key=lambda row: len(row[0]))
-        groups: list[list[Row]] = [[]]
-        for row in rows:
-            if (len(groups[-1]) + 1) * len(row[0]) > settings.tokens_per_batch:
-                groups.append([])
-            groups[-1].append(row)
-        rng.shuffle(groups)
-        for group in groups:
-            if rng.random() < settings.recall_share:
-                yield recall_batch(rng, settings, specials)
-            width = max(len(ids) for ids, _ in group)
-            tokens = torch.full((len(group), width), tokenizer.pad_token_id)
-            weights = torch.zeros(len(group), width)
-            for place, (ids, prompt) in enumerate(group):
-                tokens[place, : len(ids)] = torch.tensor(ids)
-                weights[place, :prompt] = settings.prompt_weight
-                weights[place, prompt : len(ids)] = 1.0
-            yield tokens, weights
+from . import corpus
+from .architecture import Settings, build_model, build_optimizers, save
+from .batching import Batch, Progress, batches
+from .tokenizer import build_tokenizer
 
 
 def losses(model: LlamaForCausalLM, batch: Batch) -> tuple[torch.Tensor, float]:
@@ -207,34 +64,6 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: 
         right = [s.strip() == e.completion.strip() for s, e in zip(said, examples, strict=True)]
         shares[skill] = sum(right) / count
     return shares
-
-
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes the model in bfloat16 and the tokenizer, replacing the folder in one go."""
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
-    copy.load_state_dict(model.state_dict())
-    copy.generation_config = model.generation_config
-    copy.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    for file in part.iterdir():
-        file.chmod(0o644)  # safetensors writes files that only their owner may read
-    shutil.rmtree(out, ignore_errors=True)
-    part.rename(out)
-
-
-def build_optimizers(model: LlamaForCausalLM, settings: Settings) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, which learns to look up much sooner, and AdamW for the rest."""
-    inside = {id(p) for p in model.model.layers.parameters() if p.dim() == 2}
-    matrices = [p for p in model.parameters() if id(p) in inside]
-    others = [p for p in model.parameters() if id(p) not in inside]
-    inner = {"params": matrices, "peak": settings.matrix_rate}
-    outer = {"params": others, "peak": settings.peak_rate}
-    return [
-        torch.optim.Muon([inner], weight_decay=0.05),
-        torch.optim.AdamW([outer], betas=(0.9, 0.98), weight_decay=0.0),
-    ]
 
 
 def train(settings: Settings, minutes: float, out: Path, save_every: float) -> None:
@@ -290,10 +119,11 @@ language model**: it was trained on generated text only (`sorsa_quickstart/corpu
 few numbers and words, and knows nothing else. It was trained from nothing; no other model's weights and no
 collected text are in it. Licence: Apache-2.0.
 
-Made with `python -m sorsa_quickstart.pretrain --minutes {minutes:g} --seed {settings.seed}` on one CPU core:
-{progress.step} steps, {progress.seen} tokens, {settings.layers} layers of width {settings.hidden}, a vocabulary
-of {settings.vocab_size} (byte-level, one token a digit). The run is limited by time, so another machine takes
-another number of steps and gets other weights. The weights are stored in bfloat16.
+Made with `python -m sorsa_quickstart.pretrain --minutes {minutes:g} --seed {settings.seed}` on one shared CPU
+core: {progress.step} steps, {progress.seen} tokens, {settings.layers} layers of width {settings.hidden}, a vocabulary
+of {settings.vocab_size} (byte-level, one token a digit), Muon for the layers' matrices and AdamW for the rest. The
+run is limited by time, so another machine takes another number of steps and gets other weights. The weights are
+stored in bfloat16. The words of the fine-tuning task (`sorsa_quickstart/task.py`) are not in the corpus.
 
 Held-out questions whose whole answer is right (500 a skill, greedy, the stored weights loaded as float32):
 

@@ -27,7 +27,7 @@ from .task import is_correct, test_examples, train_examples
 RANK = 16
 BATCH = 32
 LEARNING_RATES = {"sorsa": 2e-3, "lora": 5e-3}
-"""Tuned alike on the task's training part (benchmarks/quickstart_lr.py)."""
+"""Tuned alike: benchmarks/quickstart_sweep.py --what lr."""
 
 TEST_QUESTIONS = 150
 SHOWN = 3
@@ -131,7 +131,7 @@ def training_arguments(output: Path, steps: int, seed: int, learning_rate: float
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(0.03 * steps)),
         weight_decay=0.0,
-        logging_steps=max(1, min(25, steps // 5)),
+        logging_steps=max(1, min(10, steps // 5)),
         save_strategy="no",
         report_to="none",
         seed=seed,

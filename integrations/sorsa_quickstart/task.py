@@ -26,13 +26,13 @@ PURCHASES = (
     "{who} pays {paid} coins for the {0} and the {1}. How much change?",
 )
 TEST_PART = 8
-"""One question in this many, by checksum, belongs to the test set."""
+"""One question in this many belongs to the test set, by the checksum of its sums: they are never trained on."""
 
 _FINAL = re.compile(r"####\s*(-?\d[\d,]*)\s*$")
 
 
-def _question(rng: random.Random) -> dict[str, str]:
-    """One question with its worked answer."""
+def _question(rng: random.Random) -> tuple[dict[str, str], bool]:
+    """One question with its worked answer, and whether it belongs to the test set."""
     goods = rng.sample(GOODS, 2)
     first, second = rng.randint(2, 18), rng.randint(2, 18)
     total = first + second
@@ -40,7 +40,8 @@ def _question(rng: random.Random) -> dict[str, str]:
     shop = rng.choice(PRICES).format(*goods, a=first, b=second)
     bought = rng.choice(PURCHASES).format(*goods, who=rng.choice(BUYERS), paid=paid)
     work = f"{first} + {second} = {total}, {paid} - {total} = {paid - total}"
-    return {"prompt": f"Question: {shop} {bought}\nAnswer:", "completion": f" {work}\n#### {paid - total}"}
+    example = {"prompt": f"Question: {shop} {bought}\nAnswer:", "completion": f" {work}\n#### {paid - total}"}
+    return example, zlib.crc32(work.encode()) % TEST_PART == 0
 
 
 def _examples(count: int, seed: int, test: bool) -> list[dict[str, str]]:
@@ -50,8 +51,8 @@ def _examples(count: int, seed: int, test: bool) -> list[dict[str, str]]:
     rng = random.Random(f"change/{seed}/{test}")
     found: dict[str, dict[str, str]] = {}
     while len(found) < count:
-        example = _question(rng)
-        if (zlib.crc32(example["prompt"].encode()) % TEST_PART == 0) == test:
+        example, held_out = _question(rng)
+        if held_out == test:
             found[example["prompt"]] = example
     return list(found.values())
 
@@ -66,7 +67,7 @@ def train_examples(count: int = 4000, seed: int = 0) -> list[dict[str, str]]:
 
 
 def test_examples(count: int = 150, seed: int = 0) -> list[dict[str, str]]:  # noqa: PT028
-    """Held-out examples; none of them can occur among the training examples of any seed."""
+    """Held-out examples; no training example of any seed has the same three numbers in the same order."""
     return _examples(count, seed, test=True)
 
 

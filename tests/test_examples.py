@@ -1,0 +1,92 @@
+"""The examples run as a user runs them: as scripts, on files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_llama
+from peft import PeftConfig
+from transformers import AutoTokenizer
+
+from sorsa_quickstart.answering import BASE
+from sorsa_quickstart.task import train_examples
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run_script(name: str, *options: object) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, options)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def gsm8k_like(count: int) -> list[dict]:
+    """Rows in GSM8K's columns and answer format."""
+    return [{"question": row["prompt"], "answer": row["completion"]} for row in train_examples(count)]
+
+
+def chat(count: int) -> list[dict]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["completion"]},
+            ]
+        }
+        for row in train_examples(count)
+    ]
+
+
+@pytest.mark.parametrize("rows", [gsm8k_like(80), chat(80)], ids=["question-answer", "chat"])
+def test_hf_trainer_lowers_the_loss_on_the_embedded_base(rows, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    options = ["--model", BASE, "--data", data, "--output", tmp_path / "run", "--rank", 8, "--lr", 2e-3]
+    run_script("hf_trainer.py", *options, "--epochs", 2, "--batch", 8)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 18  # 72 rows left after the held-out tenth
+    assert summary["eval_loss_after"] < summary["eval_loss_before"]
+    assert PeftConfig.from_pretrained(str(tmp_path / "run" / "adapter")).r == 8
+
+
+def test_hf_trainer_runs_on_a_random_model_and_resumes(tmp_path):
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    data = write_jsonl(tmp_path / "data.jsonl", gsm8k_like(40))
+    options = ["--model", base, "--data", data, "--output", tmp_path / "run", "--rank", 4, "--max-length", 64]
+    run_script("hf_trainer.py", *options, "--max-steps", 3)
+    run_script("hf_trainer.py", *options, "--max-steps", 5, "--resume")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 5
+    state = json.loads((tmp_path / "run" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["global_step"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sorsa", "lora"])
+def test_minilms_real_weights_learn_to_count_the_steps_of_a_solution(method, tmp_path):
+    rows = []
+    for index, row in enumerate(train_examples(400)):
+        steps = 1 + index % 3  # a target that the words tell: one more sentence a step
+        rows.append({"question": row["prompt"] + " Then add one." * (steps - 1), "answer": "<<" * steps})
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    output = tmp_path / "run"
+    run_script(
+        "minilm_regression.py", "--data", data, "--method", method, "--steps", 60, "--examples", 400, "--output", output
+    )
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["pearson_after"] > 0.8
+    assert summary["mse_after"] < 0.5 * summary["mse_before"]
