@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-from sorsa_plugin import SORSAConfig  # (1) importing it makes SORSA a PEFT type
+from sorsa_plugin import SORSAConfig, gaps  # (1) importing it makes SORSA a PEFT type
 from sorsa_transformers import SORSACallback, last_complete_checkpoint
 from sorsa_transformers.data import encode_all
 
@@ -118,21 +118,20 @@ def main() -> None:
     trainer.add_callback(SORSACallback(trainer))  # (3) optional: logs the gaps; the regularizer attaches itself
     before = trainer.evaluate()["eval_loss"] if held_out else math.nan
     checkpoint = last_complete_checkpoint(options.output) if options.resume else None  # (4) never a half-written one
-    trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"] if held_out else math.nan
     trainer.save_model(str(options.output / "adapter"))
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    gaps = [entry["sorsa/gap_mean"] for entry in trainer.state.log_history if "sorsa/gap_mean" in entry]
+    final_gaps = gaps(model).values()
     summary = {
         "examples": len(train),
         "steps": trainer.state.global_step,
-        "train_loss_first": losses[0],
-        "train_loss_last": losses[-1],
+        "train_loss": result.training_loss,
         "eval_loss_before": before,
         "eval_loss_after": after,
-        "gap_mean": gaps[-1],
-        "seconds": trainer.state.log_history[-1].get("train_runtime"),
+        "gap_mean": sum(final_gaps) / len(final_gaps),
+        "gap_max": max(final_gaps),
+        "seconds": result.metrics["train_runtime"],
     }
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))

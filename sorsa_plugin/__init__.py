@@ -8,6 +8,7 @@ from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
 from .errors import SORSAError  # noqa: E402
+from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
 from .model import SORSAModel  # noqa: E402
@@ -19,12 +20,14 @@ register()
 
 __all__ = [
     "Attachment",
+    "ExportReport",
     "SORSAConfig",
     "SORSAError",
     "SORSALayer",
     "SORSAModel",
     "attach",
     "captured_energy",
+    "export_lora",
     "factorise",
     "gaps",
     "hookimpl",

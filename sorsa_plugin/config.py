@@ -15,7 +15,7 @@ SvdMethod = Literal["auto", "exact", "randomized"]
 RegUpdate = Literal["coupled", "decoupled"]
 RegSchedule = Literal["lr", "constant"]
 
-DEFAULT_GAMMA: dict[str, float] = {"coupled": 4e-4, "decoupled": 1e-2}
+DEFAULT_GAMMA: dict[str, float] = {"coupled": 4e-4, "decoupled": 0.1}
 """gamma where the config leaves it None: the published script's for coupled; measured for decoupled
 (benchmarks/quickstart_sweep.py)."""
 

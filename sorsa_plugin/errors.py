@@ -28,7 +28,15 @@ class FactorsNotLoadedError(SORSAError, RuntimeError):
 
 
 class IncompleteAdapterError(SORSAError, RuntimeError):
-    """An adapter file lacks tensors of a layer, or holds tensors of another shape."""
+    """An adapter file cannot be read, lacks tensors of a layer, or holds tensors of another shape or without values."""
+
+
+class ForeignAdapterError(SORSAError, ValueError):
+    """A directory or file holds no SORSA adapter, or one of another method."""
+
+
+class OutputExistsError(SORSAError, FileExistsError):
+    """What would be written is there already."""
 
 
 class BaseMismatchError(SORSAError, RuntimeError):

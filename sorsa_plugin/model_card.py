@@ -32,7 +32,9 @@ base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 ```
 
-Without the package: merge it once with `model.merge_and_unload()` and save the result, a plain model.
+Without the package: `sorsa export-lora path/to/this/adapter -o lora` writes it as an ordinary LoRA of twice the rank,
+exactly, which PEFT, vLLM, TGI and llama.cpp load. Or merge it once with `model.merge_and_unload()` and save the result,
+a plain model.
 
 ```bibtex
 @article{{cao2024sorsa,

@@ -18,12 +18,13 @@ def manager() -> pluggy.PluginManager:
     Raises:
         PluginError: an installed plug-in could not be imported.
     """
-    from . import attachment, linear
+    from . import attachment, commands, linear
 
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(hookspecs)
     plugins.register(linear, "sorsa_plugin.linear")
     plugins.register(attachment, "sorsa_plugin.attachment")
+    plugins.register(commands, "sorsa_plugin.commands")
     try:
         plugins.load_setuptools_entrypoints(GROUP)
     except Exception as error:

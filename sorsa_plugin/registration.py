@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -32,9 +33,17 @@ def add_peft_type() -> None:
 
 
 def register() -> None:
-    """Register config and model with PEFT; a second call, or a PEFT that ships SORSA itself, changes nothing."""
+    """Register config and model with PEFT; a second call changes nothing, and a PEFT that ships SORSA itself keeps its
+    own, with a warning."""
     from .config import SORSAConfig
     from .model import SORSAModel
 
-    if PeftType[NAME] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
+    if known is None:
         register_peft_method(name=NAME.lower(), config_cls=SORSAConfig, model_cls=SORSAModel)
+    elif known is not SORSAConfig:
+        warnings.warn(
+            f"PEFT already has a method called {NAME} ({known.__module__}), so sorsa_plugin did not register its own. "
+            "Use PEFT's, or a PEFT without it.",
+            stacklevel=2,
+        )

@@ -1,0 +1,44 @@
+"""The package's own commands of the `sorsa` command line; each loads what it needs when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .hookspecs import hookimpl
+
+
+@hookimpl
+def sorsa_commands(app: Any) -> None:
+    """`sorsa export-lora`."""
+    app.command("export-lora")(export_lora)
+
+
+def export_lora(
+    adapter: Path = typer.Argument(..., help="Directory of a saved SORSA adapter."),
+    output: Path = typer.Option(..., "--output", "-o", help="Directory to make; it may exist and be empty."),
+    rank: int | None = typer.Option(None, help="Truncate to this rank; default: the exact LoRA, of rank 2r."),
+) -> None:
+    """Write an adapter as a plain LoRA, which PEFT, vLLM, TGI and llama.cpp load without this package."""
+    from .errors import SORSAError
+    from .export import export_lora as export
+
+    try:
+        report = export(adapter, output, rank=rank)
+    except SORSAError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"LoRA of rank {report.rank} (alpha {report.rank}, scale 1) for {len(report.layers)} layers in "
+        f"{report.output}: {report.bytes / 2**20:.1f} MiB."
+    )
+    if report.relative_error:
+        worst = max(report.layers, key=lambda layer: layer.relative_error)
+        typer.echo(
+            f"Truncated: relative error {report.relative_error:.3g} of the change (Frobenius norm), the smallest "
+            f"possible at this rank; at worst {worst.relative_error:.3g}, in {worst.name}."
+        )
+    else:
+        typer.echo("Exact: nothing was truncated.")

@@ -1,0 +1,383 @@
+"""A SORSA adapter as a plain LoRA of rank 2r, made from the adapter's two files; knows no model and no base weight.
+
+The change L R^T (`lowrank.py`) is a LoRA as it stands: lora_B = L, lora_A = R^T, scale 1. The columns of the pair are
+balanced by powers of two, which is exact, so that loaders that round to 16 bits lose no small columns. Layers of lower
+rank are padded with zeros, which is exact too: vLLM, TGI and llama.cpp know one rank and alpha per adapter, so there
+is no rank_pattern in what is written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from .config import SORSAConfig
+from .errors import ForeignAdapterError, IncompleteAdapterError, OutputExistsError, RankError
+from .factors import FROZEN, OFFSETS, SORSAFactors
+from .lowrank import Parts
+from .tensor_file import Entry, write_tensors
+
+logger = logging.getLogger(__name__)
+
+VLLM_DEFAULT_RANK = 16
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank (`MaxLoRARanks` in its config/lora.py) from its default up."""
+
+ROOT = "base_model.model."
+FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
+
+CARD = """---
+{base}library_name: peft
+tags:
+- lora
+- sorsa
+---
+
+# LoRA of rank {rank}, exported from a SORSA adapter
+
+Made by `sorsa export-lora` (SORSA: [arXiv 2409.00055](https://arxiv.org/abs/2409.00055)). It is an ordinary LoRA:
+r = lora_alpha = {rank}, so its scale is 1. Relative error of the change (Frobenius norm): {error}.
+"""
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of an export."""
+
+    name: str
+    rank: int
+    """Rank of the layer's change in the LoRA, before padding."""
+    norm: float
+    """||L R^T||_F of the layer's change."""
+    relative_error: float
+    """||L R^T - B A||_F / ||L R^T||_F, which is the smallest possible at this rank; 0 when not truncated."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote."""
+
+    output: Path
+    rank: int
+    """r and lora_alpha of the LoRA."""
+    layers: tuple[ExportedLayer, ...]
+    relative_error: float
+    """The same over all layers together."""
+    bytes: int
+    """Size of adapter_model.safetensors."""
+    carried: tuple[str, ...]
+    """Tensors copied verbatim: those of modules_to_save, and embeddings that PEFT saved."""
+
+
+def export_lora(
+    adapter_dir: str | PathLike[str], output_dir: str | PathLike[str], *, rank: int | None = None
+) -> ExportReport:
+    """Write a SORSA adapter as a LoRA that PEFT, vLLM, TGI and llama.cpp load without this package.
+
+    Works layer by layer on the files; the output appears complete or not at all. A file that lacks whole layers cannot
+    be told from an adapter without them: what is there is exported.
+
+    Args:
+        adapter_dir: directory of the adapter's adapter_config.json and adapter_model.safetensors.
+        output_dir: directory to make; it may exist and be empty.
+        rank: the LoRA's rank at most; None, or 2r and more, is exact. Below, each layer is truncated optimally, by the
+            singular values of a 2r x 2r matrix.
+
+    Raises:
+        ForeignAdapterError: there is no adapter, or one of another method.
+        IncompleteAdapterError: the files are damaged, or do not belong together.
+        OutputExistsError: the output exists and is not an empty directory.
+        RankError: rank is no integer >= 1.
+    """
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise RankError(f"rank is {rank!r}; expected an integer >= 1, or None for the exact LoRA of rank 2r.")
+    source, output = Path(adapter_dir), Path(output_dir).resolve()
+    config = _read_config(source)
+    _refuse_occupied(output)
+    with _open_tensors(source) as file:
+        ranks, carried = _survey(file, config)
+        full = 2 * max(ranks.values())
+        lora_rank = full if rank is None else min(rank, full)
+        exported: list[ExportedLayer] = []
+        with _appearing_whole(output) as directory:
+            size = write_tensors(
+                directory / SAFETENSORS_WEIGHTS_NAME,
+                _entries(file, ranks, carried, lora_rank),
+                _tensors(file, ranks, carried, lora_rank, exported),
+            )
+            error = _total_error(exported)
+            (directory / "README.md").write_text(_card(config, lora_rank, error), encoding="utf-8")
+            _lora_config(config, list(ranks), lora_rank).save_pretrained(str(directory))  # last: without it no adapter
+    _warn_about_servers(lora_rank, carried)
+    return ExportReport(output, lora_rank, tuple(exported), error, size, tuple(carried))
+
+
+# -- the pair --------------------------------------------------------------------------------------------------------
+
+
+def balance(L: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair with column norms alike, scaled by powers of two: L R^T stays what it is, bit for bit, short of
+    underflow."""
+    ratio = R.double().norm(dim=0) / L.double().norm(dim=0)
+    exponent = ratio.log2().div(2).round()
+    scale = torch.where(exponent.isfinite(), exponent, 0.0).exp2().to(L.dtype)
+    return L * scale, R / scale
+
+
+def truncate(L: torch.Tensor, R: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The best approximation of L R^T of the given rank, from the triplets of a small matrix.
+
+    With L = Q1 T1 and R = Q2 T2, the singular values of L R^T are those of T1 T2^T (2r x 2r).
+
+    Args:
+        L: (out x 2r).
+        R: (in x 2r).
+        rank: columns to keep.
+
+    Returns:
+        The balanced pair (out x rank), (in x rank), in the dtype given, and all singular values in float64.
+    """
+    Q1, T1 = torch.linalg.qr(L.double())
+    Q2, T2 = torch.linalg.qr(R.double())
+    U, S, Vh = torch.linalg.svd(T1 @ T2.mT, full_matrices=False)
+    root = S[:rank].sqrt()
+    return ((Q1 @ U[:, :rank]) * root).to(L.dtype), ((Q2 @ Vh[:rank].mT) * root).to(R.dtype), S
+
+
+def _norm(L: torch.Tensor, R: torch.Tensor) -> float:
+    """||L R^T||_F in float64, from the two Gram matrices."""
+    L, R = L.double(), R.double()
+    return math.sqrt(max(0.0, float(((L.mT @ L) * (R.mT @ R)).sum())))
+
+
+def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, ExportedLayer]:
+    """lora_A (rank x in) and lora_B (out x rank) of a layer."""
+    prefix = f"{ROOT}{layer}.sorsa_factors."
+    L, R = Parts(*(file.get_tensor(prefix + name).float() for name in Parts._fields)).pair()
+    if not (L.isfinite().all() and R.isfinite().all()):
+        raise IncompleteAdapterError(
+            f"The factors of {layer} hold NaN or infinity; expected finite numbers. The training run diverged or the "
+            "file was damaged: export an earlier checkpoint."
+        )
+    norm, error = _norm(L, R), 0.0
+    if rank < 2 * own_rank:
+        L, R, S = truncate(L, R, rank)
+        error = float(S[rank:].norm()) / norm if norm else 0.0
+    else:
+        L, R = balance(L, R)
+    kept = L.shape[1]
+    L, R = (torch.nn.functional.pad(part, (0, rank - part.shape[1])) for part in (L, R))
+    return R.mT, L, ExportedLayer(layer, kept, norm, error)
+
+
+def _tensors(
+    file: Any, ranks: dict[str, int], carried: list[str], rank: int, exported: list[ExportedLayer]
+) -> Iterator[torch.Tensor]:
+    """The tensors of `_entries`, one layer in memory at a time; what is found out on the way goes into `exported`."""
+    for layer, own_rank in ranks.items():
+        A, B, done = _convert(file, layer, own_rank, rank)
+        exported.append(done)
+        yield A
+        yield B
+    for name in carried:
+        yield file.get_tensor(name)
+
+
+def _entries(file: Any, ranks: dict[str, int], carried: list[str], rank: int) -> list[Entry]:
+    entries = []
+    for layer in ranks:
+        out, inner = (file.get_slice(f"{ROOT}{layer}.sorsa_factors.{name}").get_shape()[0] for name in ("U0", "V0"))
+        entries.append(Entry(f"{ROOT}{layer}.lora_A.weight", "F32", (rank, inner), 4 * rank * inner))
+        entries.append(Entry(f"{ROOT}{layer}.lora_B.weight", "F32", (out, rank), 4 * rank * out))
+    for name in carried:
+        view = file.get_slice(name)
+        entries.append(Entry(name, view.get_dtype(), tuple(view.get_shape()), file.get_tensor(name).nbytes))
+    return entries
+
+
+def _total_error(layers: list[ExportedLayer]) -> float:
+    lost = math.hypot(*(layer.norm * layer.relative_error for layer in layers))
+    return lost / math.hypot(*(layer.norm for layer in layers)) if lost else 0.0
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read_config(source: Path) -> SORSAConfig:
+    path = source / CONFIG_NAME
+    if not path.is_file():
+        below = sorted(child.parent.name for child in source.glob(f"*/{CONFIG_NAME}"))
+        remedy = f"Its adapters are in {', '.join(below)}: give one of these." if below else "Give the directory."
+        raise ForeignAdapterError(f"{source} holds no {CONFIG_NAME}; expected the directory of an adapter. {remedy}")
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        kind = options["peft_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise IncompleteAdapterError(
+            f"{path} cannot be read as an adapter's configuration ({error!r}); expected JSON with a peft_type. Take "
+            "it from the original run again."
+        ) from error
+    if kind != "SORSA":
+        raise ForeignAdapterError(
+            f"{path} says peft_type {kind!r}; expected 'SORSA'. A LoRA needs no export, and other methods have "
+            "peft.convert_to_lora."
+        )
+    return SORSAConfig.from_pretrained(str(source))
+
+
+@contextmanager
+def _open_tensors(source: Path) -> Iterator[Any]:
+    path = source / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        found = ", ".join(sorted(child.name for child in source.glob("adapter_model*"))) or "no adapter_model file"
+        raise IncompleteAdapterError(
+            f"{source} holds {found}; expected {path.name}. Save the adapter with save_pretrained(directory), which "
+            "writes safetensors."
+        )
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise IncompleteAdapterError(
+            f"{path} cannot be read ({error}); expected a complete safetensors file. It is truncated or was damaged: "
+            "take it from the original run again."
+        ) from error
+    with file:
+        yield file
+
+
+def _survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
+    """Every layer's rank r, and the names of the tensors to copy, after all names and shapes have been checked.
+
+    Raises:
+        ForeignAdapterError, IncompleteAdapterError: see `export_lora`.
+    """
+    shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    matches = {name: FACTOR.fullmatch(name) for name in shapes}
+    parts = (*OFFSETS, *FROZEN)
+    layers = dict.fromkeys(match["layer"] for match in matches.values() if match and match["part"] in parts)
+    carried = [name for name, match in matches.items() if not match]
+    unknown = [name for name, match in matches.items() if match and match["part"] not in parts]
+    methods = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    strange = [
+        name for name in carried if not name.startswith(ROOT) or any(method in name for method in methods)
+    ] + unknown
+    if strange or not layers:
+        found = strange[0] if strange else ", ".join(list(shapes)[:1]) or "no tensor"
+        raise ForeignAdapterError(
+            f"The adapter file holds {found}, and factors of {len(layers)} SORSA layers; expected names such as "
+            f"{ROOT}<layer>.sorsa_factors.dU. It was written by another method: take the file that belongs to the "
+            f"{CONFIG_NAME} beside it."
+        )
+    ranks = {}
+    for layer in layers:
+        prefix = f"{ROOT}{layer}.sorsa_factors."
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer), config.r)
+        rows = [next(iter(shapes[prefix + name].shape), 0) if prefix + name in shapes else 0 for name in ("U0", "V0")]
+        SORSAFactors(rows[0], rows[1], rank, "meta").names_in(shapes, prefix)
+        selected = config.target_modules in (None, "all-linear") or check_target_module_exists(config, layer)
+        if not selected:
+            raise IncompleteAdapterError(
+                f"The adapter file has factors of {layer}, which target_modules in {CONFIG_NAME} does not select. The "
+                "two belong to different adapters: take both from the original run again."
+            )
+        ranks[layer] = rank
+    if config.modules_to_save and not any(f"{name}." in key for name in config.modules_to_save for key in carried):
+        raise IncompleteAdapterError(
+            f"The adapter file has no tensors for modules_to_save={config.modules_to_save}; expected those of one "
+            "module at least. It is truncated or was edited: take it from the original run again."
+        )
+    carried.sort(key=lambda name: (-file.get_tensor(name).element_size(), name))  # aligned; see `write_tensors`
+    return ranks, carried
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _refuse_occupied(output: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        kind = "is not empty" if output.is_dir() else "is a file"
+        raise OutputExistsError(f"{output} {kind}; expected a new or empty directory. Remove it, or choose another.")
+
+
+@contextmanager
+def _appearing_whole(output: Path) -> Iterator[Path]:
+    """A hidden directory beside `output` that takes its name when everything in it is written, or goes away."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        _refuse_occupied(output)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfig:
+    """The LoRA's configuration: no option beyond what PEFT's LoRA knows, and the shortest honest target_modules."""
+    targets: Any = config.target_modules
+    if not isinstance(targets, set) or config.exclude_modules or config.layers_to_transform is not None:
+        targets = layers
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=config.sorsa_dropout,
+        target_modules=[],
+        fan_in_fan_out=config.fan_in_fan_out,
+        modules_to_save=config.modules_to_save,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        auto_mapping=config.auto_mapping,
+    )
+    # A regular expression or a choice of layers is spelled out: not every server reads those. Sorted: PEFT's own set
+    # has another order in every process.
+    lora.target_modules = sorted(targets)
+    return lora
+
+
+def _card(config: SORSAConfig, rank: int, error: float) -> str:
+    name = config.base_model_name_or_path
+    base = f"base_model: {json.dumps(name)}\n" if name else ""
+    return CARD.format(base=base, rank=rank, error=f"{error:.3g}, truncated" if error else "none, it is exact")
+
+
+def _warn_about_servers(rank: int, carried: list[str]) -> None:
+    if rank > VLLM_RANKS[-1]:
+        logger.warning(
+            "The LoRA has rank %d, and vLLM takes at most %d. Truncate it with --rank %d, or merge the adapter into "
+            "the base model for vLLM.", rank, VLLM_RANKS[-1], VLLM_RANKS[-1],
+        )  # fmt: skip
+    elif rank > VLLM_DEFAULT_RANK:
+        enough = next(known for known in VLLM_RANKS if known >= rank)
+        logger.warning(
+            "The LoRA has rank %d, and vLLM's default --max-lora-rank is %d. Start it with --max-lora-rank %d, or "
+            "truncate with --rank %d.", rank, VLLM_DEFAULT_RANK, enough, VLLM_DEFAULT_RANK,
+        )  # fmt: skip
+    if carried:
+        logger.warning(
+            "The LoRA carries %d whole tensors (modules_to_save or embeddings), the first of them %s: PEFT loads them, "
+            "vLLM, TGI and llama.cpp refuse or ignore them. Merge the adapter into the base model for those.",
+            len(carried), carried[0],
+        )  # fmt: skip
