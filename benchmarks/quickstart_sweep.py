@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import write
 from peft import get_peft_model
 from rich.console import Console
@@ -59,14 +58,14 @@ def train(steps: int, questions: int, settings: dict[str, Any]) -> dict[str, Any
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     examples = test_examples(questions)
-    values = list(gaps(model).values()) if settings["adapter"] == "sorsa" else [float("nan")]
+    values = list(gaps(model).values()) if settings["adapter"] == "sorsa" else []
     return {
         **settings,
         "lr": lr,
         "accuracy": quickstart.accuracy(examples, answer(model, tokenizer, examples)),
         "loss": losses[-1],
-        "gap_mean": float(torch.tensor(values).mean()),
-        "gap_max": max(values),
+        "gap_mean": sum(values) / len(values) if values else None,
+        "gap_max": max(values, default=None),
     }
 
 
@@ -92,8 +91,7 @@ def main() -> None:
             f"{row['lr']:g}",
             f"{row['accuracy']:.0%}",
             f"{row['loss']:.4f}",
-            f"{row['gap_mean']:.4f}",
-            f"{row['gap_max']:.4f}",
+            *("" if row[name] is None else f"{row[name]:.4f}" for name in ("gap_mean", "gap_max")),
         )
     Console().print(table)
     write(f"quickstart_{options.what}", {"steps": options.steps, "questions": options.questions, "rows": rows})

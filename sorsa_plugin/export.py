@@ -377,7 +377,7 @@ def _warn_about_servers(rank: int, carried: list[str]) -> None:
         )  # fmt: skip
     if carried:
         logger.warning(
-            "The LoRA carries %d whole tensors (modules_to_save or embeddings), the first of them %s: PEFT loads them, "
+            "The LoRA also carries whole tensors (modules_to_save or embeddings; %d, the first is %s). PEFT loads them; "
             "vLLM, TGI and llama.cpp refuse or ignore them. Merge the adapter into the base model for those.",
             len(carried), carried[0],
         )  # fmt: skip

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from .hookspecs import hookimpl
 from .layer import SORSALayer
 from .lowrank import add_low_rank
+from .mixed_batch import rows_by_adapter
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -26,17 +27,37 @@ class SORSALinear(SORSALayer):
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta
 
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """(... x in) -> (... x out), in the dtype of the base layer's output."""
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(... x in) -> (... x out), in the dtype of the base layer's output.
+
+        Of `adapter_names`, which `mixed_batch.py` hands over, each is the adapter of one row (dimension 0) of x.
+        """
         self.unmerge_if_disabled()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
         for name in self.adapters_in_use():
-            y = add_low_rank(y, self.sorsa_dropout[name](x), self.ready_factors(name).parts())
+            y = self._add_change(y, x, name)
         return y
 
+    def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
+        groups = rows_by_adapter(self, len(x), adapter_names)
+        y = self.base_layer(x, *args, **kwargs)
+        for name, rows in groups.items():
+            y[rows] = self._add_change(y[rows], x[rows], name)
+        return y
 
-class SORSAConv1D(SORSALinear):
-    """SORSA on transformers' Conv1D (GPT-2): W is stored (in x out)."""
+    def _add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return add_low_rank(y, self.sorsa_dropout[adapter_name](x), self.ready_factors(adapter_name).parts())
+
+
+class SORSAConv1DLinear(SORSALinear):
+    """SORSA on transformers' Conv1D (GPT-2): W is stored (in x out).
+
+    "Linear" is in the name because PEFT knows by it what "all-linear" means on a model that is adapted already.
+    """
 
     def base_matrix(self) -> torch.Tensor:
         return self.get_base_layer().weight.T
@@ -52,7 +73,7 @@ def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | No
     Not nn.MultiheadAttention's out_proj: the attention reads its weight and never calls it.
     """
     if isinstance(target, Conv1D):
-        return SORSAConv1D
+        return SORSAConv1DLinear
     if isinstance(target, nn.Linear) and not isinstance(target, NonDynamicallyQuantizableLinear):
         return SORSALinear
     return None

@@ -19,6 +19,7 @@ from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
 from .fingerprint import storage_of
 from .layer import SORSALayer
+from .mixed_batch import copies_per_row, mixed_batch
 from .plugins import manager
 from .regularizer import sorsa_layers
 from .watching import watch_optimizers
@@ -51,21 +52,27 @@ class SORSAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
-        slow = any(layer.base_matrix().numel() > 2**20 for layer in layers)
-        for layer in tqdm(layers, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
+        fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
+        slow = any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
+        for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
             layer.initialise(adapter_name)
         watch_optimizers()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Where PEFT's special forward arguments arrive, to be refused: PeftModel would drop them without a word."""
-        for name in ("adapter_names", "alora_offsets"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"{name} was passed, and SORSA does not support batches of mixed adapters. Run one batch per "
-                    "adapter, with set_adapter() in between."
-                )
-        yield
+        """Where PEFT's special forward arguments arrive: PeftModel drops them afterwards without a word.
+
+        Raises:
+            ValueError: alora_offsets was passed; for adapter_names see `mixed_batch`.
+        """
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets was passed, and SORSA has no activated variant as LoRA has. Leave it out.")
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        with mixed_batch(self.model, adapter_names, copies_per_row(kwargs)):
+            yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.

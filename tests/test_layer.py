@@ -420,7 +420,7 @@ def test_subclasses_of_the_known_kinds_are_adapted():
     class MineToo(Conv1D):
         pass
 
-    for module, kind in ((Mine(6, 8), "SORSALinear"), (MineToo(8, 6), "SORSAConv1D")):
+    for module, kind in ((Mine(6, 8), "SORSALinear"), (MineToo(8, 6), "SORSAConv1DLinear")):
         layer = only_layer(adapt(OneLayer(module), r=2))
         assert type(layer).__name__ == kind
         assert (layer.out_features, layer.in_features) == (8, 6)

@@ -26,7 +26,7 @@ from .task import is_correct, test_examples, train_examples
 
 RANK = 16
 BATCH = 32
-LEARNING_RATES = {"sorsa": 2e-3, "lora": 5e-3}
+LEARNING_RATES = {"sorsa": 2e-3, "lora": 1e-2}
 """Tuned alike: benchmarks/quickstart_sweep.py --what lr."""
 
 TEST_QUESTIONS = 150
