@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-oldest test-distributed test-all lint format clean
+.PHONY: quickstart test test-oldest test-distributed test-peft test-peft-oldest test-all lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -25,6 +25,12 @@ test-distributed: $(VENV)/tests  ## DDP and FSDP2 on two CPU processes
 test-slow: $(VENV)/tests  ## the wheel in a clean environment, the quickstart, real pretrained weights
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow $(ARGS)
 
+test-peft: $(VENV)/tests  ## PEFT's own test suite for SORSAConfig, on the latest versions
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py $(ARGS)
+
+test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py $(ARGS)
+
 test-all: lint test test-oldest test-slow test-distributed  ## what CI runs
 
 lint: $(VENV)/tests
@@ -37,7 +43,7 @@ format: $(VENV)/tests
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .peft_conformance build dist *.egg-info
 
 $(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

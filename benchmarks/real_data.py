@@ -22,8 +22,9 @@ import torch
 from common import write
 from rich.console import Console
 from rich.table import Table
-from sorsa_quickstart.answering import BASE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sorsa_quickstart.answering import BASE
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

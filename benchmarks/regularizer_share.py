@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from common import write
 from peft import get_peft_model
-from sorsa_quickstart.answering import load_base
-from sorsa_quickstart.task import train_examples
 from transformers import DataCollatorForSeq2Seq
 
 from sorsa_plugin import SORSAConfig, attach
+from sorsa_quickstart.answering import load_base
+from sorsa_quickstart.task import train_examples
 from sorsa_transformers.data import encode_all
 
 

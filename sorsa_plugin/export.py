@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -24,26 +23,19 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
 
+from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
-from .errors import ForeignAdapterError, IncompleteAdapterError, OutputExistsError, RankError
-from .factors import FROZEN, OFFSETS, SORSAFactors
+from .errors import IncompleteAdapterError, OutputExistsError, RankError
 from .lowrank import Parts
-from .tensor_file import Entry, write_tensors
 
 logger = logging.getLogger(__name__)
 
 VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank (`MaxLoRARanks` in its config/lora.py) from its default up."""
-
-ROOT = "base_model.model."
-FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
 
 CARD = """---
 {base}library_name: peft
@@ -93,7 +85,7 @@ def export_lora(
 ) -> ExportReport:
     """Write a SORSA adapter as a LoRA that PEFT, vLLM, TGI and llama.cpp load without this package.
 
-    Works layer by layer on the files; the output appears complete or not at all. A file that lacks whole layers cannot
+    Works on the files alone; the output appears complete or not at all. A file that lacks whole layers cannot
     be told from an adapter without them: what is there is exported.
 
     Args:
@@ -111,24 +103,27 @@ def export_lora(
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise RankError(f"rank is {rank!r}; expected an integer >= 1, or None for the exact LoRA of rank 2r.")
     source, output = Path(adapter_dir), Path(output_dir).resolve()
-    config = _read_config(source)
+    config = read_config(source)
     _refuse_occupied(output)
-    with _open_tensors(source) as file:
-        ranks, carried = _survey(file, config)
+    tensors: dict[str, torch.Tensor] = {}
+    layers: list[ExportedLayer] = []
+    with open_tensors(source) as file:
+        ranks, carried = survey(file, config)
         full = 2 * max(ranks.values())
         lora_rank = full if rank is None else min(rank, full)
-        exported: list[ExportedLayer] = []
-        with _appearing_whole(output) as directory:
-            size = write_tensors(
-                directory / SAFETENSORS_WEIGHTS_NAME,
-                _entries(file, ranks, carried, lora_rank),
-                _tensors(file, ranks, carried, lora_rank, exported),
-            )
-            error = _total_error(exported)
-            (directory / "README.md").write_text(_card(config, lora_rank, error), encoding="utf-8")
-            _lora_config(config, list(ranks), lora_rank).save_pretrained(str(directory))  # last: without it no adapter
+        for name, own_rank in ranks.items():
+            A, B, layer = _convert(file, name, own_rank, lora_rank)
+            tensors |= {f"{ROOT}{name}.lora_A.weight": A, f"{ROOT}{name}.lora_B.weight": B}
+            layers.append(layer)
+        tensors |= {name: file.get_tensor(name) for name in carried}
+    error = _total_error(layers)
+    with _appearing_whole(output) as directory:
+        save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+        (directory / "README.md").write_text(_card(config, lora_rank, error), encoding="utf-8")
+        _lora_config(config, list(ranks), lora_rank).save_pretrained(str(directory))  # last: without it no adapter
     _warn_about_servers(lora_rank, carried)
-    return ExportReport(output, lora_rank, tuple(exported), error, size, tuple(carried))
+    return ExportReport(output, lora_rank, tuple(layers), error, size, tuple(carried))
 
 
 # -- the pair --------------------------------------------------------------------------------------------------------
@@ -186,127 +181,12 @@ def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Ten
         L, R = balance(L, R)
     kept = L.shape[1]
     L, R = (torch.nn.functional.pad(part, (0, rank - part.shape[1])) for part in (L, R))
-    return R.mT, L, ExportedLayer(layer, kept, norm, error)
-
-
-def _tensors(
-    file: Any, ranks: dict[str, int], carried: list[str], rank: int, exported: list[ExportedLayer]
-) -> Iterator[torch.Tensor]:
-    """The tensors of `_entries`, one layer in memory at a time; what is found out on the way goes into `exported`."""
-    for layer, own_rank in ranks.items():
-        A, B, done = _convert(file, layer, own_rank, rank)
-        exported.append(done)
-        yield A
-        yield B
-    for name in carried:
-        yield file.get_tensor(name)
-
-
-def _entries(file: Any, ranks: dict[str, int], carried: list[str], rank: int) -> list[Entry]:
-    entries = []
-    for layer in ranks:
-        out, inner = (file.get_slice(f"{ROOT}{layer}.sorsa_factors.{name}").get_shape()[0] for name in ("U0", "V0"))
-        entries.append(Entry(f"{ROOT}{layer}.lora_A.weight", "F32", (rank, inner), 4 * rank * inner))
-        entries.append(Entry(f"{ROOT}{layer}.lora_B.weight", "F32", (out, rank), 4 * rank * out))
-    for name in carried:
-        view = file.get_slice(name)
-        entries.append(Entry(name, view.get_dtype(), tuple(view.get_shape()), file.get_tensor(name).nbytes))
-    return entries
+    return R.mT.contiguous(), L.contiguous(), ExportedLayer(layer, kept, norm, error)
 
 
 def _total_error(layers: list[ExportedLayer]) -> float:
     lost = math.hypot(*(layer.norm * layer.relative_error for layer in layers))
     return lost / math.hypot(*(layer.norm for layer in layers)) if lost else 0.0
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _read_config(source: Path) -> SORSAConfig:
-    path = source / CONFIG_NAME
-    if not path.is_file():
-        below = sorted(child.parent.name for child in source.glob(f"*/{CONFIG_NAME}"))
-        remedy = f"Its adapters are in {', '.join(below)}: give one of these." if below else "Give the directory."
-        raise ForeignAdapterError(f"{source} holds no {CONFIG_NAME}; expected the directory of an adapter. {remedy}")
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-        kind = options["peft_type"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise IncompleteAdapterError(
-            f"{path} cannot be read as an adapter's configuration ({error!r}); expected JSON with a peft_type. Take "
-            "it from the original run again."
-        ) from error
-    if kind != "SORSA":
-        raise ForeignAdapterError(
-            f"{path} says peft_type {kind!r}; expected 'SORSA'. A LoRA needs no export, and other methods have "
-            "peft.convert_to_lora."
-        )
-    return SORSAConfig.from_pretrained(str(source))
-
-
-@contextmanager
-def _open_tensors(source: Path) -> Iterator[Any]:
-    path = source / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        found = ", ".join(sorted(child.name for child in source.glob("adapter_model*"))) or "no adapter_model file"
-        raise IncompleteAdapterError(
-            f"{source} holds {found}; expected {path.name}. Save the adapter with save_pretrained(directory), which "
-            "writes safetensors."
-        )
-    try:
-        file = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise IncompleteAdapterError(
-            f"{path} cannot be read ({error}); expected a complete safetensors file. It is truncated or was damaged: "
-            "take it from the original run again."
-        ) from error
-    with file:
-        yield file
-
-
-def _survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
-    """Every layer's rank r, and the names of the tensors to copy, after all names and shapes have been checked.
-
-    Raises:
-        ForeignAdapterError, IncompleteAdapterError: see `export_lora`.
-    """
-    shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-    matches = {name: FACTOR.fullmatch(name) for name in shapes}
-    parts = (*OFFSETS, *FROZEN)
-    layers = dict.fromkeys(match["layer"] for match in matches.values() if match and match["part"] in parts)
-    carried = [name for name, match in matches.items() if not match]
-    unknown = [name for name, match in matches.items() if match and match["part"] not in parts]
-    methods = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
-    strange = [
-        name for name in carried if not name.startswith(ROOT) or any(method in name for method in methods)
-    ] + unknown
-    if strange or not layers:
-        found = strange[0] if strange else ", ".join(list(shapes)[:1]) or "no tensor"
-        raise ForeignAdapterError(
-            f"The adapter file holds {found}, and factors of {len(layers)} SORSA layers; expected names such as "
-            f"{ROOT}<layer>.sorsa_factors.dU. It was written by another method: take the file that belongs to the "
-            f"{CONFIG_NAME} beside it."
-        )
-    ranks = {}
-    for layer in layers:
-        prefix = f"{ROOT}{layer}.sorsa_factors."
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer), config.r)
-        rows = [next(iter(shapes[prefix + name].shape), 0) if prefix + name in shapes else 0 for name in ("U0", "V0")]
-        SORSAFactors(rows[0], rows[1], rank, "meta").names_in(shapes, prefix)
-        selected = config.target_modules in (None, "all-linear") or check_target_module_exists(config, layer)
-        if not selected:
-            raise IncompleteAdapterError(
-                f"The adapter file has factors of {layer}, which target_modules in {CONFIG_NAME} does not select. The "
-                "two belong to different adapters: take both from the original run again."
-            )
-        ranks[layer] = rank
-    if config.modules_to_save and not any(f"{name}." in key for name in config.modules_to_save for key in carried):
-        raise IncompleteAdapterError(
-            f"The adapter file has no tensors for modules_to_save={config.modules_to_save}; expected those of one "
-            "module at least. It is truncated or was edited: take it from the original run again."
-        )
-    carried.sort(key=lambda name: (-file.get_tensor(name).element_size(), name))  # aligned; see `write_tensors`
-    return ranks, carried
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
@@ -377,7 +257,7 @@ def _warn_about_servers(rank: int, carried: list[str]) -> None:
         )  # fmt: skip
     if carried:
         logger.warning(
-            "The LoRA also carries whole tensors (modules_to_save or embeddings; %d, the first is %s). PEFT loads them; "
-            "vLLM, TGI and llama.cpp refuse or ignore them. Merge the adapter into the base model for those.",
+            "The LoRA also carries whole tensors (modules_to_save or embeddings; %d, the first is %s). PEFT loads "
+            "them; vLLM, TGI and llama.cpp refuse or ignore them. Merge the adapter into the base model for those.",
             len(carried), carried[0],
         )  # fmt: skip

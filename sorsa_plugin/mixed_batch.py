@@ -89,7 +89,7 @@ def _hand_over(names: list[str]) -> Any:
     return hook
 
 
-def _encoder_modules(model: nn.Module) -> Iterator[nn.Module]:
+def _encoder_modules(model: Any) -> Iterator[nn.Module]:
     """The modules of an encoder-decoder model's encoder; none where `get_encoder` gives the model itself."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else model
     if encoder is not model:

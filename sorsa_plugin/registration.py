@@ -43,7 +43,7 @@ def register() -> None:
         register_peft_method(name=NAME.lower(), config_cls=SORSAConfig, model_cls=SORSAModel)
     elif known is not SORSAConfig:
         warnings.warn(
-            f"PEFT already has a method called {NAME} ({known.__module__}), so sorsa_plugin did not register its own. "
+            f"PEFT already has a method called {NAME} ({known!r}), so sorsa_plugin did not register its own. "
             "Use PEFT's, or a PEFT without it.",
             stacklevel=2,
         )
