@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-oldest test-distributed test-peft test-peft-oldest test-all lint format clean
+.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-all lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -31,7 +31,7 @@ test-peft: $(VENV)/tests  ## PEFT's own test suite for SORSAConfig, on the lates
 test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py $(ARGS)
 
-test-all: lint test test-oldest test-slow test-distributed  ## what CI runs
+test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed  ## what CI runs
 
 lint: $(VENV)/tests
 	$(VENV)/bin/ruff check .
