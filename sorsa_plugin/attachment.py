@@ -23,6 +23,7 @@ from .config import check_gamma
 from .errors import AttachError
 from .hookspecs import hookimpl
 from .plugins import manager
+from .precision import full_precision
 from .regularizer import Factor, deviations, floor, local_part, model_factors, sorsa_layers, trainable_factors
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Attachment:
         self.handles: list[Any] = []
 
     def detach(self) -> None:
-        """Remove the hooks; the optimizer is as before, and will not attach by itself."""
+        """Remove the hooks; the optimizer will not attach by itself again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -82,19 +83,21 @@ class Attachment:
         options = found.pop() if found else Settings(0.0, "coupled", "lr")
         return options if self.gamma is None else Settings(self.gamma, options.update, options.schedule)
 
+    @full_precision()
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
         settings = self.settings()
         # args[0] is the optimizer itself
-        if settings.gamma > 0.0 and any(callable(closure) for closure in (*args[1:], kwargs.get("closure"))):
+        coupled = settings.update == "coupled" and settings.gamma > 0.0
+        if coupled and any(callable(closure) for closure in (*args[1:], kwargs.get("closure"))):
             raise AttachError(
                 "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
         self.steps += 1
         self.eta = float(next((group["lr"] for group in optimizer.param_groups if ETA_MAX in group), self.eta))
-        if settings.update != "coupled" or settings.gamma == 0.0:
+        if not coupled:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
         for factor, P, E, group, count in self._owned(optimizer):
@@ -106,6 +109,7 @@ class Attachment:
                 E.mul_(loss_scale)
             local_part(factor.offset.grad).addmm_(P, E)
 
+    @full_precision()
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
@@ -205,8 +209,8 @@ def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) 
     """`attach` for the SORSA layers of one or several models and a torch optimizer."""
     known = attachments.get(optimizer)
     if known is not None and known.handles and set(layers) <= set(known.layers):
+        check_gamma(gamma, known.settings().update)
         known.gamma = known.gamma if gamma is None else gamma
-        check_gamma(known.gamma, known.settings().update)
         return known
     attachment = Attachment(layers, gamma)
     settings = attachment.settings()
@@ -233,6 +237,8 @@ def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) 
         )  # fmt: skip
     if known is not None and known.handles:  # the optimizer steps another model too
         attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
+        attachment.gamma = known.gamma if gamma is None else gamma
+        attachment.steps = known.steps
         attachment.settings()
         known.detach()
     attachment.handles = [

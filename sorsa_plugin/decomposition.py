@@ -12,12 +12,15 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import DecompositionError, RankError
+from .errors import DecompositionError, RankError, SORSAConfigError
+from .precision import full_precision
 
 logger = logging.getLogger(__name__)
 
 EXACT_LIMIT = 256
 """`svd="auto"` is exact where the smaller side is at most this: there LAPACK is about as fast as the sketch."""
+
+METHODS = ("auto", "exact", "randomized")
 
 OVERSAMPLE = 16
 POWER_ITERATIONS = 8
@@ -32,6 +35,7 @@ class Triplets(NamedTuple):
     V: torch.Tensor
 
 
+@full_precision()
 def factorise(weight: torch.Tensor, rank: int, *, svd: str = "auto", seed: int = 0, name: str = "weight") -> Triplets:
     """Top singular triplets of a matrix.
 
@@ -47,9 +51,14 @@ def factorise(weight: torch.Tensor, rank: int, *, svd: str = "auto", seed: int =
         Triplets on the device of `weight`.
 
     Raises:
-        RankError: the rank is larger than min(out, in).
+        RankError: the rank is below 1 or larger than min(out, in).
+        SORSAConfigError: svd is none of these.
         DecompositionError: the weight holds NaN or infinity, or neither the device nor the CPU converged.
     """
+    if svd not in METHODS:
+        raise SORSAConfigError(f"svd is {svd!r}; expected one of {', '.join(map(repr, METHODS))}.")
+    if rank < 1:
+        raise RankError(f"The rank of {name} is {rank}; expected an integer >= 1.")
     smaller = min(weight.shape)
     if rank > smaller:
         raise RankError(
@@ -71,6 +80,7 @@ def factorise(weight: torch.Tensor, rank: int, *, svd: str = "auto", seed: int =
     return Triplets(*(part.to(home) for part in _fix_signs(triplets)))
 
 
+@full_precision()
 def captured_energy(weight: torch.Tensor, triplets: Triplets) -> float:
     """Share of ||W||_F^2 (0 to 1) that the triplets span: sum diag(U^T W V)^2 / ||W||_F^2."""
     matrix = weight.detach().to(triplets.U)

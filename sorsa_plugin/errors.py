@@ -52,8 +52,4 @@ class AttachError(SORSAError, RuntimeError):
 
 
 class PluginError(SORSAError, RuntimeError):
-    """A plug-in could not be loaded, or two plug-ins contradict each other."""
-
-
-class CheckpointError(SORSAError, RuntimeError):
-    """No complete checkpoint can be resumed from."""
+    """A plug-in could not be loaded."""

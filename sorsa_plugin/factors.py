@@ -186,10 +186,18 @@ class SORSAFactors(nn.Module):
         return present
 
     def _apply(self, fn: Any, recurse: bool = True) -> SORSAFactors:
+        """Follow the model to a device, never to 16 bits: rounded factors would no longer be those of the base."""
+
+        def keeping_fp32(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            if tensor.dtype not in ROUNDED and applied.dtype in ROUNDED:
+                return tensor.to(applied.device)
+            return applied
+
         try:
-            return super()._apply(fn, recurse)
+            return super()._apply(keeping_fp32, recurse)
         except NotImplementedError as error:  # what torch raises for a copy out of the meta device
-            raise not_loaded() from error
+            raise not_loaded("the adapter", awaited=True) from error
 
     def _load_from_state_dict(
         self,
@@ -212,8 +220,14 @@ class SORSAFactors(nn.Module):
             self.base_checked = False
 
 
-def not_loaded() -> FactorsNotLoadedError:
-    """The error for a pending adapter that is used."""
+def not_loaded(name: str, awaited: bool) -> FactorsNotLoadedError:
+    """The error for a pending adapter that is used: its file was `awaited`, or its base weight was out of reach."""
+    if not awaited:
+        return FactorsNotLoadedError(
+            f"The weight of {name} was on the meta device (offloaded, or not loaded yet) when the adapter was made, so "
+            "it could not be factorised. Load the base model's weights before get_peft_model(), or load a saved "
+            "adapter."
+        )
     return FactorsNotLoadedError(
         "This SORSA adapter was made from a saved adapter_config.json, so its factors are awaited from the file beside "
         "it, and none were loaded. Load both with PeftModel.from_pretrained(base, directory). To start a new adapter "

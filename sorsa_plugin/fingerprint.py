@@ -12,6 +12,7 @@ import math
 import torch
 
 from .errors import BaseMismatchError
+from .precision import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def probe(length: int, device: torch.device) -> torch.Tensor:
     return torch.where(bits, 1.0, -1.0)
 
 
+@full_precision()
 def fingerprint(matrix: torch.Tensor) -> torch.Tensor:
     """W p in fp32 (out) for a matrix W (out x in)."""
     return matrix.detach().float() @ probe(matrix.shape[1], matrix.device)

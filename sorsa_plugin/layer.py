@@ -21,6 +21,7 @@ from .decomposition import Triplets, factorise
 from .errors import RankError
 from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
+from .precision import full_precision
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -173,7 +174,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         factors = self.factors(adapter_name)
         if not factors.base_checked and not torch.compiler.is_compiling():
             if factors.pending:
-                raise not_loaded()
+                raise not_loaded(self.name, awaited=self.configs[adapter_name].factors_from_file)
             self.check_base(adapter_name)
         return factors
 
@@ -221,6 +222,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.sorsa_factors and not self.factors(adapter_name).pending:
             self.sorsa_factors[adapter_name].to(device or self.base_matrix().device)
 
+    @full_precision()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """The adapter's change L R^T, fp32, in the shape of the base weight."""
         L, R = self.ready_factors(adapter_name).low_rank_pair()

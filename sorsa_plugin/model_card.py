@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +9,6 @@ from huggingface_hub import ModelCard
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
-
-logger = logging.getLogger(__name__)
 
 HEADING = "## SORSA adapter"
 
@@ -60,6 +57,8 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
         rank=config.r,
         base=config.base_model_name_or_path or "the base model",
     )
-    card.text = card.text.split(HEADING)[0].rstrip() + "\n\n" + section
+    before, _, own = card.text.partition(HEADING)
+    after = own.partition("\n## ")
+    card.text = before.rstrip() + "\n\n" + section + ("".join(after[1:]) if after[1] else "")
     card.data.tags = sorted({*(card.data.tags or []), "sorsa"})
     card.save(path)

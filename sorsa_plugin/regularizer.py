@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .errors import AttachError, NoAdaptedLayersError
+from .precision import full_precision
 
 if TYPE_CHECKING:
     from .layer import SORSALayer
@@ -77,6 +78,7 @@ def model_factors(model: nn.Module) -> list[Factor]:
     return factors
 
 
+@full_precision()
 @torch.no_grad()
 def deviations(factors: list[Factor], values: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
     """E = P^T P - I (r x r, plain tensors) of every factor; one all-reduce for all of them where rows are sharded.
@@ -116,6 +118,7 @@ def orthonormality(model: nn.Module) -> torch.Tensor:
 
 class _Gap(torch.autograd.Function):
     @staticmethod
+    @full_precision()
     def forward(ctx: Any, P: torch.Tensor) -> torch.Tensor:
         E = P.mT @ P
         E.diagonal().sub_(1.0)
@@ -125,6 +128,7 @@ class _Gap(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @full_precision()
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         P, E, norm = ctx.saved_tensors
         return upstream * 2.0 * (P @ (E / norm.clamp_min(floor(P.shape[1]))))

@@ -21,7 +21,7 @@ def quickstart(
     steps: int = typer.Option(150, min=1, help="Optimizer steps."),
     seed: int = typer.Option(0, min=0, help="The same seed gives the same numbers."),
     gamma: float | None = typer.Option(None, help="Rate of the orthonormal regularizer; default: the method's."),
-    output: Path = typer.Option(Path("runs/quickstart"), help="Where the adapter is saved; replaced."),
+    output: Path = typer.Option(Path("runs/quickstart"), help="Where adapter/ and report.json are written."),
     plot: Path | None = typer.Option(None, help="Write a chart of loss and gaps to this PNG file."),
 ) -> None:
     """Fine-tune the embedded base model on a task it cannot do, and check everything that matters on the way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from os import PathLike
 from pathlib import Path
 
@@ -35,13 +36,15 @@ def last_complete_checkpoint(output_dir: str | PathLike[str]) -> str | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint directory holds a readable trainer state and readable weights."""
+    """Whether a checkpoint directory holds a readable trainer state, safetensors weights, and optimizer state that is
+    not cut off."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        weights = list(checkpoint.glob("*.safetensors"))
+        weights = list(checkpoint.rglob("*.safetensors"))
         for path in weights:
             with safe_open(path, framework="pt"):
                 pass
     except (OSError, ValueError, SafetensorError):
         return False
-    return bool(weights) or any(checkpoint.glob("*.bin"))
+    saved = [path for path in checkpoint.rglob("*.pt") if path.name.startswith(("optimizer", "rng_state"))]
+    return bool(weights) and all(zipfile.is_zipfile(path) for path in saved)

@@ -1,0 +1,31 @@
+"""Full fp32 products where rounding would be mistaken for a result: gaps, factorisation, fingerprints, merging."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast and no TF32 in this context, or in a function that it decorates.
+
+    A gap is a difference of numbers near 1: in bf16 or TF32, the gap of orthonormal factors reads 1e-3 instead of 1e-6.
+    """
+    devices = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        devices.append(accelerator.type)
+    matmul = torch.backends.cuda.matmul
+    setting = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    exact = "ieee" if setting == "fp32_precision" else False
+    previous = getattr(matmul, setting)
+    with ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        if previous != exact and torch.cuda.is_available():
+            setattr(matmul, setting, exact)
+            stack.callback(setattr, matmul, setting, previous)
+        yield
