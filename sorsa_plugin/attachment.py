@@ -56,6 +56,7 @@ class Attachment:
         self.gamma = gamma
         self.steps = 0
         self.eta = 0.0
+        self.peak_moved = False
         self.handles: list[Any] = []
 
     def detach(self) -> None:
@@ -96,7 +97,7 @@ class Attachment:
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
         self.steps += 1
-        self.eta = float(next((group["lr"] for group in optimizer.param_groups if ETA_MAX in group), self.eta))
+        self._follow_peak(optimizer)
         if not coupled:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
@@ -108,6 +109,18 @@ class Attachment:
             if loss_scale is not None:
                 E.mul_(loss_scale)
             local_part(factor.offset.grad).addmm_(P, E)
+
+    def _follow_peak(self, optimizer: Optimizer) -> None:
+        """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
+        rates = [(group, float(group["lr"])) for group in optimizer.param_groups if ETA_MAX in group]
+        self.eta = rates[0][1] if rates else self.eta
+        for group, rate in rates:
+            if rate > group[ETA_MAX] * (1 + 1e-6):
+                if not self.peak_moved:
+                    say("The learning rate rose above the peak %g that was read at attach: SORSA's regularizer follows "
+                        "the highest rate seen. Call attach() at the peak to avoid this.", group[ETA_MAX])  # fmt: skip
+                self.peak_moved = True
+                group[ETA_MAX] = rate
 
     @full_precision()
     @torch.no_grad()

@@ -391,3 +391,13 @@ def test_a_card_that_a_person_wrote_is_kept(tmp_path):
 def test_a_config_saved_alone_writes_no_card(tmp_path):
     SORSAConfig(r=2).save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json"}
+
+
+def test_sections_of_the_users_own_stay_in_the_card(tmp_path):
+    model = trained(seed=5)
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    card.write_text(card.read_text() + "\n## My results\n\nGood ones.\n")
+    model.save_pretrained(tmp_path)
+    assert card.read_text().count(HEADING) == 1
+    assert card.read_text().rstrip().endswith("## My results\n\nGood ones.")

@@ -75,7 +75,10 @@ def test_unknown_adapters_and_a_gamma_for_lora_are_errors():
 
 def test_a_few_steps_run_to_the_end_with_every_check_passed(tmp_path, monkeypatch):
     monkeypatch.setattr("sorsa_quickstart.run.TEST_QUESTIONS", 20)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
     report = run("sorsa", steps=3, seed=0, gamma=None, output=tmp_path / "out", plot=tmp_path / "charts" / "plot.png")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
     assert report["base_weights_untouched"]
     assert report["disabled_adapter_answers_as_the_base"]
     assert report["fresh_process_answers_the_same"]
