@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .config import SORSAConfig
 
 
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 class SORSALinear(SORSALayer):
     """SORSA on nn.Linear: W is stored (out x in)."""
 
@@ -70,10 +73,12 @@ class SORSAConv1DLinear(SORSALinear):
 def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
     """The kinds of this file: nn.Linear and transformers' Conv1D, subclasses of theirs included.
 
-    Not nn.MultiheadAttention's out_proj: the attention reads its weight and never calls it.
+    Not nn.MultiheadAttention's out_proj: the attention reads its weight and never calls it. Not quantised linears:
+    what they store is no matrix (bitsandbytes' are subclasses of nn.Linear).
     """
     if isinstance(target, Conv1D):
         return SORSAConv1DLinear
-    if isinstance(target, nn.Linear) and not isinstance(target, NonDynamicallyQuantizableLinear):
-        return SORSALinear
-    return None
+    if not isinstance(target, nn.Linear) or isinstance(target, NonDynamicallyQuantizableLinear):
+        return None
+    quantised = target.weight.dtype not in PLAIN_DTYPES or type(target).__module__.startswith("bitsandbytes")
+    return None if quantised else SORSALinear

@@ -111,8 +111,9 @@ class SORSAModel(BaseTuner):
         layer_class = manager().hook.sorsa_layer(target=base, config=config)
         if layer_class is None:
             raise UnsupportedLayerError(
-                f"Target module {name} of type {type(base).__name__} is not supported by SORSA; nn.Linear and "
-                "transformers' Conv1D are, and what plug-ins add. Narrow target_modules, or add it to exclude_modules."
+                f"Target module {name} of type {type(base).__name__} is not supported by SORSA; unquantised "
+                "nn.Linear and transformers' Conv1D are, and what plug-ins add. Narrow target_modules, or add it to "
+                "exclude_modules."
             )
         stored_in_out = isinstance(base, Conv1D)
         if config.fan_in_fan_out != stored_in_out:
