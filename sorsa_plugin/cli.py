@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 import typer
+import typer.core
 
+from .errors import SORSAError
 from .plugins import manager
+
+
+class Commands(typer.core.TyperGroup):
+    """Prints the sentence of this package's errors without a traceback, and exits with 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SORSAError as error:
+            typer.echo(f"Error: {error}", err=True)
+            raise typer.Exit(1) from error
 
 
 def build_app() -> typer.Typer:
     """The command line with every plug-in's commands."""
     app = typer.Typer(
-        name="sorsa", help="SORSA fine-tuning as a PEFT adapter type.", no_args_is_help=True, add_completion=False
+        name="sorsa",
+        cls=Commands,
+        help="SORSA fine-tuning as a PEFT adapter type.",
+        no_args_is_help=True,
+        add_completion=False,
     )
 
     @app.callback(invoke_without_command=True)

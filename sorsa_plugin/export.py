@@ -11,11 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -28,8 +23,9 @@ from safetensors.torch import save_file
 
 from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
-from .errors import IncompleteAdapterError, OutputExistsError, RankError
+from .errors import IncompleteAdapterError, RankError
 from .lowrank import Parts
+from .outputs import appearing_whole, refuse_occupied
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +100,7 @@ def export_lora(
         raise RankError(f"rank is {rank!r}; expected an integer >= 1, or None for the exact LoRA of rank 2r.")
     source, output = Path(adapter_dir), Path(output_dir).resolve()
     config = read_config(source)
-    _refuse_occupied(output)
+    refuse_occupied(output)
     tensors: dict[str, torch.Tensor] = {}
     layers: list[ExportedLayer] = []
     with open_tensors(source) as file:
@@ -117,7 +113,7 @@ def export_lora(
             layers.append(layer)
         tensors |= {name: file.get_tensor(name) for name in carried}
     error = _total_error(layers)
-    with _appearing_whole(output) as directory:
+    with appearing_whole(output) as directory:
         save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
         (directory / "README.md").write_text(_card(config, lora_rank, error), encoding="utf-8")
@@ -190,27 +186,6 @@ def _total_error(layers: list[ExportedLayer]) -> float:
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _refuse_occupied(output: Path) -> None:
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        kind = "is not empty" if output.is_dir() else "is a file"
-        raise OutputExistsError(f"{output} {kind}; expected a new or empty directory. Remove it, or choose another.")
-
-
-@contextmanager
-def _appearing_whole(output: Path) -> Iterator[Path]:
-    """A hidden directory beside `output` that takes its name when everything in it is written, or goes away."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        _refuse_occupied(output)
-        os.replace(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfig:

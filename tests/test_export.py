@@ -353,6 +353,7 @@ def test_a_rank_that_is_no_positive_integer_is_an_error_before_anything_is_writt
 KILLED = """
 import os, signal, sys
 import sorsa_plugin.export as export
+import sorsa_plugin.outputs as outputs
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 def halfway(tensors, path, **kwargs):
@@ -364,7 +365,7 @@ export.export_lora(sys.argv[1], sys.argv[2])
 MOMENTS = {
     "while-writing-tensors": "export.save_file = halfway",
     "before-the-config": "export._lora_config = die",
-    "before-it-takes-its-name": "export.os.replace = die",
+    "before-it-takes-its-name": "outputs.os.replace = die",
 }
 
 

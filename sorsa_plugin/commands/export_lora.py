@@ -1,19 +1,10 @@
-"""The package's own commands of the `sorsa` command line; each loads what it needs when it runs."""
+"""`sorsa export-lora`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
-
-from .hookspecs import hookimpl
-
-
-@hookimpl
-def sorsa_commands(app: Any) -> None:
-    """`sorsa export-lora`."""
-    app.command("export-lora")(export_lora)
 
 
 def export_lora(
@@ -22,14 +13,9 @@ def export_lora(
     rank: int | None = typer.Option(None, help="Truncate to this rank; default: the exact LoRA, of rank 2r."),
 ) -> None:
     """Write an adapter as a plain LoRA, which PEFT, vLLM, TGI and llama.cpp load without this package."""
-    from .errors import SORSAError
-    from .export import export_lora as export
+    from ..export import export_lora as export
 
-    try:
-        report = export(adapter, output, rank=rank)
-    except SORSAError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
+    report = export(adapter, output, rank=rank)
     typer.echo(
         f"LoRA of rank {report.rank} (alpha {report.rank}, scale 1) for {len(report.layers)} layers in "
         f"{report.output}: {report.bytes / 2**20:.1f} MiB."

@@ -1,0 +1,42 @@
+"""Directories that appear complete or not at all, for every command that writes one."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import OutputExistsError
+
+
+def refuse_occupied(output: Path) -> None:
+    """Nothing, where `output` is new or an empty directory.
+
+    Raises:
+        OutputExistsError: it is a file, or holds something.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        kind = "is not empty" if output.is_dir() else "is a file"
+        raise OutputExistsError(f"{output} {kind}; expected a new or empty directory. Remove it, or choose another.")
+
+
+@contextmanager
+def appearing_whole(output: Path) -> Iterator[Path]:
+    """A hidden directory beside `output` that takes its name when everything in it is written, or goes away.
+
+    Raises:
+        OutputExistsError: somebody else wrote the output in the meantime.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        refuse_occupied(output)
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
