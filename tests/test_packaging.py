@@ -66,7 +66,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
     python = environment / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     subprocess.run([*install, "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
-    code = "import sorsa_plugin, sorsa_transformers, sorsa_trl, sorsa_quickstart; from peft import PeftType; print(PeftType.SORSA)"
+    code = f"import {', '.join(sorted(PACKAGES))}; from peft import PeftType; print(PeftType.SORSA)"
     result = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "SORSA" in result.stdout
     command = [str(environment / "bin" / "sorsa"), "quickstart", "--steps", "2"]
