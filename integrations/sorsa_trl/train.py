@@ -7,6 +7,7 @@ resolved recipe written beside the checkpoints, and resuming from the last compl
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,12 @@ LAST = ("true", "last", "auto", "latest")
 """Values of resume_from_checkpoint that mean the last complete one."""
 
 
-def train(recipe: Recipe) -> Any:
+def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     """Train, save to output_dir, push where asked; returns the trainer.
+
+    Args:
+        recipe: what to train.
+        callbacks: Trainer callbacks beside those of the adapter.
 
     Raises:
         AdapterOptionsError: the recipe names no model or data, or an option that cannot be honoured.
@@ -53,6 +58,7 @@ def train(recipe: Recipe) -> Any:
         eval_dataset=split(data, script.dataset_test_split) if evaluates else None,
         quantization_config=get_quantization_config(model),
         peft_config=setup.peft_config,
+        callbacks=list(callbacks),
     )
     setup.add_callbacks(trainer)
     if script.ignore_bias_buffers:  # as TRL's dpo.py: DDP cannot broadcast boolean buffers

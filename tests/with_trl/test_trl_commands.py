@@ -26,7 +26,7 @@ from sorsa_trl.recipe import RecipeParser
 from sorsa_trl.train import checkpoint_to_resume, main, train
 
 ROOT = Path(__file__).parents[2]
-GSM8K = ROOT / "examples" / "data" / "gsm8k.jsonl"
+GSM8K = ROOT / "examples" / "data" / "gsm8k" / "train.jsonl"
 PREFERENCES = ROOT / "examples" / "data" / "gsm8k_preferences.jsonl"
 ON_CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
 TYPES = {"sorsa": "SORSA", "lora": "LORA", "pissa": "LORA", "dora": "LORA", "miss": "MISS", "full": None}
