@@ -33,6 +33,7 @@ def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     Raises:
         AdapterOptionsError: the recipe names no model or data, or an option that cannot be honoured.
     """
+    from transformers import set_seed
     from trl import DPOTrainer, SFTTrainer, get_quantization_config
 
     script, training, model = recipe.script, recipe.training, recipe.model
@@ -49,6 +50,7 @@ def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
         "trust_remote_code": getattr(training, "trust_remote_code", False),
         **(training.model_init_kwargs or {}),
     }
+    set_seed(training.seed)  # TRL 1.9 draws LoRA's random factors before its trainer does this
     data = load_data(script, recipe.datasets)
     evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
     trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[recipe.command](
