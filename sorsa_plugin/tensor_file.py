@@ -1,0 +1,97 @@
+"""A safetensors file that is written one tensor at a time, in any order, and continued after an interruption.
+
+The safetensors library writes a file from tensors that are all in memory; an adapter of a 70B model is 13 GB. Format:
+https://huggingface.co/docs/safetensors: the header's length (8 bytes), the header (JSON), the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from transformers.modeling_utils import str_to_torch_dtype
+
+DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
+
+
+class TensorFile:
+    """The file at `path`, made at its full size or, where it is there with the same header, continued.
+
+    Args:
+        path: where the file is.
+        layout: {name: tensor of the shape and dtype to come}, on the meta device, say.
+
+    What is never written is zero and, on most file systems, takes no space.
+    """
+
+    def __init__(self, path: Path, layout: Mapping[str, torch.Tensor]) -> None:
+        header, self._start, size = file_header(layout)
+        self._layout = layout
+        if path.exists() and path.stat().st_size == size and _first_bytes(path, len(header)) == header:
+            self._file = path.open("r+b")
+            return
+        self._file = path.open("w+b")
+        self._file.write(header)
+        self._file.truncate(size)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Put a tensor in its place.
+
+        Raises:
+            ValueError: it has not the shape laid out for it.
+        """
+        expected = self._layout[name]
+        if tensor.shape != expected.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; the file has {tuple(expected.shape)} for it.")
+        self._file.seek(self._start[name])
+        flat = tensor.detach().to("cpu", expected.dtype).contiguous().reshape(-1)
+        self._file.write(flat.view(torch.uint8).numpy().data)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as the file has it now."""
+        expected = self._layout[name]
+        self._file.seek(self._start[name])
+        data = bytearray(self._file.read(expected.numel() * expected.element_size()))
+        return torch.frombuffer(data, dtype=expected.dtype).reshape(expected.shape)
+
+    def flush(self) -> None:
+        """Everything written so far survives a crash of the machine."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def file_header(layout: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, int], int]:
+    """The header of a safetensors file, the offset of each tensor in the file, and the file's size; laid out as the
+    library does (wider dtypes first, then by name), so that both write the same bytes."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset, offsets = 0, {}
+    for name, tensor in sorted(layout.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        offsets[name] = offset
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in offsets.items()}, len(header) + offset
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
