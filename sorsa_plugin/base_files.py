@@ -10,7 +10,6 @@ Stored names are not always the model's: `stored_weights.py` knows which are whi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -40,7 +39,7 @@ AUTO_CLASSES = {
 """What a user of PEFT's task types loads the base model with."""
 
 
-NEEDED = ("*.json", "*.safetensors")
+NEEDED = ["*.json", "*.safetensors"]
 """What has to be downloaded of a hub model to read its tensors."""
 
 OTHER_WEIGHTS = (
@@ -196,7 +195,7 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
     return model.eval()
 
 
-def local_directory(source: str | PathLike[str], revision: str | None, patterns: Sequence[str] | None) -> Path:
+def local_directory(source: str | PathLike[str], revision: str | None, patterns: list[str] | None) -> Path:
     """Where a model's files are: a directory as it is, or the snapshot of a hub id, downloaded where it is absent.
 
     Args:
@@ -209,7 +208,7 @@ def local_directory(source: str | PathLike[str], revision: str | None, patterns:
     """
     if Path(source).is_dir():
         return Path(source)
-    others = OTHER_WEIGHTS if patterns is None else None
+    others = list(OTHER_WEIGHTS) if patterns is None else None
     try:
         found = snapshot_download(str(source), revision=revision, allow_patterns=patterns, ignore_patterns=others)
         return Path(found)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import WeakFileLock
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .adapter_files import ROOT
 from .base_files import BaseFiles
 from .config import SORSAConfig
+from .empty_adapter import ADAPTER, adapt_empty
 from .errors import OutputExistsError, SORSAConfigError
 from .factors import FROZEN
 from .fingerprint import fingerprint
@@ -37,7 +38,6 @@ from .tensor_file import TensorFile
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"
 UNFINISHED, FINISHED_LAYERS, LOCK = "tensors.unfinished", "layers.finished", "lock"
 
 
@@ -85,7 +85,6 @@ def init_adapter(
     """
     output = Path(output_dir).resolve()
     refuse_occupied(output)
-    config = deepcopy(config)
     if config.factors_from_file or not config.init_weights:
         raise SORSAConfigError(
             "The config is that of a saved adapter, or says init_weights=False; expected the options of a new adapter. "
@@ -94,9 +93,12 @@ def init_adapter(
     files = BaseFiles(base, revision)
     empty = files.empty_model(config.task_type, dtype)
     weights = StoredWeights(files, empty)
-    model = get_peft_model(empty, config, adapter_name=ADAPTER, revision=revision)
+    model = adapt_empty(empty, config, revision)
+    config = model.peft_config[ADAPTER]
     layout = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     layers = list(sorsa_layers(model))
+    for parameter in [*_whole_modules(layout).values(), *(f"{layer.name}.weight" for layer in layers)]:
+        weights.sources(parameter)  # now rather than after hours
     with appearing_whole(output, kept_as=_key(files, config, layout)) as directory, _only_writer(directory):
         _reopen(directory, layers)
         size, resumed = _write_tensors(directory, layout, layers, weights, progress)
@@ -105,15 +107,20 @@ def init_adapter(
     return InitReport(output, tuple(layer.name for layer in layers), resumed, trainable, size)
 
 
+def _whole_modules(layout: dict[str, Any]) -> dict[str, str]:
+    """{name in the adapter: parameter} of modules_to_save, and of embeddings that PEFT saves with an adapter."""
+    names = [name for name in layout if ".sorsa_factors." not in name]
+    return {name: name.removeprefix(ROOT).replace(".base_layer.", ".") for name in names}
+
+
 def _write_tensors(
     directory: Path, layout: dict[str, Any], layers: list[SORSALayer], weights: StoredWeights, progress: bool
 ) -> tuple[int, int]:
     """The size of the file, and the number of layers that an earlier run had finished."""
     with TensorFile(directory / UNFINISHED, layout) as file:
         resumed = _write_factors(file, layers, weights, directory / FINISHED_LAYERS, progress)
-        for name in layout:  # modules_to_save, and embeddings that PEFT saves with an adapter
-            if ".sorsa_factors." not in name:
-                file.write(name, weights.read(name.removeprefix(ROOT).replace(".base_layer.", ".")))
+        for name, parameter in _whole_modules(layout).items():
+            file.write(name, weights.read(parameter))
         file.flush()
     return (directory / UNFINISHED).stat().st_size, resumed
 

@@ -7,6 +7,7 @@ from typing import Any
 from ..hookspecs import hookimpl
 from .export_lora import export_lora
 from .init import init
+from .plan import plan
 
 
 @hookimpl
@@ -14,3 +15,4 @@ def sorsa_commands(app: Any) -> None:
     """The commands on saved adapters and base models."""
     app.command("export-lora")(export_lora)
     app.command("init")(init)
+    app.command("plan")(plan)
