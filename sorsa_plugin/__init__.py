@@ -4,14 +4,17 @@ from .registration import add_peft_type
 
 add_peft_type()  # before anything reads PeftType.SORSA
 
+from .analysis import Analysis, analyze  # noqa: E402
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
 from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
+from .initial_adapter import InitReport, init_adapter  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
 from .model import SORSAModel  # noqa: E402
+from .planning import Plan, plan  # noqa: E402
 from .registration import register  # noqa: E402
 from .regularizer import gaps, orthonormality  # noqa: E402
 from .saving import save_adapter  # noqa: E402
@@ -19,18 +22,24 @@ from .saving import save_adapter  # noqa: E402
 register()
 
 __all__ = [
+    "Analysis",
     "Attachment",
     "ExportReport",
+    "InitReport",
+    "Plan",
     "SORSAConfig",
     "SORSAError",
     "SORSALayer",
     "SORSAModel",
+    "analyze",
     "attach",
     "captured_energy",
     "export_lora",
     "factorise",
     "gaps",
     "hookimpl",
+    "init_adapter",
     "orthonormality",
+    "plan",
     "save_adapter",
 ]

@@ -55,5 +55,9 @@ class AttachError(SORSAError, RuntimeError):
     """The regularizer cannot be delivered through this optimizer."""
 
 
+class MissingExtraError(SORSAError, ImportError):
+    """An optional package is needed and not installed."""
+
+
 class PluginError(SORSAError, RuntimeError):
     """A plug-in could not be loaded."""

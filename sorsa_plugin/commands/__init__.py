@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..hookspecs import hookimpl
+from .analyze import analyze
 from .export_lora import export_lora
 from .init import init
 from .plan import plan
@@ -16,3 +17,4 @@ def sorsa_commands(app: Any) -> None:
     app.command("export-lora")(export_lora)
     app.command("init")(init)
     app.command("plan")(plan)
+    app.command("analyze")(analyze)
