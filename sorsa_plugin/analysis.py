@@ -209,8 +209,10 @@ def _points(
 
 
 def _labels(paths: list[Path]) -> dict[Path, str]:
+    """The shortest ends of the paths that differ; of a checkpoint, its run's name too."""
+    more = {path: int(path.name.startswith("checkpoint-")) for path in paths}
     for length in range(1, max(len(path.parts) for path in paths) + 1):
-        labels = {path: "/".join(path.parts[-length:]) for path in paths}
+        labels = {path: "/".join(path.parts[-length - more[path] :]) for path in paths}
         if len(set(labels.values())) == len(paths):
             break
     return labels

@@ -42,7 +42,7 @@ AUTO_CLASSES = {
 NEEDED = ["*.json", "*.safetensors"]
 """What has to be downloaded of a hub model to read its tensors."""
 
-OTHER_WEIGHTS = (
+OTHER_WEIGHTS = [
     "pytorch_model*",
     "consolidated*",
     "*.gguf",
@@ -52,7 +52,7 @@ OTHER_WEIGHTS = (
     "*.ot",
     "*.tflite",
     "*openvino_model*",
-)
+]
 """The same weights once more, in formats that nothing here reads."""
 
 
@@ -208,7 +208,7 @@ def local_directory(source: str | PathLike[str], revision: str | None, patterns:
     """
     if Path(source).is_dir():
         return Path(source)
-    others = list(OTHER_WEIGHTS) if patterns is None else None
+    others = OTHER_WEIGHTS if patterns is None else None
     try:
         found = snapshot_download(str(source), revision=revision, allow_patterns=patterns, ignore_patterns=others)
         return Path(found)

@@ -55,8 +55,9 @@ class TensorFile:
         """A tensor as the file has it now."""
         expected = self._layout[name]
         self._file.seek(self._start[name])
-        data = bytearray(self._file.read(expected.numel() * expected.element_size()))
-        return torch.frombuffer(data, dtype=expected.dtype).reshape(expected.shape)
+        flat = torch.empty(expected.numel(), dtype=expected.dtype)
+        self._file.readinto(flat.view(torch.uint8).numpy().data)
+        return flat.reshape(expected.shape)
 
     def flush(self) -> None:
         """Everything written so far survives a crash of the machine."""

@@ -58,16 +58,16 @@ def _show(analysis: Analysis) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Change of the weights of {analysis.base}: means over them", title_justify="left")
-    table.add_column("run")
-    for name in ("step", "weights", "dSigma", "dD", "rel. change", "cond. merged", "cond. W_p"):
+    layers = max(row.layers for row in analysis.summaries())
+    table = Table(title=f"Change of the weights of {analysis.base}, mean of {layers}", title_justify="left")
+    table.add_column("run", overflow="fold", min_width=8)
+    for name in ("step", "dSigma", "dD", "|dW|/|W|", "cond. merged", "cond. W_p"):
         table.add_column(name, justify="right", no_wrap=True)
     rows = analysis.summaries()
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         table.add_row(
             row.run,
             "-" if row.step is None else str(row.step),
-            str(row.layers),
             f"{row.d_sigma:.3g}",
             f"{row.d_direction:.3g}",
             f"{row.relative_change:.3g}",
