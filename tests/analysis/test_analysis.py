@@ -234,6 +234,6 @@ def test_without_matplotlib_a_sentence_comes_before_the_work(runs, tmp_path, mon
 
 
 def test_importing_the_package_imports_no_plotting():
-    program = "import sys, sorsa_plugin; print([m for m in ('matplotlib', 'rich.table') if m in sys.modules])"
+    program = "import sys, sorsa_plugin; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "False"
