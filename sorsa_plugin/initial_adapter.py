@@ -81,7 +81,8 @@ def init_adapter(
     Raises:
         BaseFilesError: the base cannot be read tensor by tensor.
         OutputExistsError: the output exists and is not an empty directory, or another process is writing it.
-        RankError, UnsupportedLayerError, DecompositionError, ValueError: as get_peft_model.
+        SORSAConfigError: PEFT refuses the options for this model.
+        RankError, UnsupportedLayerError, DecompositionError: as get_peft_model.
     """
     output = Path(output_dir).resolve()
     refuse_occupied(output)
@@ -97,7 +98,7 @@ def init_adapter(
     config = model.peft_config[ADAPTER]
     layout = get_peft_model_state_dict(model, adapter_name=ADAPTER)
     layers = list(sorsa_layers(model))
-    for parameter in [*_whole_modules(layout).values(), *(f"{layer.name}.weight" for layer in layers)]:
+    for parameter in [*_whole_modules(layout).values(), *(name for layer in layers for name in _parameters(layer))]:
         weights.sources(parameter)  # now rather than after hours
     with appearing_whole(output, kept_as=_key(files, config, layout)) as directory, _only_writer(directory):
         _reopen(directory, layers)
@@ -153,19 +154,21 @@ def _write_factors(
     return resumed
 
 
+def _parameters(layer: SORSALayer) -> dict[str, str]:
+    """{name in the model: name in the base module} of a layer's own weights."""
+    return {f"{layer.name}.{name}": name for name, _ in layer.get_base_layer().named_parameters(recurse=False)}
+
+
 def _fill(layer: SORSALayer, weights: StoredWeights) -> None:
     """Give the base module of a layer on the meta device its parameters."""
-    base = layer.get_base_layer()
-    for name, parameter in list(base.named_parameters(recurse=False)):
-        value = weights.read(f"{layer.name}.{name}")
-        base.register_parameter(name, nn.Parameter(value, requires_grad=parameter.requires_grad))
+    for parameter, name in _parameters(layer).items():
+        value = nn.Parameter(weights.read(parameter), requires_grad=False)
+        layer.get_base_layer().register_parameter(name, value)
 
 
 def _empty(layer: SORSALayer) -> None:
     """Put everything of a layer back on the meta device."""
-    base = layer.get_base_layer()
-    for name, parameter in list(base.named_parameters(recurse=False)):
-        base.register_parameter(name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
+    layer.get_base_layer().to("meta")
     layer.factors(ADAPTER).to_empty(device="meta")
 
 
