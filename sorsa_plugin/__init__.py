@@ -11,6 +11,7 @@ from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
+from .merging import MergeReport, merge_adapter  # noqa: E402
 from .model import SORSAModel  # noqa: E402
 from .registration import register  # noqa: E402
 from .regularizer import gaps, orthonormality  # noqa: E402
@@ -21,6 +22,7 @@ register()
 __all__ = [
     "Attachment",
     "ExportReport",
+    "MergeReport",
     "SORSAConfig",
     "SORSAError",
     "SORSALayer",
@@ -31,6 +33,7 @@ __all__ = [
     "factorise",
     "gaps",
     "hookimpl",
+    "merge_adapter",
     "orthonormality",
     "save_adapter",
 ]

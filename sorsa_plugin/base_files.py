@@ -9,6 +9,7 @@ Stored names are not always the model's: `stored_weights.py` knows which are whi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -38,6 +39,23 @@ AUTO_CLASSES = {
 """What a user of PEFT's task types loads the base model with."""
 
 
+NEEDED = ("*.json", "*.safetensors")
+"""What has to be downloaded of a hub model to read its tensors."""
+
+OTHER_WEIGHTS = (
+    "pytorch_model*",
+    "consolidated*",
+    "*.gguf",
+    "*.onnx*",
+    "*.h5",
+    "*.msgpack",
+    "*.ot",
+    "*.tflite",
+    "*openvino_model*",
+)
+"""The same weights once more, in formats that nothing here reads."""
+
+
 class BaseFiles:
     """The config and the safetensors shards of a base model.
 
@@ -57,7 +75,7 @@ class BaseFiles:
 
     def __init__(self, source: str | PathLike[str], revision: str | None = None) -> None:
         self.config = read_model_config(source, revision)
-        self.directory = _local_directory(str(source), revision)
+        self.directory = local_directory(source, revision, NEEDED)
         self.headers: dict[str, torch.Tensor] = {}
         self.shards: dict[Path, list[str]] = {}
         self._shard_of: dict[str, Path] = {}
@@ -172,11 +190,23 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
     return model.eval()
 
 
-def _local_directory(source: str, revision: str | None) -> Path:
+def local_directory(source: str | PathLike[str], revision: str | None, patterns: Sequence[str] | None) -> Path:
+    """Where a model's files are: a directory as it is, or the snapshot of a hub id, downloaded where it is absent.
+
+    Args:
+        source: a local directory, or an id on the hub.
+        revision: on the hub.
+        patterns: which files to download; None for all of them, less the weights in other formats than safetensors.
+
+    Raises:
+        BaseFilesError: it is neither, or cannot be fetched.
+    """
     if Path(source).is_dir():
         return Path(source)
+    others = OTHER_WEIGHTS if patterns is None else None
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        found = snapshot_download(str(source), revision=revision, allow_patterns=patterns, ignore_patterns=others)
+        return Path(found)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise BaseFilesError(
             f"{source} is no directory here, and its weights cannot be fetched from the hub "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -44,6 +44,13 @@ a plain model.
 """
 
 
+MERGED = """# Merged SORSA adapter
+
+`{base}` with a SORSA adapter of rank {rank} ([arXiv 2409.00055](https://arxiv.org/abs/2409.00055)) merged into its
+weights by `sorsa merge`: an ordinary model, which needs neither PEFT nor sorsa-plugin.
+"""
+
+
 def complete_model_card(directory: str, config: SORSAConfig) -> None:
     """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card."""
     path = Path(directory) / "README.md"
@@ -62,3 +69,13 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
     card.text = before.rstrip() + "\n\n" + section + ("".join(after[1:]) if after[1] else "")
     card.data.tags = sorted({*(card.data.tags or []), "sorsa"})
     card.save(path)
+
+
+def write_merged_card(base: Path, directory: Path, config: SORSAConfig) -> None:
+    """The card of a model that an adapter was merged into; licence and languages are those of the base's card."""
+    known = ModelCard.load(base / "README.md").data.to_dict() if (base / "README.md").is_file() else {}
+    kept = {key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known}
+    name = config.base_model_name_or_path
+    data = ModelCardData(**kept, base_model=name, library_name="transformers", tags=["sorsa"])
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + MERGED.format(base=name or "the base model", rank=config.r))
+    card.save(directory / "README.md")

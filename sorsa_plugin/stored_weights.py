@@ -79,15 +79,15 @@ class StoredWeights:
             if name not in self.parameters:
                 continue
             if pattern is None:
-                self._plain[name] = key
+                self._plain.setdefault(name, key)  # transformers, too, loads the first of several
             else:
                 recipe = recipes.setdefault(name, _Recipe(by_pattern[pattern], name))
                 recipe.takes[pattern].append(key)
         for recipe in recipes.values():  # on the meta device: only to learn which parameters it makes
             self._made |= dict.fromkeys(recipe.convert(self.files.headers.__getitem__, self.model), recipe)
 
-    def _stored_name(self, parameter: str) -> str | None:
-        """The parameter, or one that it is tied to, for which tensors are stored."""
+    def stored_as(self, parameter: str) -> str | None:
+        """The parameter for which tensors are stored: itself, or one that it is tied to; None if there is none."""
         together = {parameter, self.tied.get(parameter, parameter)}
         together |= {target for target, source in self.tied.items() if source in together}
         for name in (parameter, *sorted(together)):
@@ -96,7 +96,7 @@ class StoredWeights:
         return None
 
     def __contains__(self, parameter: str) -> bool:
-        return self._stored_name(parameter) is not None
+        return self.stored_as(parameter) is not None
 
     def sources(self, parameter: str) -> list[str]:
         """The names of the stored tensors that a parameter is made of.
@@ -104,7 +104,7 @@ class StoredWeights:
         Raises:
             BaseFilesError: none is stored.
         """
-        name = self._stored_name(parameter)
+        name = self.stored_as(parameter)
         if name is None:
             raise BaseFilesError(
                 f"No tensor in {self.files.directory} becomes {parameter} of {type(self.model).__name__}, so its "
@@ -121,7 +121,7 @@ class StoredWeights:
             BaseFilesError: none is, or the parameter is made of stored tensors by a conversion.
         """
         sources = self.sources(parameter)
-        if self._stored_name(parameter) in self._made:
+        if self.stored_as(parameter) in self._made:
             raise BaseFilesError(
                 f"{parameter} is not stored as it is: transformers makes it from {', '.join(sources[:3])}"
                 f"{' and so on' if len(sources) > 3 else ''}. Load the model with transformers for this."
@@ -138,7 +138,7 @@ class StoredWeights:
         Raises:
             BaseFilesError: it is not stored, or not in the model's shape.
         """
-        name = self._stored_name(parameter)
+        name = self.stored_as(parameter)
         expected = self.parameters[parameter]
         if name in self._made:
             value = self._made[name].convert(self.files.tensor, self.model)[name]
