@@ -9,7 +9,6 @@ Stored names are not always the model's: `stored_weights.py` knows which are whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -39,10 +38,10 @@ AUTO_CLASSES = {
 """What a user of PEFT's task types loads the base model with."""
 
 
-NEEDED = ("*.json", "*.safetensors")
+NEEDED = ["*.json", "*.safetensors"]
 """What has to be downloaded of a hub model to read its tensors."""
 
-OTHER_WEIGHTS = (
+OTHER_WEIGHTS = [
     "pytorch_model*",
     "consolidated*",
     "*.gguf",
@@ -52,7 +51,7 @@ OTHER_WEIGHTS = (
     "*.ot",
     "*.tflite",
     "*openvino_model*",
-)
+]
 """The same weights once more, in formats that nothing here reads."""
 
 
@@ -190,7 +189,7 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
     return model.eval()
 
 
-def local_directory(source: str | PathLike[str], revision: str | None, patterns: Sequence[str] | None) -> Path:
+def local_directory(source: str | PathLike[str], revision: str | None, patterns: list[str] | None) -> Path:
     """Where a model's files are: a directory as it is, or the snapshot of a hub id, downloaded where it is absent.
 
     Args:

@@ -144,7 +144,7 @@ def _write_header(writer: BinaryIO, header: dict[str, Any]) -> None:
 
 
 def _write_tensor(writer: BinaryIO, tensor: torch.Tensor, name: str, length: int) -> None:
-    data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     if len(data) != length:
         raise ValueError(f"{name} takes {length} bytes, and {len(data)} were given to write ({tensor.dtype}).")
     writer.write(data)

@@ -30,8 +30,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 ```
 
 Without the package: `sorsa export-lora path/to/this/adapter -o lora` writes it as an ordinary LoRA of twice the rank,
-exactly, which PEFT, vLLM, TGI and llama.cpp load. Or merge it once with `model.merge_and_unload()` and save the result,
-a plain model.
+exactly, which PEFT, vLLM, TGI and llama.cpp load. `sorsa merge --base "{base}" --adapter path/to/this/adapter -o merged`
+writes a plain model.
 
 ```bibtex
 @article{{cao2024sorsa,
@@ -52,9 +52,12 @@ weights by `sorsa merge`: an ordinary model, which needs neither PEFT nor sorsa-
 
 
 def complete_model_card(directory: str, config: SORSAConfig) -> None:
-    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card."""
-    path = Path(directory) / "README.md"
-    if not path.exists():
+    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card.
+
+    PEFT puts an adapter that is not called "default" into a folder of its own, and the card beside that folder.
+    """
+    path = _card_of(Path(directory).absolute())
+    if path is None:
         return
     card = ModelCard.load(path)
     section = SECTION.format(
@@ -64,11 +67,19 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
         rank=config.r,
         base=config.base_model_name_or_path or "the base model",
     )
-    before, _, own = card.text.partition(HEADING)
-    after = own.partition("\n## ")
+    before, _, earlier = card.text.partition(HEADING)
+    after = earlier.partition("\n## ")
     card.text = before.rstrip() + "\n\n" + section + ("".join(after[1:]) if after[1] else "")
-    card.data.tags = sorted({*(card.data.tags or []), "sorsa"})
+    tags = card.data.tags or []
+    card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "sorsa"})
     card.save(path)
+
+
+def _card_of(directory: Path) -> Path | None:
+    own, above = directory / "README.md", directory.parent / "README.md"
+    if own.is_file():
+        return own
+    return above if above.is_file() and ModelCard.load(above).data.library_name == "peft" else None
 
 
 def write_merged_card(base: Path, directory: Path, config: SORSAConfig) -> None:
