@@ -30,8 +30,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 ```
 
 Without the package: `sorsa export-lora path/to/this/adapter -o lora` writes it as an ordinary LoRA of twice the rank,
-exactly, which PEFT, vLLM, TGI and llama.cpp load. `sorsa merge --base "{base}" --adapter path/to/this/adapter -o merged`
-writes a plain model.
+exactly, which PEFT, vLLM, TGI and llama.cpp load. A plain model, with the adapter merged in, is written by
+`sorsa merge --base "{base}" --adapter path/to/this/adapter -o merged`.
 
 ```bibtex
 @article{{cao2024sorsa,
