@@ -1,4 +1,4 @@
-"""`SORSACallback`: finds the Trainer's optimizer for `attach`, keeps offsets fp32, logs the gaps, completes model cards."""
+"""`SORSACallback`: finds the optimizer for `attach`, keeps offsets fp32, logs the gaps, completes model cards."""
 
 from __future__ import annotations
 
