@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -92,14 +93,14 @@ def merge_adapter(
     files = BaseFiles(local_directory(base, revision, patterns=None))
     with open_tensors(source) as tensors:
         ranks, carried = survey(tensors, config)
-        model, task_type = _model_with(files, config, list(ranks))
+        model = _model_with(files, config, list(ranks))
         stored = StoredWeights(files, model)
-        whole = {name.removeprefix(ROOT).replace(".base_layer.", "."): name for name in carried}
+        whole = _whole_parameters(carried)
         layers = _empty_layers(model, config, list(ranks))
         make = partial(_make, stored, layers, whole, tensors, safe)
         plan = _plan(stored, [f"{name}.weight" for name in layers], whole, tensors, make)
         if plan.untied:
-            _refuse_what_stays_tied(files, plan, task_type)
+            _refuse_what_stays_tied(stored, plan)
         with appearing_whole(output) as directory:
             size = copy_weights(files, directory, plan.values, plan.added)
             left_out = copy_other_files(files, directory)
@@ -113,24 +114,32 @@ def merge_adapter(
 # -- which model -----------------------------------------------------------------------------------------------------
 
 
-def _model_with(files: BaseFiles, config: SORSAConfig, layers: list[str]) -> tuple[PreTrainedModel, str | None]:
-    """The empty model whose modules bear the adapter's names, and the task type that gives it: a base can be loaded
-    with several classes, and the adapter's file does not say with which it was."""
-    absent: list[str] = []
-    for task_type in dict.fromkeys((config.task_type, None, "FEATURE_EXTRACTION")):
+def _model_with(files: BaseFiles, config: SORSAConfig, layers: list[str]) -> PreTrainedModel:
+    """The empty model whose modules bear the adapter's names: a base can be loaded with several classes.
+
+    Raises:
+        BaseFilesError: none of them does.
+    """
+    trained_class = (config.auto_mapping or {}).get("base_model_class")
+    named = deepcopy(files.config)
+    named.architectures = [trained_class]
+    candidates = [(named, None)] if trained_class and hasattr(transformers, trained_class) else []
+    candidates += [(files.config, config.task_type)] if config.task_type else []
+    absent = ""
+    for model_config, task_type in (*candidates, (files.config, None)):
         try:
-            model = files.empty_model(task_type)
+            model = empty_model(model_config, task_type)
         except BaseFilesError:
-            if task_type is None:
+            if model_config is files.config and task_type is None:
                 raise
             continue
         modules = dict(model.named_modules())
-        absent = absent or [name for name in layers if name not in modules]
-        if all(name in modules for name in layers):
-            return model, task_type
+        absent = next((name for name in layers if name not in modules), "")
+        if not absent:
+            return model
     raise BaseFilesError(
-        f"The adapter has factors of {absent[0]}, a module that the model in {files.directory} does not have, whatever "
-        f"transformers class it is loaded with. Give the base model that the adapter was trained on. {IN_MEMORY}"
+        f"The adapter has factors of {absent}, a module that the model in {files.directory} does not have. Give the "
+        f"base model that the adapter was trained on. If it is this one, loaded in a special way: {IN_MEMORY}"
     )
 
 
@@ -150,6 +159,16 @@ def _empty_layers(model: PreTrainedModel, config: SORSAConfig, names: list[str])
 
 
 # -- which tensors ---------------------------------------------------------------------------------------------------
+
+
+def _whole_parameters(carried: list[str]) -> dict[str, str]:
+    """{parameter: its name in the adapter file} of what the file holds in whole, under the names PEFT saves it by."""
+    parameters: dict[str, str] = {}
+    for name in carried:
+        parameter = name.removeprefix(ROOT).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if ".original_module." not in parameter:
+            parameters.setdefault(parameter, name)
+    return parameters
 
 
 @dataclass(frozen=True)
@@ -230,18 +249,23 @@ def _alike(tied: list[str], adapted: list[str], whole: dict[str, str], tensors: 
     return all(torch.equal(first, other) for other in others)
 
 
-def _refuse_what_stays_tied(files: BaseFiles, plan: _Plan, task_type: str | None) -> None:
-    """Check that transformers will load the tensors that get values of their own as such."""
-    config = deepcopy(files.config)
+def _refuse_what_stays_tied(stored: StoredWeights, plan: _Plan) -> None:
+    """Check that transformers will load the tensors that get values of their own as such.
+
+    Not for encoder-decoders: some of them scale their output by whether embeddings are tied.
+    """
+    config = deepcopy(stored.model.config)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
-    result = copy(files)
-    result.headers = files.headers | {name: files.headers[like] for name, like in plan.added.items()}
-    loaded = StoredWeights(result, empty_model(config, task_type))
+    config.architectures = [type(stored.model).__name__]
+    result = copy(stored.files)
+    result.headers = stored.files.headers | {name: stored.files.headers[like] for name, like in plan.added.items()}
+    loaded = StoredWeights(result, empty_model(config))
     for name in plan.untied:
-        if name in (*loaded.tied, *loaded.tied.values()) or loaded.stored_as(name) != name:
+        tied = name in (*loaded.tied, *loaded.tied.values()) or loaded.stored_as(name) != name
+        if tied or config.is_encoder_decoder:
             raise BaseFilesError(
-                f"The adapter gives {name} other values than the weights it is tied to, and {type(loaded.model)} "
-                f"always ties them, so no checkpoint of it can hold both. {IN_MEMORY}"
+                f"The adapter gives {name} other values than the weights it is tied to, and a checkpoint of "
+                f"{type(stored.model).__name__} cannot hold both. {IN_MEMORY}"
             )
 
 
