@@ -261,7 +261,6 @@ def test_merging_holds_neither_the_model_nor_two_shards(tmp_path):
     )
     _, sharded, one_file = map(int, done.stdout.split()[-3:])
     # The largest weight takes 2 MB; as base, change, sum, rounded result and buffer about five of these are held.
-    print(sharded, one_file)
     assert max(sharded, one_file) < 2 * 15e6
 
 
