@@ -297,7 +297,7 @@ def _make(
 
 
 def _merged(layer: SORSALayer, weight: torch.Tensor, factors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The weight with the change of the factors added, by a layer that is without values before and after."""
+    """The weight with the change of the factors added, by an empty layer, which is used up."""
     if not all(tensor.isfinite().all() for tensor in factors.values()):
         raise IncompleteAdapterError(
             f"The factors of {layer.name} hold NaN or infinity; expected finite numbers. The training run diverged or "
@@ -309,5 +309,6 @@ def _merged(layer: SORSALayer, weight: torch.Tensor, factors: dict[str, torch.Te
     layer.merge(adapter_names=[ADAPTER])
     merged = base.weight.data
     layer.unmerge()
-    layer.to("meta")
+    base.weight = None  # freed, not moved to the meta device: what is allocated here and stays would pin freed memory
+    layer.sorsa_factors.clear()
     return merged
