@@ -13,6 +13,7 @@ from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
 from .initial_adapter import InitReport, init_adapter  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
+from .merging import MergeReport, merge_adapter  # noqa: E402
 from .model import SORSAModel  # noqa: E402
 from .planning import Plan, plan  # noqa: E402
 from .registration import register  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "Attachment",
     "ExportReport",
     "InitReport",
+    "MergeReport",
     "Plan",
     "SORSAConfig",
     "SORSAError",
@@ -39,6 +41,7 @@ __all__ = [
     "gaps",
     "hookimpl",
     "init_adapter",
+    "merge_adapter",
     "orthonormality",
     "plan",
     "save_adapter",

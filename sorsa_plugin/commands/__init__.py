@@ -6,15 +6,21 @@ from typing import Any
 
 from ..hookspecs import hookimpl
 from .analyze import analyze
+from .doctor import doctor
 from .export_lora import export_lora
 from .init import init
+from .inspect import inspect
+from .merge import merge
 from .plan import plan
 
 
 @hookimpl
 def sorsa_commands(app: Any) -> None:
     """The commands on saved adapters and base models."""
-    app.command("export-lora")(export_lora)
-    app.command("init")(init)
     app.command("plan")(plan)
+    app.command("init")(init)
+    app.command("inspect")(inspect)
     app.command("analyze")(analyze)
+    app.command("merge")(merge)
+    app.command("export-lora")(export_lora)
+    app.command("doctor")(doctor)
