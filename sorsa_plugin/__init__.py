@@ -4,6 +4,7 @@ from .registration import add_peft_type
 
 add_peft_type()  # before anything reads PeftType.SORSA
 
+from .adapters import AdapterSetup, AdapterType, registered_adapters, setup_adapter  # noqa: E402
 from .analysis import Analysis, analyze  # noqa: E402
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
@@ -23,6 +24,8 @@ from .saving import save_adapter  # noqa: E402
 register()
 
 __all__ = [
+    "AdapterSetup",
+    "AdapterType",
     "Analysis",
     "Attachment",
     "ExportReport",
@@ -44,5 +47,7 @@ __all__ = [
     "merge_adapter",
     "orthonormality",
     "plan",
+    "registered_adapters",
     "save_adapter",
+    "setup_adapter",
 ]

@@ -55,9 +55,17 @@ class AttachError(SORSAError, RuntimeError):
     """The regularizer cannot be delivered through this optimizer."""
 
 
+class AdapterOptionsError(SORSAError, ValueError):
+    """What a recipe says about its adapter is unknown, contradicts itself, or cannot be honoured."""
+
+
 class MissingExtraError(SORSAError, ImportError):
     """An optional package is needed and not installed."""
 
 
 class PluginError(SORSAError, RuntimeError):
-    """A plug-in could not be loaded."""
+    """Plug-ins contradict each other."""
+
+
+class MissingPackageError(SORSAError, ImportError):
+    """An optional package is needed and absent."""

@@ -12,15 +12,17 @@ from .init import init
 from .inspect import inspect
 from .merge import merge
 from .plan import plan
+from .plugins import plugins
 
 
 @hookimpl
 def sorsa_commands(app: Any) -> None:
-    """The commands on saved adapters and base models."""
+    """The commands on base models, on saved adapters, and on this installation."""
     app.command("plan")(plan)
     app.command("init")(init)
     app.command("inspect")(inspect)
     app.command("analyze")(analyze)
     app.command("merge")(merge)
     app.command("export-lora")(export_lora)
+    app.command("plugins")(plugins)
     app.command("doctor")(doctor)
