@@ -3,7 +3,7 @@
     python benchmarks/analysis_example.py
 
 Every run has the quickstart's data, schedule and seed. SORSA's and LoRA's rates are the best of the quickstart's grid;
-PiSSA's and the full fine-tuning's are guesses that learn the task.
+PiSSA's is the better of 2e-3 and 4e-3, and the full fine-tuning's the best of 5e-4, 1e-3, 2e-3 and 4e-3.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ PISSA = LoraConfig(
 RUNS: dict[str, tuple[Any, float]] = {
     "SORSA": (quickstart.adapter_config("sorsa", None), quickstart.LEARNING_RATES["sorsa"]),
     "SORSA, gamma 0": (quickstart.adapter_config("sorsa", 0.0), quickstart.LEARNING_RATES["sorsa"]),
-    "PiSSA": (PISSA, quickstart.LEARNING_RATES["sorsa"]),
+    "PiSSA": (PISSA, 4e-3),
     "LoRA": (quickstart.adapter_config("lora", None), quickstart.LEARNING_RATES["lora"]),
-    "full": (None, 5e-4),
+    "full": (None, 2e-3),
 }
 
 

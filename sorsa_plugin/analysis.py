@@ -19,8 +19,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .errors import ForeignAdapterError, SORSAConfigError
+from .json_values import json_values
 from .spectra import DEGENERATE, Spectrum, condition_number, decompose, delta_direction, delta_sigma
-from .trained_weights import BaseWeights, Trained, TrainedWeights, checkpoints, open_trained
+from .trained_weights import BaseWeights, Trained, TrainedWeights, complete_checkpoints, open_trained
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Analysis:
         _write_csv(path / "layers.csv", LayerChange, self.changes)
         _write_csv(path / "summary.csv", Summary, self.summaries())
         content = asdict(self) | {"summary": [asdict(summary) for summary in self.summaries()]}
-        text = json.dumps(_finite(content), indent=1, allow_nan=False)
+        text = json.dumps(json_values(content), indent=1, allow_nan=False)
         (path / "analysis.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -203,7 +204,7 @@ def _points(
     """Every run and step to compare, runs named by as much of their paths as tells them apart."""
     entries: list[tuple[Path, int | None, Path]] = [(Path(path).resolve(), None, Path(path)) for path in trained]
     for run in runs:
-        entries += [(Path(run).resolve(), step, path) for step, path in checkpoints(run).items()]
+        entries += [(Path(run).resolve(), step, path) for step, path in complete_checkpoints(run).items()]
     names = _labels(list(dict.fromkeys(source for source, _, _ in entries)))
     return {(names[source], step): open_trained(path, base) for source, step, path in entries}
 
@@ -261,12 +262,3 @@ def _write_csv(path: Path, kind: type, rows: Sequence[object]) -> None:
         writer = csv.writer(file)
         writer.writerow(names)
         writer.writerows([getattr(row, name) for name in names] for row in rows)
-
-
-def _finite(value: object) -> object:
-    """JSON knows no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

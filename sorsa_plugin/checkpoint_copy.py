@@ -1,7 +1,6 @@
 """Copies a base model's directory with some tensors replaced or added, holding one tensor at a time; knows no adapter.
 
-Shards are written in safetensors' own layout (github.com/huggingface/safetensors, "Format"): 8 bytes with the header's
-length, a JSON header {name: {dtype, shape, data_offsets}}, then the data. What is not replaced is copied byte for byte.
+Shards are written in safetensors' own layout (`tensor_file.py`), and what is not replaced is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from .base_files import OTHER_WEIGHTS, BaseFiles
+from .tensor_file import decode_header, encode_header
 
 CHUNK = 2**24
 """Bytes copied at a time."""
@@ -110,13 +110,13 @@ def copy_shard(
         progress: called with the number of bytes written.
     """
     with source.open("rb") as reader, target.open("xb") as writer:
-        stored, start = _read_header(reader)
+        stored, start = decode_header(reader)
         header: dict[str, Any] = dict(stored)
         end = max((entry["data_offsets"][1] for name, entry in stored.items() if name != "__metadata__"), default=0)
         for name, like in added.items():
             begin, end = end, end + _length(stored[like])
             header[name] = {**stored[like], "data_offsets": [begin, end]}
-        _write_header(writer, header)
+        writer.write(encode_header(header))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
             if name in values:
@@ -130,17 +130,6 @@ def copy_shard(
 def _length(entry: dict[str, Any]) -> int:
     begin, end = entry["data_offsets"]
     return end - begin
-
-
-def _read_header(reader: BinaryIO) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(reader.read(8), "little")
-    return json.loads(reader.read(length)), 8 + length
-
-
-def _write_header(writer: BinaryIO, header: dict[str, Any]) -> None:
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned and can be mapped
-    writer.write(len(text).to_bytes(8, "little") + text)
 
 
 def _write_tensor(writer: BinaryIO, tensor: torch.Tensor, name: str, length: int) -> None:

@@ -30,6 +30,7 @@ from .empty_adapter import ADAPTER, adapt_empty
 from .errors import OutputExistsError, SORSAConfigError
 from .factors import FROZEN
 from .fingerprint import fingerprint
+from .json_values import json_values
 from .layer import SORSALayer
 from .outputs import appearing_whole, refuse_occupied
 from .regularizer import sorsa_layers
@@ -131,7 +132,8 @@ def _write_factors(
 ) -> int:
     """Factorise what the journal does not name; the number of layers that it does."""
     text = journal.read_text(encoding="utf-8") if journal.exists() else ""
-    finished = set(text.split("\n")[:-1])  # what follows the last line's end was cut off
+    whole = text[: text.rfind("\n") + 1]  # a name that was cut off follows
+    finished = set(filter(None, whole.split("\n")))
     if finished:
         logger.warning("Continuing an interrupted run: %d of %d layers are done.", len(finished), len(layers))
     resumed = 0
@@ -199,12 +201,8 @@ def _key(files: BaseFiles, config: SORSAConfig, layout: dict[str, torch.Tensor])
         for group in (files.headers, layout)
     ]
     options = config.to_dict() | {"base_model_name_or_path": None}
-    text = json.dumps([options, files.config.to_dict(), tensors], sort_keys=True, default=_plain)
+    text = json.dumps(json_values([options, files.config.to_dict(), tensors]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
 from .factors import FROZEN, OFFSETS
+from .json_values import json_values
 from .lowrank import Parts, change_norm
 from .regularizer import Factor, deviations
 
@@ -64,14 +65,9 @@ class AdapterSummary:
 
     def to_json(self) -> dict[str, Any]:
         """The same in JSON's types; numbers that are not finite are None."""
-        options = {key: sorted(v) if isinstance(v, set) else v for key, v in self.config.to_dict().items()}
-        layers = [
-            {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in asdict(layer).items()}
-            for layer in self.layers
-        ]
-        summary = {name: getattr(self, name) for name in ("dtypes", "trainable", "carried", "bytes")}
-        gamma = {"resolved_gamma": self.config.resolved_gamma}
-        return {"directory": str(self.directory), "config": {**options, **gamma}, **summary, "layers": layers}
+        config = self.config.to_dict() | {"resolved_gamma": self.config.resolved_gamma}
+        summary = {name: getattr(self, name) for name in ("directory", "dtypes", "trainable", "carried", "bytes")}
+        return json_values({**summary, "config": config, "layers": [asdict(layer) for layer in self.layers]})
 
 
 def inspect_adapter(adapter_dir: str | PathLike[str]) -> AdapterSummary:

@@ -227,10 +227,9 @@ def estimate_init(groups: tuple[LayerGroup, ...], config: SORSAConfig, unit_seco
             timed[case] = _seconds(group, config.svd)
         total += group.count * timed[case]
     device = working_device(torch.device("cpu"))
-    threads = f" with {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     return total, (
-        f"measured on this machine's {device.type}{threads}: one random weight of each shape, larger ones on "
-        f"{TIMED_ELEMENTS / 2**20:.0f}M elements and scaled by out * in"
+        f"measured on this machine's {device.type}{threads}: one random weight of each shape, larger ones in part"
     )
 
 

@@ -1,7 +1,8 @@
 """A safetensors file that is written one tensor at a time, in any order, and continued after an interruption.
 
-The safetensors library writes a file from tensors that are all in memory; an adapter of a 70B model is 13 GB. Format:
-https://huggingface.co/docs/safetensors: the header's length (8 bytes), the header (JSON), the tensors.
+The safetensors library writes a file from tensors that are all in memory; an adapter of a 70B model is 13 GB. Format
+(https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header {name: {dtype, shape,
+data_offsets}}, the tensors.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any, BinaryIO
 
 import torch
 from transformers.modeling_utils import str_to_torch_dtype
@@ -87,10 +89,21 @@ def file_header(layout: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, in
             "data_offsets": [offset, end],
         }
         offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
+    header = encode_header(entries)
     return header, {name: len(header) + start for name, start in offsets.items()}, len(header) + offset
+
+
+def encode_header(entries: Mapping[str, object]) -> bytes:
+    """The bytes that a safetensors file begins with, padded so that the data is aligned and can be mapped."""
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def decode_header(reader: BinaryIO) -> tuple[dict[str, Any], int]:
+    """The entries of an open file's header, and where the data begins."""
+    length = int.from_bytes(reader.read(8), "little")
+    return json.loads(reader.read(length)), 8 + length
 
 
 def _first_bytes(path: Path, count: int) -> bytes:

@@ -9,7 +9,6 @@ not taken for training.
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from copy import deepcopy
 from os import PathLike
@@ -26,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter_files import ROOT, open_tensors
 from .base_files import BaseFiles
+from .checkpoints import checkpoints, is_complete
+from .empty_adapter import ADAPTER
 from .errors import ForeignAdapterError, IncompleteAdapterError
 from .layer import SORSALayer
 from .spectra import product_condition
@@ -33,7 +34,6 @@ from .stored_weights import StoredWeights
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "default"
 NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
 """Options that choose modules in a model; here the module is chosen already."""
 
@@ -246,21 +246,19 @@ def _read_any_config(path: Path) -> Any:
     return config
 
 
-def checkpoints(run: str | PathLike[str]) -> dict[int, Path]:
-    """{step: directory} of a Trainer's checkpoints, in order; those without a complete set of files are left out.
+def complete_checkpoints(run: str | PathLike[str]) -> dict[int, Path]:
+    """{step: directory} of a run's complete checkpoints, in order.
 
     Raises:
         ForeignAdapterError: the directory has none.
     """
-    found: dict[int, Path] = {}
-    for path in Path(run).glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and (path / "trainer_state.json").is_file():  # written last
-            found[int(number[1])] = path
-        elif number:
-            logger.warning("%s has no trainer_state.json, so it is incomplete; left out.", path)
-    if not found:
+    found = checkpoints(run)
+    complete = {step: path for step, path in found.items() if is_complete(path)}
+    for path in found.values():
+        if path not in complete.values():
+            logger.warning("%s is incomplete (no trainer_state.json, or files that are cut off): left out.", path)
+    if not complete:
         raise ForeignAdapterError(
             f"{run} holds no complete checkpoint-N directory; expected the output directory of a training run."
         )
-    return dict(sorted(found.items()))
+    return complete

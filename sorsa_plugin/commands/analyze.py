@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def analyze(
-    base: str = typer.Option(..., help="Directory of the pre-trained model, or its id on the hub."),
+    base: options.Base,
+    output: options.Output,
     adapter: list[Path] = typer.Option([], help="A PEFT adapter of any type, or a trained model; may be repeated."),
     checkpoints: list[Path] = typer.Option([], help="A run with checkpoint-N directories; may be repeated."),
-    output: Path = typer.Option(..., "--output", "-o", help="Directory to make; it may exist and be empty."),
     modules: str | None = typer.Option(None, help="Only modules whose names match this regular expression."),
     top: int | None = typer.Option(None, help="Compare this many singular triplets of each weight; default: all."),
     degenerate: float = typer.Option(
@@ -43,7 +43,7 @@ def analyze(
         modules=modules,
         top=top,
         degenerate=degenerate,
-        task_type=None if task_type.lower() == "none" else task_type,
+        task_type=options.task(task_type),
         revision=revision,
     )
     with appearing_whole(target) as directory:

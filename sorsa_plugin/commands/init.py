@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 from . import options
+from .figures import size
 
 
 def init(
     model: options.Model,
-    output: Path = typer.Option(..., "--output", "-o", help="Directory to make; it may exist and be empty."),
+    output: options.Output,
     rank: options.Rank = 128,
     target_modules: options.Targets = "all-linear",
     exclude_modules: options.Excluded = None,
@@ -53,6 +52,6 @@ def init(
     kept = f" ({report.resumed} from an interrupted run)" if report.resumed else ""
     typer.echo(
         f"Adapter of {len(report.layers)} layers{kept}, {report.trainable_parameters:,} trainable parameters, in "
-        f"{report.output}: {report.bytes / 2**20:.1f} MiB."
+        f"{report.output}: {size(report.bytes)}."
     )
     typer.echo(f'Start with PeftModel.from_pretrained(base, "{output}", is_trainable=True).')

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
+from . import options
+from .figures import size
 
 if TYPE_CHECKING:
     from ..inspection import AdapterSummary
 
 
 def inspect(
-    adapter: Path = typer.Argument(..., help="Directory of a saved SORSA adapter."),
+    adapter: options.Adapter,
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Show an adapter's options, gaps, singular values and size of change, from its files alone."""
@@ -41,7 +43,7 @@ def _print(summary: AdapterSummary) -> None:
         "regularizer": f"gamma {config.resolved_gamma:g}, {config.reg_update}{schedule}",
         "layers": f"{len(layers)}, {summary.trainable:,} trained values",
         "whole tensors": ", ".join(summary.carried) or "none",
-        "file": f"{summary.bytes / 2**20:.1f} MiB, factors in {', '.join(summary.dtypes)}",
+        "file": f"{size(summary.bytes)}, factors in {', '.join(summary.dtypes)}",
         "gap": f"mean {sum(x.gap_U + x.gap_V for x in layers) / (2 * len(layers)):.3g}, "
         f"largest {max(max(x.gap_U, x.gap_V) for x in layers):.3g}",
         "change": f"{sum(x.change**2 for x in layers) ** 0.5:.3g} (Frobenius norm over all layers)",

@@ -1,7 +1,8 @@
-"""The command-line options that several commands share: which base, and what adapter on it."""
+"""The command-line options that several commands share: which base, what adapter on it, and where to."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 Model = Annotated[str, typer.Option("--model", help="Directory of the base model, or its id on the hub.")]
+Base = Annotated[str, typer.Option("--base", help="Directory of the base model, or its id on the hub.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the hub.")]
 Rank = Annotated[int, typer.Option("--rank", "-r", help="Singular triplets trained per weight.")]
 Targets = Annotated[
@@ -35,6 +37,8 @@ TaskType = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}: how the base will be loaded; default: its own.")
 ]
+Adapter = Annotated[Path, typer.Argument(help="Directory of a saved SORSA adapter.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to make; it may exist and be empty.")]
 
 
 def sorsa_config(
@@ -61,9 +65,14 @@ def sorsa_config(
         layers_to_transform=[_integer(part, "--layers") for part in _parts(layers)] if layers else None,
         rank_pattern=dict(_pair(text) for text in rank_pattern or []),
         modules_to_save=_parts(modules_to_save) if modules_to_save else None,
-        task_type=None if task_type.lower() == "none" else task_type,
+        task_type=task(task_type),
         **others,
     )
+
+
+def task(name: str) -> str | None:
+    """PEFT's task type, or None for "none"."""
+    return None if name.lower() == "none" else name
 
 
 def names_or_expression(text: str) -> list[str] | str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from . import options
+from .figures import duration, size
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -79,8 +80,8 @@ def _show(plan: Plan, work: str) -> None:
     facts: dict[str, Any] = {
         "base parameters": f"{plan.base_parameters:,}",
         "trainable parameters": f"{plan.trainable_parameters:,} ({share:.2%} of the base)",
-        "adapter file": f"{_size(plan.adapter_bytes)} ({plan.adapter_bytes:,} bytes)",
-        "initialisation, estimated": f"{_duration(plan.init_seconds)} ({plan.init_basis})",
+        "adapter file": f"{size(plan.adapter_bytes)} ({plan.adapter_bytes:,} bytes)",
+        "initialisation, estimated": f"{duration(plan.init_seconds)} ({plan.init_basis})",
     }
     if plan.stacked_parameters:
         facts["not adapted"] = f"{plan.stacked_parameters:,} parameters in stacked tensors (fused experts)"
@@ -101,19 +102,5 @@ def _show(plan: Plan, work: str) -> None:
     table.add_column("what")
     table.add_column("size", justify="right")
     for name, value in parts.items():
-        table.add_row(name, "unknown" if value is None else _size(value), end_section=name.startswith("activations"))
+        table.add_row(name, "unknown" if value is None else size(value), end_section=name.startswith("activations"))
     console.print(table)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -26,7 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, ForeignAdapterError, IncompleteAdapterError
-from sorsa_plugin.trained_weights import BaseWeights, checkpoints, open_trained
+from sorsa_plugin.trained_weights import BaseWeights, complete_checkpoints, open_trained
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -197,12 +197,17 @@ def test_damaged_adapters_are_named_errors(tmp_path):
 
 
 def test_checkpoints_are_in_the_order_of_their_steps_and_complete(tmp_path, caplog):
-    for step in (100, 20, 3):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-7").mkdir()
+    for step in (100, 20, 3, 7, 8):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        save_file({"dU": torch.ones(4, 3)}, checkpoint / "adapter_model.safetensors")
+        (checkpoint / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-7" / "trainer_state.json").unlink()
+    truncated = tmp_path / "checkpoint-8" / "adapter_model.safetensors"
+    truncated.write_bytes(truncated.read_bytes()[:-1])
     (tmp_path / "checkpoint-best").mkdir()
-    assert list(checkpoints(tmp_path)) == [3, 20, 100]
-    assert "checkpoint-7 has no trainer_state.json" in caplog.text
+    assert list(complete_checkpoints(tmp_path)) == [3, 20, 100]
+    for step in (7, 8):
+        assert f"checkpoint-{step} is incomplete" in caplog.text
     with pytest.raises(ForeignAdapterError, match="holds no complete checkpoint-N directory"):
-        checkpoints(tmp_path / "checkpoint-3")
+        complete_checkpoints(tmp_path / "checkpoint-3")

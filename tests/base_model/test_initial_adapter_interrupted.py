@@ -103,7 +103,7 @@ def killed(moment, base: Path, output: Path) -> int:
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
-def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole, tmp_path, moment, monkeypatch):
+def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole, tmp_path, moment, monkeypatch, caplog):
     output = tmp_path / "adapter"
     assert killed(moment, base, output) == -signal.SIGKILL
     assert not output.exists()
@@ -119,6 +119,7 @@ def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole,
     )
     report = init_adapter(base, output, everything(), progress=False)
     assert report.resumed == MOMENTS[moment] == 14 - len(factorised)
+    assert f"{MOMENTS[moment]} of 14 layers are done" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
     assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
     for path in whole.iterdir():
