@@ -222,13 +222,14 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _log_scale(axes: Any, which: str) -> None:
-    """A logarithmic axis with plain numbers at 1, 2, 5 and so on; over many decades, at the decades."""
+    """A logarithmic axis with plain numbers, at the decades alone where there are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})
     low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
     axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    ratio = high / low
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 20 else (1, 2, 5) if ratio < 200 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import options
+from .figures import console
 
 if TYPE_CHECKING:
     from ..analysis import Analysis
@@ -55,7 +56,6 @@ def analyze(
 
 
 def _show(analysis: Analysis) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     layers = max(row.layers for row in analysis.summaries())
@@ -75,7 +75,7 @@ def _show(analysis: Analysis) -> None:
             _change(row.principal_condition_before, row.principal_condition_after),
             end_section=following is not None and following.run != row.run,
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _change(before: float | None, after: float | None) -> str:

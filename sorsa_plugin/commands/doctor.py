@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from .figures import console
+
 if TYPE_CHECKING:
     from ..doctor import Diagnosis
 
@@ -25,7 +27,6 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON instea
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -36,10 +37,10 @@ def _print(diagnosis: Diagnosis) -> None:
             todo = f"optional: {todo}"
         row = (package.name, package.installed or "-", package.supported or "any", todo)
         table.add_row(*map(escape, row), style="bold red" if package.problem else None)
-    console = Console()
-    console.print(table)
+    page = console()
+    page.print(table)
     registered = "yes" if diagnosis.registered else "no: PEFT's SORSA is not this package's"
     facts = [("registered with PEFT", registered), ("plug-ins", ", ".join(diagnosis.plugins) or "none")]
     facts += [(f"broken plug-in {name}", reason) for name, reason in diagnosis.broken.items()]
     for name, value in (*facts, ("device", diagnosis.device)):
-        console.print(f"{escape(name)}: {escape(value)}", highlight=False, soft_wrap=True)
+        page.print(f"{escape(name)}: {escape(value)}", highlight=False, soft_wrap=True)

@@ -1,6 +1,14 @@
-"""Sizes and times as the commands print them."""
+"""How the commands print: sizes, times, and the width of their tables."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NOT_A_TERMINAL = 140
+"""Columns where there is nothing to fit into: a file or a pipe."""
 
 
 def size(count: float) -> str:
@@ -17,3 +25,13 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def console() -> Console:
+    """Where tables are printed."""
+    from rich.console import Console
+
+    found = Console()
+    if not found.is_terminal:
+        found.width = NOT_A_TERMINAL
+    return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import options
-from .figures import size
+from .figures import console, size
 
 if TYPE_CHECKING:
     from ..inspection import AdapterSummary
@@ -30,7 +30,6 @@ def inspect(
 
 def _print(summary: AdapterSummary) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
     from rich.table import Table
 
     config, layers = summary.config, summary.layers
@@ -66,10 +65,7 @@ def _print(summary: AdapterSummary) -> None:
             f"{x.change:.2g}",
             style=None if x.finite else "bold red",
         )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140  # nothing to fit into
-    console.print(facts, table)
+    console().print(facts, table)
     broken = [x.name for x in layers if not x.finite]
     if broken:
-        console.print(f"{len(broken)} layers hold NaN or infinity, the first of them {broken[0]}.", style="bold red")
+        console().print(f"{len(broken)} layers hold NaN or infinity, the first of them {broken[0]}.", style="bold red")

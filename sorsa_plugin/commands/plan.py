@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from . import options
-from .figures import duration, size
+from .figures import console, duration, size
 
 if TYPE_CHECKING:
     from ..planning import Plan
@@ -66,16 +66,15 @@ def plan(
 
 
 def _show(plan: Plan, work: str) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    page = console()
     layers = Table(title=f"SORSA on {plan.model} ({plan.dtype})", title_justify="left")
     for name in ("layers", "module", "out x in", "rank"):
         layers.add_column(name, justify="left" if name == "module" else "right")
     for group in plan.groups:
         layers.add_row(str(group.count), group.kind, f"{group.shape[0]} x {group.shape[1]}", str(group.rank))
-    console.print(layers)
+    page.print(layers)
     share = plan.trainable_parameters / plan.base_parameters
     facts: dict[str, Any] = {
         "base parameters": f"{plan.base_parameters:,}",
@@ -86,7 +85,7 @@ def _show(plan: Plan, work: str) -> None:
     if plan.stacked_parameters:
         facts["not adapted"] = f"{plan.stacked_parameters:,} parameters in stacked tensors (fused experts)"
     for name, value in facts.items():
-        console.print(f"{name}: {value}", highlight=False)
+        page.print(f"{name}: {value}", highlight=False)
     memory = plan.memory
     parts = {
         "base weights": memory.weights,
@@ -103,4 +102,4 @@ def _show(plan: Plan, work: str) -> None:
     table.add_column("size", justify="right")
     for name, value in parts.items():
         table.add_row(name, "unknown" if value is None else size(value), end_section=name.startswith("activations"))
-    console.print(table)
+    page.print(table)
