@@ -5,14 +5,18 @@ from .registration import add_peft_type
 add_peft_type()  # before anything reads PeftType.SORSA
 
 from .adapters import AdapterSetup, AdapterType, registered_adapters, setup_adapter  # noqa: E402
+from .analysis import Analysis, analyze  # noqa: E402
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
 from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
+from .initial_adapter import InitReport, init_adapter  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
+from .merging import MergeReport, merge_adapter  # noqa: E402
 from .model import SORSAModel  # noqa: E402
+from .planning import Plan, plan  # noqa: E402
 from .registration import register  # noqa: E402
 from .regularizer import gaps, orthonormality  # noqa: E402
 from .saving import save_adapter  # noqa: E402
@@ -22,19 +26,27 @@ register()
 __all__ = [
     "AdapterSetup",
     "AdapterType",
+    "Analysis",
     "Attachment",
     "ExportReport",
+    "InitReport",
+    "MergeReport",
+    "Plan",
     "SORSAConfig",
     "SORSAError",
     "SORSALayer",
     "SORSAModel",
+    "analyze",
     "attach",
     "captured_energy",
     "export_lora",
     "factorise",
     "gaps",
     "hookimpl",
+    "init_adapter",
+    "merge_adapter",
     "orthonormality",
+    "plan",
     "registered_adapters",
     "save_adapter",
     "setup_adapter",

@@ -43,6 +43,10 @@ class BaseMismatchError(SORSAError, RuntimeError):
     """The adapter was trained on another base model than the one at hand."""
 
 
+class BaseFilesError(SORSAError, ValueError):
+    """A base model's directory cannot be read tensor by tensor: files are absent, damaged, quantised or foreign."""
+
+
 class NoAdaptedLayersError(SORSAError, ValueError):
     """The model has no trainable SORSA adapter, so there is nothing to regularize."""
 
@@ -53,6 +57,10 @@ class AttachError(SORSAError, RuntimeError):
 
 class AdapterOptionsError(SORSAError, ValueError):
     """What a recipe says about its adapter is unknown, contradicts itself, or cannot be honoured."""
+
+
+class MissingExtraError(SORSAError, ImportError):
+    """An optional package is needed and not installed."""
 
 
 class PluginError(SORSAError, RuntimeError):

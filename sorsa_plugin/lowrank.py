@@ -34,6 +34,12 @@ class Parts(NamedTuple):
         return L, R
 
 
+def change_norm(L: torch.Tensor, R: torch.Tensor) -> float:
+    """||L R^T||_F in float64, from the two Gram matrices; L (out x k), R (in x k)."""
+    L, R = L.double(), R.double()
+    return float(((L.mT @ L) * (R.mT @ R)).sum().clamp_min(0.0).sqrt())
+
+
 def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
     """Add the change to a base output, in its dtype; `y` is consumed.
 

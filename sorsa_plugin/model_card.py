@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -30,8 +30,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/adapter")
 ```
 
 Without the package: `sorsa export-lora path/to/this/adapter -o lora` writes it as an ordinary LoRA of twice the rank,
-exactly, which PEFT, vLLM, TGI and llama.cpp load. Or merge it once with `model.merge_and_unload()` and save the result,
-a plain model.
+exactly, which PEFT, vLLM, TGI and llama.cpp load. A plain model, with the adapter merged in, is written by
+`sorsa merge --base "{base}" --adapter path/to/this/adapter -o merged`.
 
 ```bibtex
 @article{{cao2024sorsa,
@@ -44,10 +44,20 @@ a plain model.
 """
 
 
+MERGED = """# Merged SORSA adapter
+
+`{base}` with a SORSA adapter of rank {rank} ([arXiv 2409.00055](https://arxiv.org/abs/2409.00055)) merged into its
+weights by `sorsa merge`: an ordinary model, which needs neither PEFT nor sorsa-plugin.
+"""
+
+
 def complete_model_card(directory: str, config: SORSAConfig) -> None:
-    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card."""
-    path = Path(directory) / "README.md"
-    if not path.exists():
+    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card.
+
+    PEFT puts an adapter that is not called "default" into a folder of its own, and the card beside that folder.
+    """
+    path = _card_of(Path(directory).absolute())
+    if path is None:
         return
     card = ModelCard.load(path)
     section = SECTION.format(
@@ -57,8 +67,26 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
         rank=config.r,
         base=config.base_model_name_or_path or "the base model",
     )
-    before, _, own = card.text.partition(HEADING)
-    after = own.partition("\n## ")
+    before, _, earlier = card.text.partition(HEADING)
+    after = earlier.partition("\n## ")
     card.text = before.rstrip() + "\n\n" + section + ("".join(after[1:]) if after[1] else "")
-    card.data.tags = sorted({*(card.data.tags or []), "sorsa"})
+    tags = card.data.tags or []
+    card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "sorsa"})
     card.save(path)
+
+
+def _card_of(directory: Path) -> Path | None:
+    own, above = directory / "README.md", directory.parent / "README.md"
+    if own.is_file():
+        return own
+    return above if above.is_file() and ModelCard.load(above).data.library_name == "peft" else None
+
+
+def write_merged_card(base: Path, directory: Path, config: SORSAConfig) -> None:
+    """The card of a model that an adapter was merged into; licence and languages are those of the base's card."""
+    known = ModelCard.load(base / "README.md").data.to_dict() if (base / "README.md").is_file() else {}
+    kept = {key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known}
+    name = config.base_model_name_or_path
+    data = ModelCardData(**kept, base_model=name, library_name="transformers", tags=["sorsa"])
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + MERGED.format(base=name or "the base model", rank=config.r))
+    card.save(directory / "README.md")

@@ -24,19 +24,24 @@ def refuse_occupied(output: Path) -> None:
 
 
 @contextmanager
-def appearing_whole(output: Path) -> Iterator[Path]:
+def appearing_whole(output: Path, kept_as: str | None = None) -> Iterator[Path]:
     """A hidden directory beside `output` that takes its name when everything in it is written, or goes away.
+
+    Args:
+        output: the directory to make.
+        kept_as: a name for the work; then what an interruption leaves is kept, and the same work finds it again.
 
     Raises:
         OutputExistsError: somebody else wrote the output in the meantime.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.parent / f".{output.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
+    partial = output.parent / f".{output.name}.{kept_as or secrets.token_hex(4)}.partial"
+    partial.mkdir(exist_ok=kept_as is not None)
     try:
         yield partial
         refuse_occupied(output)
         os.replace(partial, output)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if kept_as is None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import tiny_llama
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import assert_same_tensors, perturb, refuse_to_factorise
@@ -16,7 +17,7 @@ from support import assert_same_tensors, perturb, refuse_to_factorise
 from sorsa_plugin import SORSAConfig, save_adapter
 from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError, RankError
 from sorsa_plugin.factors import FROZEN, OFFSETS
-from sorsa_plugin.model_card import HEADING
+from sorsa_plugin.model_card import HEADING, complete_model_card
 from sorsa_plugin.regularizer import sorsa_layers
 
 FILE = "adapter_model.safetensors"
@@ -401,3 +402,16 @@ def test_sections_of_the_users_own_stay_in_the_card(tmp_path):
     model.save_pretrained(tmp_path)
     assert card.read_text().count(HEADING) == 1
     assert card.read_text().rstrip().endswith("## My results\n\nGood ones.")
+
+
+def test_an_adapter_of_another_name_has_its_section_in_the_card_that_peft_puts_beside_its_folder(tmp_path):
+    base = tiny_llama()
+    get_peft_model(base, SORSAConfig(r=2, target_modules=["q_proj"]), adapter_name="mine").save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text().count(HEADING) == 1
+    assert not (tmp_path / "mine" / "README.md").exists()
+
+
+def test_a_tag_that_a_person_wrote_as_one_word_stays_one(tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags: mine\n---\n\n# My adapter\n")
+    complete_model_card(str(tmp_path), SORSAConfig(r=2))
+    assert ModelCard.load(tmp_path / "README.md").data.tags == ["mine", "sorsa"]

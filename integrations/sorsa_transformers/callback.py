@@ -1,15 +1,18 @@
-"""`SORSACallback`: finds the Trainer's optimizer for `attach`, keeps the offsets fp32, logs the gaps."""
+"""`SORSACallback`: finds the optimizer for `attach`, keeps offsets fp32, logs the gaps, completes model cards."""
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sorsa_plugin.attachment import Attachment, attach, innermost
+from sorsa_plugin.config import SORSAConfig
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.factors import launched_on_many
+from sorsa_plugin.model_card import complete_model_card
 from sorsa_plugin.regularizer import sorsa_layers
 
 
@@ -24,7 +27,8 @@ class SORSACallback(TrainerCallback):
     reach reporters, because the Trainer calls them first and gives callbacks no trainer.
 
     Args:
-        trainer: the trainer it is added to, for metrics everywhere.
+        trainer: the trainer it is added to, for metrics everywhere, and for SORSA's section in the model cards that the
+            trainer writes when it pushes to the hub.
         gamma: overrides the adapters' gamma.
         log: whether to log the metrics; False where somebody else does.
 
@@ -40,6 +44,7 @@ class SORSACallback(TrainerCallback):
         self._steps_seen = 0
         if trainer is not None:
             self._prepare(trainer.model)
+            _complete_cards_of(trainer)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -116,3 +121,20 @@ class SORSACallback(TrainerCallback):
                     factors.freeze_as_parameters()
                 if adapter in layer.trainable_adapters():
                     factors.restore_fp32()
+
+
+def _complete_cards_of(trainer: Any) -> None:
+    """Follow each card that the trainer writes, over the one that was saved with the adapter, with SORSA's section.
+
+    The trainer writes it between saving and uploading, where no event reaches a callback.
+    """
+    write = trainer.create_model_card
+
+    @wraps(write)
+    def create_model_card(*args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
+        config = getattr(trainer.model, "active_peft_config", None)
+        if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
+            complete_model_card(trainer.args.output_dir, config)
+
+    trainer.create_model_card = create_model_card

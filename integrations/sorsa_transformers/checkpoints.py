@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
-import zipfile
 from os import PathLike
-from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from sorsa_plugin.checkpoints import checkpoints, is_complete
 
-NAME = re.compile(r"checkpoint-(\d+)")
+__all__ = ["is_complete", "last_complete_checkpoint"]
 
 
 def last_complete_checkpoint(output_dir: str | PathLike[str]) -> str | None:
-    """The newest checkpoint of a Trainer's output directory that was saved to its end.
-
-    The Trainer writes trainer_state.json last, and safetensors headers name the length of their file; both are
-    checked, so that neither a run killed while saving nor a truncated file is resumed from.
+    """The newest checkpoint of a Trainer's output directory that was saved to its end, see `is_complete`: neither one
+    of a run killed while saving nor one with a truncated file.
 
     Args:
         output_dir: the `output_dir` of the training arguments.
@@ -25,26 +19,5 @@ def last_complete_checkpoint(output_dir: str | PathLike[str]) -> str | None:
     Returns:
         A path for `trainer.train(resume_from_checkpoint=...)`, or None (which starts anew) where there is none.
     """
-    directory = Path(output_dir)
-    if not directory.is_dir():
-        return None
-    steps = {int(match[1]): path for path in directory.iterdir() if (match := NAME.fullmatch(path.name))}
-    for step in sorted(steps, reverse=True):
-        if is_complete(steps[step]):
-            return str(steps[step])
-    return None
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint directory holds a readable trainer state, safetensors weights, and optimizer state that is
-    not cut off."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        weights = list(checkpoint.rglob("*.safetensors"))
-        for path in weights:
-            with safe_open(path, framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    saved = [path for path in checkpoint.rglob("*.pt") if path.name.startswith(("optimizer", "rng_state"))]
-    return bool(weights) and all(zipfile.is_zipfile(path) for path in saved)
+    newest_first = reversed(checkpoints(output_dir).values())
+    return next((str(path) for path in newest_first if is_complete(path)), None)

@@ -5,12 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from ..hookspecs import hookimpl
+from .analyze import analyze
+from .doctor import doctor
 from .export_lora import export_lora
+from .init import init
+from .inspect import inspect
+from .merge import merge
+from .plan import plan
 from .plugins import plugins
 
 
 @hookimpl
 def sorsa_commands(app: Any) -> None:
-    """The commands on saved adapters, and on this installation."""
+    """The commands on base models, on saved adapters, and on this installation."""
+    app.command("plan")(plan)
+    app.command("init")(init)
+    app.command("inspect")(inspect)
+    app.command("analyze")(analyze)
+    app.command("merge")(merge)
     app.command("export-lora")(export_lora)
     app.command("plugins")(plugins)
+    app.command("doctor")(doctor)

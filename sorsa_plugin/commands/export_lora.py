@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
+
+from . import options
+from .figures import size
 
 
 def export_lora(
-    adapter: Path = typer.Argument(..., help="Directory of a saved SORSA adapter."),
-    output: Path = typer.Option(..., "--output", "-o", help="Directory to make; it may exist and be empty."),
+    adapter: options.Adapter,
+    output: options.Output,
     rank: int | None = typer.Option(None, help="Truncate to this rank; default: the exact LoRA, of rank 2r."),
 ) -> None:
     """Write an adapter as a plain LoRA, which PEFT, vLLM, TGI and llama.cpp load without this package."""
@@ -18,7 +19,7 @@ def export_lora(
     report = export(adapter, output, rank=rank)
     typer.echo(
         f"LoRA of rank {report.rank} (alpha {report.rank}, scale 1) for {len(report.layers)} layers in "
-        f"{report.output}: {report.bytes / 2**20:.1f} MiB."
+        f"{report.output}: {size(report.bytes)}."
     )
     if report.relative_error:
         worst = max(report.layers, key=lambda layer: layer.relative_error)

@@ -1,0 +1,37 @@
+"""How the commands print: sizes, times, and the width of their tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NOT_A_TERMINAL = 140
+"""Columns where there is nothing to fit into: a file or a pipe."""
+
+
+def size(count: float) -> str:
+    """Bytes in the largest unit that leaves a number of 1 or more."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def console() -> Console:
+    """Where tables are printed."""
+    from rich.console import Console
+
+    found = Console()
+    if not found.is_terminal:
+        found.width = NOT_A_TERMINAL
+    return found

@@ -1,0 +1,57 @@
+"""`sorsa init`."""
+
+from __future__ import annotations
+
+import typer
+
+from . import options
+from .figures import size
+
+
+def init(
+    model: options.Model,
+    output: options.Output,
+    rank: options.Rank = 128,
+    target_modules: options.Targets = "all-linear",
+    exclude_modules: options.Excluded = None,
+    layers: options.Layers = None,
+    rank_pattern: options.RankPattern = None,
+    modules_to_save: options.ModulesToSave = None,
+    svd: str = typer.Option("auto", help="auto, exact or randomized."),
+    svd_seed: int = typer.Option(0, min=0, help="Seed of the randomized factorisation."),
+    gamma: float | None = typer.Option(None, help="Rate of the orthonormal regularizer; default: the update's."),
+    reg_update: str = typer.Option("coupled", help="coupled or decoupled."),
+    reg_schedule: str | None = typer.Option(None, help="Decoupled only: lr or constant."),
+    sorsa_dropout: float = typer.Option(0.0, help="Dropout on the input of the change."),
+    task_type: options.TaskType = "CAUSAL_LM",
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+) -> None:
+    """Write an untrained, complete adapter, so that training starts without any factorisation.
+
+    Weights are read and factorised one at a time. Interrupted, the same command continues where it stopped.
+    """
+    from ..initial_adapter import init_adapter
+
+    config = options.sorsa_config(
+        rank,
+        target_modules,
+        exclude_modules,
+        layers,
+        rank_pattern,
+        modules_to_save,
+        task_type,
+        svd=svd,
+        svd_seed=svd_seed,
+        gamma=gamma,
+        reg_update=reg_update,
+        reg_schedule=reg_schedule,
+        sorsa_dropout=sorsa_dropout,
+    )
+    report = init_adapter(model, output, config, dtype=options.torch_dtype(dtype), revision=revision)
+    kept = f" ({report.resumed} from an interrupted run)" if report.resumed else ""
+    typer.echo(
+        f"Adapter of {len(report.layers)} layers{kept}, {report.trainable_parameters:,} trainable parameters, in "
+        f"{report.output}: {size(report.bytes)}."
+    )
+    typer.echo(f'Start with PeftModel.from_pretrained(base, "{output}", is_trainable=True).')

@@ -1,0 +1,116 @@
+"""What training did to an adapter, from its two files alone: gaps, singular values, size of the change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from .adapter_files import ROOT, open_tensors, read_config, survey
+from .config import SORSAConfig
+from .factors import FROZEN, OFFSETS
+from .json_values import json_values
+from .lowrank import Parts, change_norm
+from .regularizer import Factor, deviations
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapted layer; norms are Frobenius norms."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    gap_U: float
+    """||U^T U - I||, 0 for orthonormal columns."""
+    gap_V: float
+    S_min: float
+    S_max: float
+    relative_dS: float
+    """||dS|| / ||S0||: how far the singular values moved."""
+    change: float
+    """||L R^T||, what is added to the base weight."""
+    relative_change: float
+    """||L R^T|| / ||S0||: relative to the part of the base weight that is trained."""
+    fingerprint: float
+    """||W p||, the norm of the base weight's fingerprint: five digits tell base models apart."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of its numbers are finite; they are not where the factors hold NaN or infinity."""
+        return all(math.isfinite(value) for value in asdict(self).values() if isinstance(value, float))
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """A saved adapter."""
+
+    directory: Path
+    config: SORSAConfig
+    layers: tuple[LayerSummary, ...]
+    dtypes: tuple[str, ...]
+    """How the factors are stored."""
+    trainable: int
+    """Number of trained values, without those of modules_to_save."""
+    carried: tuple[str, ...]
+    """Tensors held in whole: those of modules_to_save, and embeddings that PEFT saved."""
+    bytes: int
+    """Size of adapter_model.safetensors."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same in JSON's types; numbers that are not finite are None."""
+        config = self.config.to_dict() | {"resolved_gamma": self.config.resolved_gamma}
+        summary = {name: getattr(self, name) for name in ("directory", "dtypes", "trainable", "carried", "bytes")}
+        return json_values({**summary, "config": config, "layers": [asdict(layer) for layer in self.layers]})
+
+
+def inspect_adapter(adapter_dir: str | PathLike[str]) -> AdapterSummary:
+    """Summarise a saved adapter from its files; needs no base model.
+
+    Raises:
+        ForeignAdapterError, IncompleteAdapterError: there is no adapter, it is one of another method, or damaged.
+    """
+    source = Path(adapter_dir)
+    config = read_config(source)
+    layers, dtypes, trainable = [], set(), 0
+    with open_tensors(source) as file:
+        ranks, carried = survey(file, config)
+        for name, rank in ranks.items():
+            prefix = f"{ROOT}{name}.sorsa_factors."
+            tensors = {part: file.get_tensor(prefix + part) for part in (*OFFSETS, *FROZEN)}
+            dtypes |= {str(tensors[part].dtype).removeprefix("torch.") for part in OFFSETS}
+            trainable += sum(tensors[part].numel() for part in OFFSETS)
+            layers.append(_summarise(name, rank, {part: tensor.float() for part, tensor in tensors.items()}))
+    size = (source / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    return AdapterSummary(source, config, tuple(layers), tuple(sorted(dtypes)), trainable, tuple(carried), size)
+
+
+def _summarise(name: str, rank: int, tensors: dict[str, torch.Tensor]) -> LayerSummary:
+    parts = Parts(*(tensors[part] for part in Parts._fields))
+    factors = [
+        Factor("U", parts.U0, torch.nn.Parameter(parts.dU)),
+        Factor("V", parts.V0, torch.nn.Parameter(parts.dV)),
+    ]
+    gap_U, gap_V = (float(E.norm()) for E in deviations(factors))
+    S, start = parts.S0 + parts.dS, float(parts.S0.norm())
+    change = change_norm(*parts.pair())
+    return LayerSummary(
+        name,
+        out_features=parts.U0.shape[0],
+        in_features=parts.V0.shape[0],
+        rank=rank,
+        gap_U=gap_U,
+        gap_V=gap_V,
+        S_min=float(S.min()),
+        S_max=float(S.max()),
+        relative_dS=float(parts.dS.norm()) / start if start else 0.0,
+        change=change,
+        relative_change=change / start if start else 0.0,
+        fingerprint=float(tensors["fingerprint"].norm()),
+    )

@@ -1,0 +1,21 @@
+"""Python values as JSON has them, for every report that is written or printed as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def json_values(value: Any) -> Any:
+    """The value with numbers that are not finite as None (JSON has no NaN or infinity), sets as sorted lists, and what
+    JSON does not know as text."""
+    if isinstance(value, Mapping):
+        return {str(key): json_values(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json_values(entry) for entry in value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else str(value)

@@ -1,0 +1,192 @@
+"""`sorsa plan` counts, from the config alone, what a real model and its adapter take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import get_peft_model
+from test_base_files import tied_llama, tiny_gpt2, tiny_mixtral
+from transformers import AutoModelForCausalLM, LlamaConfig
+from typer.testing import CliRunner
+
+import sorsa_plugin.planning
+from sorsa_plugin import SORSAConfig, plan
+from sorsa_plugin.cli import build_app
+from sorsa_plugin.errors import BaseFilesError, RankError, SORSAConfigError
+from sorsa_plugin.planning import LayerGroup, Memory, estimate_activations, estimate_init, largest_block, memory
+
+CASES = {
+    "dense": (tiny_llama, {"target_modules": "all-linear"}),
+    "bfloat16": (tied_llama, {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}}),
+    "experts": (tiny_mixtral, {"target_modules": "all-linear"}),
+    "conv1d": (tiny_gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "modules-to-save": (tiny_llama, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
+}
+
+
+def config(**options) -> SORSAConfig:
+    return SORSAConfig(**{"r": 3, "task_type": "CAUSAL_LM", "target_modules": "all-linear", **options})
+
+
+def config_only(model, directory) -> None:
+    """A directory with a config and no weights."""
+    model.save_pretrained(directory)
+    for path in directory.glob("model*"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_bytes_and_memory_are_those_of_a_real_run(tmp_path, case):
+    make, options = CASES[case]
+    make().save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config(**options))
+    base_parameters = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "base").parameters())
+    model.save_pretrained(tmp_path / "adapter")
+    config_only(make(), tmp_path / "config")
+    found = plan(tmp_path / "config", config(**options), unit_seconds=1.0)
+    assert found.base_parameters == base_parameters
+    assert found.trainable_parameters == model.get_nb_trainable_parameters()[0]
+    assert found.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    model(input_ids=torch.arange(1, 9)[None], labels=torch.arange(1, 9)[None]).loss.backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    frozen_factors = [t for name, t in model.named_buffers() if ".sorsa_factors." in name]
+    everything = [*model.parameters(), *model.buffers()]
+    measured = Memory(
+        weights=size(everything) - size(trained) - size(frozen_factors),
+        frozen_factors=size(frozen_factors),
+        trained=size(trained),
+        gradients=size([parameter.grad for parameter in trained]),
+        optimizer_state=size(moments),
+        communication=0,
+        activations=found.memory.activations,
+    )
+    assert found.memory == measured
+    assert found.memory.total == sum(vars(measured).values())
+
+
+def size(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def test_fused_experts_are_counted_as_not_adapted(tmp_path):
+    model = tiny_mixtral()
+    config_only(model, tmp_path)
+    found = plan(tmp_path, config(), unit_seconds=1.0)
+    assert found.stacked_parameters == sum(p.numel() for p in model.parameters() if p.ndim == 3) > 0
+    assert {group.kind for group in found.groups} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert plan(tmp_path, config(), unit_seconds=1.0).groups[0] == LayerGroup("q_proj", (32, 32), 3, 2)
+
+
+def test_sharded_engines_divide_everything_and_gather_two_blocks(tmp_path):
+    model = get_peft_model(tiny_llama(), config())
+    block = largest_block(tiny_llama())
+    alone = memory(model, block, 1, "ddp", "adamw")
+    assert alone.communication == 0
+    ddp = memory(model, block, 4, "ddp", "adamw")
+    assert ddp == replace(alone, communication=alone.gradients)
+    gathered = 2 * size([*block.parameters(), *block.buffers()])
+    for engine in ("fsdp2", "zero3"):
+        sharded = memory(model, block, 4, engine, "adamw")
+        for name in ("weights", "frozen_factors", "trained", "gradients", "optimizer_state"):
+            assert getattr(sharded, name) == -(-getattr(alone, name) // 4)
+        assert sharded.communication == gathered
+    assert memory(model, block, 1, "ddp", "sgd").optimizer_state == 0
+    assert memory(model, block, 1, "ddp", "adamw_8bit").optimizer_state == alone.optimizer_state // 4
+
+
+def test_a_7b_model_needs_no_weights_and_no_memory(tmp_path):
+    """Llama 2 7B, whose parameters are public: 6,738,415,616."""
+    LlamaConfig(intermediate_size=11008, dtype="bfloat16").save_pretrained(tmp_path)
+    found = plan(tmp_path, config(r=128), unit_seconds=1.0)
+    assert found.base_parameters == 6_738_415_616
+    # per block: four 4096 x 4096, and three 4096 x 11008; r (out + in + 1) each
+    assert found.trainable_parameters == 32 * 128 * (4 * (4096 + 4096 + 1) + 3 * (4096 + 11008 + 1))
+    assert found.memory.weights == pytest.approx(2 * found.base_parameters, rel=1e-6)  # and the rotary buffers
+
+
+def test_activations_follow_the_formula_that_is_cited():
+    settings = LlamaConfig(hidden_size=64, num_hidden_layers=3, vocab_size=100)
+    groups = (LayerGroup("q_proj", (64, 64), 8, 3),)
+    logits = 100 * (2 + 2 + 4 + 4)
+    full = 2 * (17 * 64 * 3 + 8 * 3)
+    assert estimate_activations(settings, groups, torch.bfloat16, 2, 5, False) == 10 * (full + logits)
+    kept = 2 * 64 * 3 + full // 3
+    assert estimate_activations(settings, groups, torch.bfloat16, 2, 5, True) == 10 * (kept + logits)
+
+
+def test_a_given_speed_is_scaled_by_the_elements_and_the_rank():
+    groups = (LayerGroup("a", (4096, 4096), 8, 3), LayerGroup("b", (8192, 4096), 4, 1))
+    seconds, basis = estimate_init(groups, SORSAConfig(r=8), 0.5)
+    assert seconds == pytest.approx(3 * 0.5 + 2 * 0.5 * 0.5)
+    assert basis == "given: 0.5 s for one 4096 x 4096 weight at rank 8"
+
+
+def test_a_measured_speed_is_of_each_shape_once_and_large_ones_scaled(monkeypatch):
+    calls, clock = [], iter(range(1000))
+    monkeypatch.setattr(sorsa_plugin.planning, "factorise", lambda w, r, **k: calls.append((tuple(w.shape), r)))
+    monkeypatch.setattr(sorsa_plugin.planning.time, "perf_counter", lambda: float(next(clock)))  # each takes 1 s
+    groups = (
+        LayerGroup("a", (2048, 2048), 8, 3),
+        LayerGroup("b", (2048, 2048), 8, 2),
+        LayerGroup("c", (8192, 2048), 8, 1),
+        LayerGroup("d", (8192, 8192), 1024, 1),  # not below 4 r
+    )
+    seconds, basis = estimate_init(groups, SORSAConfig(r=8), None)
+    assert calls[1:] == [((2048, 2048), 8), ((4096, 1024), 8), ((4096, 4096), 1024)]
+    assert seconds == pytest.approx(3 + 2 + 4 + 4)
+    assert basis.startswith("measured on this machine's cpu")
+
+
+def test_a_model_is_really_timed(tmp_path):
+    config_only(tiny_llama(), tmp_path)
+    assert 0 < plan(tmp_path, config()).init_seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "fsdp"}, "engine is 'fsdp'; expected one of 'ddp', 'fsdp2', 'zero3'"),
+        ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of"),
+        ({"gpus": 0}, "gpus is 0; expected an integer >= 1"),
+        ({"batch": -1}, "batch is -1"),
+        ({"unit_seconds": 0.0}, "unit_seconds is 0.0"),
+    ],
+)
+def test_impossible_options_are_sentences(tmp_path, options, message):
+    with pytest.raises(SORSAConfigError, match=message):
+        plan(tmp_path, config(), **options)
+
+
+def test_impossible_adapters_and_models_are_sentences(tmp_path):
+    with pytest.raises(BaseFilesError, match="gives no model config"):
+        plan(tmp_path, config())
+    config_only(tiny_llama(), tmp_path)
+    with pytest.raises(RankError):
+        plan(tmp_path, config(r=100), unit_seconds=1.0)
+    with pytest.raises(SORSAConfigError, match="nope"):
+        plan(tmp_path, config(target_modules=["nope"]), unit_seconds=1.0)
+
+
+def test_the_command_prints_a_table_or_json(tmp_path):
+    config_only(tiny_llama(), tmp_path)
+    runner, app = CliRunner(), build_app()
+    arguments = ["plan", "--model", str(tmp_path), "-r", "3", "--unit-seconds", "1", "--gpus", "2", "--engine", "fsdp2"]
+    shown = runner.invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    found = plan(tmp_path, config(), gpus=2, engine="fsdp2", unit_seconds=1.0)
+    assert f"{found.trainable_parameters:,}" in shown.output
+    assert f"{found.adapter_bytes:,} bytes" in shown.output
+    content = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
+    assert content["memory"]["total"] == found.memory.total
+    assert content["adapter_bytes"] == found.adapter_bytes
+    refused = runner.invoke(app, [*arguments, "--engine", "tpu"])
+    assert refused.exit_code == 1
+    assert "engine is 'tpu'" in refused.output

@@ -1,0 +1,134 @@
+"""What `sorsa inspect` says of an adapter is what its tensors are, computed here in float64 from the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_llama
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from support import perturb, refuse_to_factorise
+from typer.testing import CliRunner
+
+from sorsa_plugin import SORSAConfig, save_adapter
+from sorsa_plugin.cli import build_app
+from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError
+from sorsa_plugin.fingerprint import fingerprint
+from sorsa_plugin.inspection import inspect_adapter
+from sorsa_plugin.regularizer import sorsa_layers
+
+FILE = "adapter_model.safetensors"
+OPTIONS = {"r": 3, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "modules_to_save": ["lm_head"]}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    model = get_peft_model(tiny_llama(), SORSAConfig(**OPTIONS, gamma=0.25, reg_update="decoupled"))
+    perturb(model)
+    model.save_pretrained(directory)
+    return directory, model
+
+
+def test_every_number_is_that_of_the_tensors(saved, monkeypatch):
+    refuse_to_factorise(monkeypatch)
+    summary = inspect_adapter(saved[0])
+    layers = {layer.name: layer for layer in sorsa_layers(saved[1])}
+    assert [layer.name for layer in summary.layers] == sorted(layers)
+    for found in summary.layers:
+        layer = layers[found.name]
+        factors = layer.factors("default")
+        U, S, V = (part.detach().double() for part in factors.get())
+        identity = torch.eye(factors.rank, dtype=torch.float64)
+        change = layer.get_delta_weight("default").detach().double()
+        S0 = factors.S0.double()
+        assert (found.out_features, found.in_features) == tuple(layer.base_matrix().shape)
+        assert found.rank == factors.rank == (5 if "q_proj" in found.name else 3)
+        expected = {
+            "gap_U": (U.T @ U - identity).norm(),
+            "gap_V": (V.T @ V - identity).norm(),
+            "S_min": S.min(),
+            "S_max": S.max(),
+            "relative_dS": factors.dS.detach().double().norm() / S0.norm(),
+            "change": change.norm(),
+            "relative_change": change.norm() / S0.norm(),
+            "fingerprint": fingerprint(layer.base_matrix()).norm(),
+        }
+        for name, value in expected.items():  # fp32 sums of at most 48 terms of moderate size: far below 1e-5
+            assert getattr(found, name) == pytest.approx(float(value), rel=1e-5), (found.name, name)
+        assert found.finite
+    assert summary.trainable == sum(
+        p.numel() for name, p in saved[1].named_parameters() if p.requires_grad and "sorsa" in name
+    )
+    assert summary.carried == ("base_model.model.lm_head.weight",)
+    assert summary.bytes == (saved[0] / FILE).stat().st_size
+    assert summary.dtypes == ("float32",)
+
+
+def test_an_untrained_adapter_has_no_change_and_no_gap(tmp_path):
+    get_peft_model(tiny_llama(), SORSAConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    for layer in inspect_adapter(tmp_path).layers:
+        assert layer.change == layer.relative_dS == 0
+        assert max(layer.gap_U, layer.gap_V) <= 1e-5 * 3**0.5  # what the factorisation promises
+
+
+def test_the_dtype_of_a_16_bit_file_is_named(saved, tmp_path):
+    save_adapter(saved[1], tmp_path, dtype="bfloat16")
+    summary = inspect_adapter(tmp_path)
+    assert summary.dtypes == ("bfloat16",)
+    # rounded factors are the ones that are loaded, so their gap is real: of the order of bf16's roundoff
+    assert all(layer.finite for layer in summary.layers)
+
+
+def test_json_holds_config_and_layers(saved):
+    run = CliRunner().invoke(build_app(), ["inspect", str(saved[0]), "--json"])
+    assert run.exit_code == 0
+    found = json.loads(run.stdout)
+    assert found == json.loads(json.dumps(inspect_adapter(saved[0]).to_json()))
+    assert found["config"]["gamma"] == found["config"]["resolved_gamma"] == 0.25
+    assert found["config"]["target_modules"] == sorted(found["config"]["target_modules"])
+    assert found["config"]["base_storage"] == "float32"
+    assert len(found["layers"]) == 14
+    assert found["bytes"] == (saved[0] / FILE).stat().st_size
+
+
+def test_the_table_names_every_layer_and_the_options(saved):
+    run = CliRunner().invoke(build_app(), ["inspect", str(saved[0])])
+    assert run.exit_code == 0
+    for layer in inspect_adapter(saved[0]).layers:
+        line = next(line for line in run.output.splitlines() if layer.name in line)
+        assert f"{layer.S_min:.3g}..{layer.S_max:.3g}" in line
+        assert f"{layer.out_features} x {layer.in_features}" in line
+    assert "gamma 0.25, decoupled, lr" in run.output
+    assert "base_model.model.lm_head.weight" in run.output
+
+
+def test_nan_is_shown_and_is_still_json(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "nan")
+    tensors = load_file(saved[0] / FILE)
+    broken = next(name for name in tensors if name.endswith("1.mlp.up_proj.sorsa_factors.dU"))
+    save_file({**tensors, broken: tensors[broken] * float("nan")}, tmp_path / "nan" / FILE)
+    layers = {layer.name: layer for layer in inspect_adapter(tmp_path / "nan").layers}
+    assert [name for name, layer in layers.items() if not layer.finite] == ["model.layers.1.mlp.up_proj"]
+    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path / "nan"), "--json"])
+    found = json.loads(run.stdout, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert [layer["name"] for layer in found["layers"] if layer["gap_U"] is None] == ["model.layers.1.mlp.up_proj"]
+    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path / "nan")])
+    assert "1 layers hold NaN or infinity, the first of them model.layers.1.mlp.up_proj" in run.output
+
+
+def test_damaged_and_foreign_adapters_are_named(saved, tmp_path):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ForeignAdapterError, match="peft_type 'LORA'"):
+        inspect_adapter(tmp_path / "lora")
+    shutil.copytree(saved[0], tmp_path / "half")
+    (tmp_path / "half" / FILE).write_bytes((saved[0] / FILE).read_bytes()[:5000])
+    with pytest.raises(IncompleteAdapterError, match="cannot be read"):
+        inspect_adapter(tmp_path / "half")
+    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path)])
+    assert run.exit_code == 1
+    assert "holds no adapter_config.json" in run.output
+    assert "Its adapters are in half, lora" in run.output
