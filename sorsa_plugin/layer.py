@@ -159,11 +159,10 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     def trainable_adapters(self) -> list[str]:
         """Names of the active adapters that train; none while adapters are disabled."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return []
-        return [
-            name for name in self.active_adapters if name in self.sorsa_factors and self.factors(name).dU.requires_grad
-        ]
+        factors = self.sorsa_factors  # once: every optimizer step asks every layer, and modules look names up slowly
+        return [name for name in self.active_adapters if name in factors and factors[name].dU.requires_grad]
 
     def ready_factors(self, adapter_name: str) -> SORSAFactors:
         """The adapter's tensors, loaded and checked against the base weight.
