@@ -125,15 +125,23 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             triplets = Triplets(donor.U0[:, :rank], donor.S0[:rank], donor.V0[:, :rank])
             factors.set_initial(triplets, donor.fingerprint)
         else:
-            triplets = factorise(matrix, factors.rank, svd=config.svd, seed=config.svd_seed, name=self.name)
+            triplets = factorise(
+                matrix,
+                factors.rank,
+                svd=config.svd,
+                seed=config.svd_seed,
+                energy=config.resolved_svd_energy,
+                name=self.name,
+            )
             factors.set_initial(triplets, fingerprint(matrix))
 
     def _donor(self, rank: int, config: SORSAConfig, excluding: str | None = None) -> SORSAFactors | None:
         """A sibling whose first `rank` triplets are the ones a factorisation with this config would give."""
-        options = (config.svd, config.svd_seed)
+        wanted = (config.svd, config.svd_seed, config.resolved_svd_energy)
         for name, sibling in self.configs.items():
             factors = self.factors(name)
-            same = sibling.init_weights and config.init_weights and (sibling.svd, sibling.svd_seed) == options
+            options = (sibling.svd, sibling.svd_seed, sibling.resolved_svd_energy)
+            same = sibling.init_weights and config.init_weights and options == wanted
             if name != excluding and same and factors.rank >= rank and not factors.pending:
                 return factors
         return None

@@ -58,6 +58,17 @@ class SORSAModel(BaseTuner):
             layer.initialise(adapter_name)
         watch_optimizers()
 
+    def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
+        """{layer: share of ||W||_F^2 (0 to 1) that its initial triplets hold}: how much of each weight the adapter
+        starts from. One pass over the weights."""
+        return {
+            layer.name: float(
+                layer.factors(adapter_name).S0.square().sum() / layer.base_matrix().float().square().sum()
+            )
+            for layer in sorsa_layers(self)
+            if adapter_name in layer.sorsa_factors
+        }
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Where PEFT's special forward arguments arrive: PeftModel drops them afterwards without a word.
