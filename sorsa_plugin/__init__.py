@@ -11,6 +11,7 @@ from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
+from .lowrank import holding_pairs  # noqa: E402
 from .model import SORSAModel  # noqa: E402
 from .registration import register  # noqa: E402
 from .regularizer import gaps, orthonormality  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "export_lora",
     "factorise",
     "gaps",
+    "holding_pairs",
     "hookimpl",
     "orthonormality",
     "save_adapter",

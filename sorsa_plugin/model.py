@@ -19,6 +19,7 @@ from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
 from .fingerprint import storage_of
 from .layer import SORSALayer
+from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
 from .plugins import manager
 from .regularizer import sorsa_layers
@@ -68,6 +69,11 @@ class SORSAModel(BaseTuner):
             for layer in sorsa_layers(self)
             if adapter_name in layer.sorsa_factors
         }
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with each adapter's pair L, R formed once and not for every token."""
+        with holding_pairs():
+            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
