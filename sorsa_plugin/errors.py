@@ -51,5 +51,9 @@ class AttachError(SORSAError, RuntimeError):
     """The regularizer cannot be delivered through this optimizer."""
 
 
+class FoldError(SORSAError, RuntimeError):
+    """A layer cannot be folded or unfolded, or not be used so while it is folded."""
+
+
 class PluginError(SORSAError, RuntimeError):
     """A plug-in could not be loaded."""

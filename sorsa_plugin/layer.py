@@ -21,6 +21,7 @@ from .decomposition import Triplets, factorise
 from .errors import RankError
 from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
+from .folding import Foldable, intact_weight, refold
 from .precision import full_precision
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
 """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
 
 
-class SORSALayer(nn.Module, BaseTunerLayer):
+class SORSALayer(Foldable, BaseTunerLayer):
     """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
 
     A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
@@ -85,7 +86,9 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
         Raises:
             RankError: the rank is larger than the weight's smaller side.
+            FoldError: another adapter is folded into the weight.
         """
+        self.refuse_beside_folded(adapter_name)
         matrix = self.base_matrix()
         if rank > min(matrix.shape):
             raise RankError(
@@ -198,7 +201,8 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
         storage = storage_of(self.get_base_layer().weight)
-        check(factors.fingerprint, matrix, config.base_storage, storage, self.name)
+        with intact_weight(self):
+            check(factors.fingerprint, self.base_matrix(), config.base_storage, storage, self.name)
         factors.base_checked = True
 
     # -- what PEFT calls --------------------------------------------------------------------------------------------
@@ -214,6 +218,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             self.unmerge()
             if others:
                 self.merge(adapter_names=others)
+        self.unfold()
         super().delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
@@ -255,7 +260,8 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             return
         weight = self.get_base_layer().weight
         original = weight.data if self._unmerged_weight is None else self._unmerged_weight
-        total = original.to(torch.promote_types(original.dtype, torch.float32))
+        base = original if self.folded is None else self.folded.intact.to(original.device)
+        total = base.to(torch.promote_types(base.dtype, torch.float32))
         for name in [*self.merged_adapters, *names]:
             total = total + self.get_delta_weight(name).to(total.device)
             if safe_merge and not torch.isfinite(total).all():
@@ -277,6 +283,8 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         weight.data = self._unmerged_weight.to(weight.device)
         self._unmerged_weight = None
         self.merged_adapters.clear()
+        if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
+            refold(self)
 
     def unmerge_if_disabled(self) -> None:
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
@@ -299,3 +307,5 @@ def _check_after_load(layer: SORSALayer, incompatible_keys: Any) -> None:
         factors = layer.factors(name)
         if not factors.base_checked and not factors.pending:
             layer.check_base(name)
+    if layer.folded is not None and not layer.merged:
+        refold(layer)

@@ -35,6 +35,10 @@ class Parts(NamedTuple):
     S0: torch.Tensor
     V0: torch.Tensor
 
+    def current(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U (out x r), S (r), V (in x r), in the factors' dtype."""
+        return self.U0 + self.dU, self.S0 + self.dS, self.V0 + self.dV
+
     def pair(self) -> Pair:
         """L (out x 2r) and R (in x 2r), in the factors' dtype: formed in fp32, cast by whoever multiplies."""
         S = self.S0 + self.dS
