@@ -1,19 +1,17 @@
-"""How much of a training step the regularizer takes: the embedded model under the Trainer's loop, with and without.
+"""How much of a training step the regularizer takes: the embedded model in a plain loop, no accumulation.
 
     python benchmarks/regularizer_share.py
 
-Times the two hooks themselves inside real steps (batch 32, no accumulation), so the figure is a share of the step.
+Times the two hooks themselves inside real steps (batch 32), so the figure is a share of the step.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from typing import Any
 
 import torch
-from common import write
+from common import Chart, Table, arguments, publish, spread, synchronise
 from peft import get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
@@ -23,23 +21,24 @@ from sorsa_quickstart.task import train_examples
 from sorsa_transformers.data import encode_all
 
 
-def measure(update: str, steps: int) -> dict[str, Any]:
+def measure(update: str, options: Any) -> dict[str, Any]:
     model, tokenizer = load_base()
-    model = get_peft_model(
-        model, SORSAConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", reg_update=update)
-    )
+    config = SORSAConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM", reg_update=update)
+    model = get_peft_model(model.to(options.device), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     attachment = attach(model, optimizer)
     collate = DataCollatorForSeq2Seq(tokenizer)
-    data = encode_all(train_examples(32 * (steps + 3)), tokenizer, max_length=256)
+    data = encode_all(train_examples(32 * (options.repeats + 3)), tokenizer, max_length=256)
     spent = [0.0]
     for handle in attachment.handles:
         handle.remove()
 
     def timed(hook: Any) -> Any:
         def run(*arguments: Any) -> None:
+            synchronise()
             start = time.perf_counter()
             hook(*arguments)
+            synchronise()
             spent[0] += time.perf_counter() - start
 
         return run
@@ -47,28 +46,43 @@ def measure(update: str, steps: int) -> dict[str, Any]:
     optimizer.register_step_pre_hook(timed(attachment.before_step))
     optimizer.register_step_post_hook(timed(attachment.after_step))
     attachment.handles = [None]  # marked as attached, so that the first step does not attach again
-    shares = []
-    for step in range(steps + 3):
-        batch = collate(data[32 * step : 32 * step + 32])
+    shares, hooks = [], []
+    for step in range(options.repeats + 3):
+        batch = collate(data[32 * step : 32 * step + 32]).to(options.device)
         spent[0] = 0.0
+        synchronise()
         start = time.perf_counter()
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        synchronise()
         if step >= 3:
             shares.append(spent[0] / (time.perf_counter() - start))
-    low, middle, high = statistics.quantiles(shares, n=4)
-    return {"update": update, "share": middle, "low": low, "high": high}
+            hooks.append(spent[0])
+    return {"update": update, "share": spread(shares), "seconds": spread(hooks)}
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    rows = [
+        [
+            row["update"],
+            f"{row['seconds']['median'] * 1e3:.2f}",
+            *(f"{row['share'][k]:.2%}" for k in ("median", "low", "high")),
+        ]
+        for row in result["rows"]
+    ]
+    return [Table("regularizer, embedded model, 56 factors", ["update", "ms", "of a step", "quartiles", ""], rows)]
+
+
+def charts(result: dict[str, Any]) -> list[Chart]:
+    names = [row["update"] for row in result["rows"]]
+    return [Chart("regularizer", "% of a step", names, {"": [100 * row["share"]["median"] for row in result["rows"]]})]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
-    options = parser.parse_args()
-    rows = [measure(update, options.steps) for update in ("coupled", "decoupled")]
-    for row in rows:
-        print(f"{row['update']:10} {row['share']:.2%} of a step (quartiles {row['low']:.2%} to {row['high']:.2%})")
-    write("regularizer_share", {"rows": rows})
+    options = arguments(__doc__, repeats=30).parse_args()
+    result = {"rows": [measure(update, options) for update in ("coupled", "decoupled")]}
+    publish("regularizer_share", options.device, result, tables(result), charts(result))
 
 
 if __name__ == "__main__":
