@@ -4,6 +4,7 @@ from .registration import add_peft_type
 
 add_peft_type()  # before anything reads PeftType.SORSA
 
+from .adapters import AdapterSetup, AdapterType, registered_adapters, setup_adapter  # noqa: E402
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
@@ -20,6 +21,8 @@ from .saving import save_adapter  # noqa: E402
 register()
 
 __all__ = [
+    "AdapterSetup",
+    "AdapterType",
     "Attachment",
     "ExportReport",
     "SORSAConfig",
@@ -34,5 +37,7 @@ __all__ = [
     "holding_pairs",
     "hookimpl",
     "orthonormality",
+    "registered_adapters",
     "save_adapter",
+    "setup_adapter",
 ]

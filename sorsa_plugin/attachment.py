@@ -24,7 +24,7 @@ from .errors import AttachError
 from .hookspecs import hookimpl
 from .plugins import manager
 from .precision import full_precision
-from .regularizer import Batch, deviations, floor, model_factors, sorsa_layers, trainable_factors
+from .regularizer import Batch, Factor, deviations, floor, model_factors, sorsa_layers, trainable_factors
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,26 @@ class Attachment:
             batch.E.mul_(-gamma if overflow is None else -gamma * (1.0 - overflow.to(batch.E)))
             batch.add_product_to([f.offset if f.offset.grad is not None else None for f in batch.factors])
 
+    @torch.no_grad()
+    def penalty(self, optimizer: Optimizer) -> torch.Tensor:
+        """What the regularizer adds to the loss now, a scalar on the factors' device; see `metrics` for its units.
+
+        No device synchronisation; a collective where factors are sharded.
+        """
+        factors = trainable_factors(self.layers)
+        gaps = _gaps(factors) if factors else torch.zeros(1)
+        return self._weight(optimizer) * self._loss(gaps)
+
+    def _weight(self, optimizer: Optimizer) -> float:
+        """gamma/eta_max."""
+        gamma = self.settings().gamma
+        eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group), 0.0)
+        return gamma / eta_max if gamma > 0.0 else 0.0
+
+    def _loss(self, gaps: torch.Tensor) -> torch.Tensor:
+        """L_reg (coupled), or what the decoupled update descends, from the gaps of all factors."""
+        return gaps.mean() if self.settings().update == "coupled" else gaps.square().sum() / 4
+
     def metrics(self, optimizer: Optimizer) -> dict[str, float]:
         """gap_mean, gap_max, reg_loss and gamma as of now, under `sorsa/`; one device synchronisation, a collective
         where factors are sharded.
@@ -147,15 +167,13 @@ class Attachment:
         factors = trainable_factors(self.layers)
         if not factors:
             return {}
-        gaps = torch.cat([batch.gaps() for batch in deviations(factors)]).double().cpu()
-        eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group), 0.0)
-        weight = settings.gamma / eta_max if settings.gamma > 0.0 else 0.0
-        coupled = settings.update == "coupled"
-        follows_lr = coupled or settings.schedule == "lr"
+        gaps = _gaps(factors).double().cpu()
+        weight = self._weight(optimizer)
+        follows_lr = settings.update == "coupled" or settings.schedule == "lr"
         return {
             "sorsa/gap_mean": float(gaps.mean()),
             "sorsa/gap_max": float(gaps.max()),
-            "sorsa/reg_loss": weight * float(gaps.mean() if coupled else gaps.square().sum() / 4),
+            "sorsa/reg_loss": weight * float(self._loss(gaps)),
             "sorsa/gamma": weight * self.eta if follows_lr else settings.gamma,
         }
 
@@ -166,6 +184,11 @@ class Attachment:
         owned = [factor for factor in factors if id(factor.offset) in number]
         for batch in deviations(owned, [number[id(factor.offset)] for factor in owned]):
             yield batch, optimizer.param_groups[batch.label], len(factors)
+
+
+def _gaps(factors: list[Factor]) -> torch.Tensor:
+    """gap(P) of every factor (n)."""
+    return torch.cat([batch.gaps() for batch in deviations(factors)])
 
 
 attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()

@@ -55,5 +55,13 @@ class FoldError(SORSAError, RuntimeError):
     """A layer cannot be folded or unfolded, or not be used so while it is folded."""
 
 
+class AdapterOptionsError(SORSAError, ValueError):
+    """What a recipe says about its adapter is unknown, contradicts itself, or cannot be honoured."""
+
+
 class PluginError(SORSAError, RuntimeError):
-    """A plug-in could not be loaded."""
+    """Plug-ins contradict each other."""
+
+
+class MissingPackageError(SORSAError, ImportError):
+    """An optional package is needed and absent."""
