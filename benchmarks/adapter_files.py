@@ -1,6 +1,6 @@
 """Saving and loading an adapter, beside PEFT's LoRA: size, time, time a byte.
 
-    python benchmarks/adapter_files.py
+    python benchmarks/adapter_files.py [--repeats 6]
 
 A 4-layer Llama shape of width 1024 at r 64. Loading computes no decomposition and includes the check of the base
 model's fingerprints.
@@ -10,75 +10,57 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from common import Chart, Table, arguments, interleave, publish, ratios, spread
+from common import Chart, Table, arguments, interleave, publish, ratios
 from model_step import llama
+from peers import INTACT, LORA
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 
 from sorsa_plugin import SORSAConfig
 
-SHARED: dict[str, Any] = {"r": 64, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+OPTIONS: dict[str, Any] = {"r": 64, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def base() -> nn.Module:
-    return llama(1024, 4, 16, 2816, 1024)
-
-
-def measure(directory: Path, repeats: int) -> dict[str, Any]:
-    models = {
-        "LoRA": get_peft_model(base(), LoraConfig(lora_alpha=64, **SHARED)),
-        "SORSA": get_peft_model(base(), SORSAConfig(**SHARED)),
-    }
-    saving = interleave(
-        {name: lambda m=model, n=name: m.save_pretrained(directory / n) for name, model in models.items()}, repeats
-    )
-    # each adapter is loaded onto the base it was made from; the fingerprint would tell
-    own = {name: model.unload() for name, model in models.items()}
-
-    def load(name: str) -> None:
-        PeftModel.from_pretrained(own[name], directory / name).unload()
-
-    loading = interleave({name: lambda n=name: load(n) for name in models}, repeats)
+def measure(directory: Path, options: Any) -> dict[str, Any]:
+    configs = {LORA: LoraConfig(lora_alpha=64, **OPTIONS), INTACT: SORSAConfig(**OPTIONS)}
+    models = {n: get_peft_model(llama(1024, 4, 16, 2816, 1024).to(options.device), c) for n, c in configs.items()}
+    saving = {name: lambda n=name, m=model: m.save_pretrained(directory / n) for name, model in models.items()}
+    times = {"save": interleave(saving, options.repeats)}
+    # each adapter is loaded onto the base that it was made from; the fingerprint would tell
+    bases = {name: model.unload() for name, model in models.items()}
+    loading = {n: lambda n=n, b=b: PeftModel.from_pretrained(b, directory / n).unload() for n, b in bases.items()}
+    times["load"] = interleave(loading, options.repeats)
     sizes = {name: (directory / name / "adapter_model.safetensors").stat().st_size for name in models}
-    found: dict[str, Any] = {
-        name: {
-            "bytes": sizes[name],
-            "save": spread(saving[name])["median"],
-            "load": spread(loading[name])["median"],
-        }
-        for name in models
+    return {
+        "bytes": sizes,
+        "seconds": {what: {name: median(values) for name, values in found.items()} for what, found in times.items()},
+        "ratios": {
+            "size": sizes[INTACT] / sizes[LORA],
+            **{what: ratios(found, LORA)[INTACT]["median"] for what, found in times.items()},
+        },
     }
-    found["ratios"] = {
-        "bytes": sizes["SORSA"] / sizes["LoRA"],
-        "save": ratios(saving, "LoRA")["SORSA"]["median"],
-        "load": ratios(loading, "LoRA")["SORSA"]["median"],
-    }
-    return found
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    rows = [
-        [name, f"{result[name]['bytes'] / 2**20:.1f}", *(f"{result[name][k] * 1e3:.0f}" for k in ("save", "load"))]
-        for name in ("LoRA", "SORSA")
+def table(result: dict[str, Any]) -> Table:
+    over, seconds = result["ratios"], result["seconds"]
+    lines = [
+        [name, f"{result['bytes'][name] / 2**20:.1f}", *(f"{seconds[k][name] * 1e3:.0f}" for k in ("save", "load"))]
+        for name in (LORA, INTACT)
     ]
-    over = result["ratios"]
-    rows.append(["SORSA / LoRA", *(f"{over[k]:.2f}" for k in ("bytes", "save", "load"))])
-    rows.append(["a byte", "", *(f"{over[k] / over['bytes']:.2f}" for k in ("save", "load"))])
-    return [Table("adapter files", ["", "MiB", "ms to save", "ms to load"], rows)]
-
-
-def charts(result: dict[str, Any]) -> list[Chart]:
-    over = result["ratios"]
-    return [Chart("SORSA / LoRA", "ratio", ["bytes", "save", "load"], {"SORSA": [over[k] for k in over]})]
+    lines.append(["SORSA / LoRA", *(f"{value:.2f}" for value in over.values())])
+    lines.append(["SORSA / LoRA, a byte", "1", *(f"{over[k] / over['size']:.2f}" for k in ("save", "load"))])
+    return Table("adapter files", ["", "MiB", "ms to save", "ms to load"], lines)
 
 
 def main() -> None:
     options = arguments(__doc__, repeats=6).parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        result = measure(Path(directory), options.repeats)
-    publish("adapter_files", options.device, result, tables(result), charts(result))
+        result = {"repeats": options.repeats, **measure(Path(directory), options)}
+    over = result["ratios"]
+    chart = Chart("adapter files, SORSA / LoRA", "ratio", list(over), {"": list(over.values())})
+    publish("adapter_files", options.device, result, table(result), [chart])
 
 
 if __name__ == "__main__":

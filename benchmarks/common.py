@@ -1,10 +1,9 @@
-"""What every benchmark shares: interleaved timing, memory, tables, charts, and result files that say where they come
-from."""
+"""What every benchmark shares: interleaved timing, and results as a table, a chart and a file that says where they
+come from."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import os
@@ -19,10 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
-from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,24 +29,26 @@ class Table(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Bars over names, or lines over numbers."""
+    """Bars over the names in `x`, or, without names, lines through (x, y) points on a logarithmic x axis."""
 
     title: str
     ylabel: str
-    x: list[Any]
-    series: dict[str, list[float]]
+    x: list[str]
+    series: dict[str, list[Any]]
     xlabel: str = ""
+    log: bool = False
 
 
 def arguments(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """--device, by default an accelerator where there is one, and --repeats."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=repeats)
     return parser
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Processor or accelerator, threads, load, versions and date of this run."""
+    """Processor and accelerator, threads, load, versions and date of this run."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -76,6 +73,7 @@ def synchronise() -> None:
 
 
 def timed(function: Callable[[], Any]) -> float:
+    """Seconds of one call."""
     synchronise()
     start = time.perf_counter()
     function()
@@ -108,102 +106,20 @@ def ratios(times: dict[str, list[float]], floor: str) -> dict[str, dict[str, flo
     }
 
 
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values)
-
-
-def training_step(module: nn.Module, forward: Callable[[], torch.Tensor], autocast: bool) -> Callable[[], None]:
-    """Forward and backward of a scalar or of an output with the gradient that is set as its `gradient`."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    device = next(module.parameters()).device.type
-
-    def run() -> None:
-        for parameter in trained:
-            parameter.grad = None
-        with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            output = forward()
-        output.backward(torch.ones_like(output))
-
-    return run
-
-
-def peak_memory(step: Callable[[], Any], device: str) -> int:
-    """Most bytes of tensors alive during a call beyond those alive before it.
-
-    On the CPU autograd adds gradients out of place while it is watched, so that a step seems to need one input
-    gradient more than it does, whatever the method.
-    """
-    step()
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with _LiveTensors() as live:
-        step()
-    return live.peak
-
-
-def saved_activations(forward: Callable[[], Any], module: nn.Module) -> int:
-    """Bytes that a forward keeps for backward, parameters and buffers of the module left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # alive until the end, so that no address is counted for two tensors
-    del output
-    return sum(kept.values())
-
-
-class _LiveTensors(TorchDispatchMode):
-    """Adds up, after every operator, the storages that operators have made and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[StorageWeakRef, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {StorageWeakRef(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            reference = StorageWeakRef(tensor.untyped_storage())
-            if reference not in given:
-                self.live.setdefault(reference, tensor.untyped_storage().nbytes())
-        self.live = {reference: size for reference, size in self.live.items() if not reference.expired()}
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
-
-
-def publish(name: str, device: str, result: dict[str, Any], tables: list[Table], charts: list[Chart]) -> None:
-    """Print the tables; write results/<name>.json with the machine, and results/<name>.png."""
-    for table in tables:
-        shown = RichTable(title=table.title)
-        for column in table.columns:
-            shown.add_column(column, justify="right")
-        for row in table.rows:
-            shown.add_row(*row)
-        Console().print(shown)
+def publish(name: str, device: str, result: dict[str, Any], table: Table, charts: list[Chart]) -> None:
+    """Print the table; write results/<name>.json (<name>_cuda.json) with it and the machine, and the charts as .png."""
+    shown = RichTable(title=table.title)
+    for column in table.columns:
+        shown.add_column(column, justify="left" if column == table.columns[0] else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    Console(width=170).print(shown)
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / (name if device == "cpu" else f"{name}_{device}")
-    content = {"machine": machine(device), **result}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=2) + "\n")
-    if charts:
-        draw(charts, stem.with_suffix(".png"))
-    print(f"written: {stem}.json")
+    content = {"machine": machine(device), "table": table._asdict(), **result}
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(charts, stem.with_suffix(".png"))
+    print(f"written: benchmarks/results/{stem.name}.json and .png")
 
 
 def draw(charts: list[Chart], path: Path) -> None:
@@ -212,31 +128,28 @@ def draw(charts: list[Chart], path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(charts), figsize=(6.4 * len(charts), 4.4), squeeze=False)
+    figure, axes = plt.subplots(1, len(charts), figsize=(7 * len(charts), 4.4), squeeze=False)
     for chart, axis in zip(charts, axes[0], strict=True):
-        numbers = all(isinstance(value, (int, float)) for value in chart.x)
         for i, (label, values) in enumerate(chart.series.items()):
-            if numbers:
-                axis.plot(chart.x, values, marker="o", label=label)
+            if not chart.x:
+                axis.plot(*zip(*values, strict=True), marker="o", ls="--" if "limit" in label else "-", label=label)
                 continue
             width = 0.8 / len(chart.series)
             places = [k + (i - (len(chart.series) - 1) / 2) * width for k in range(len(chart.x))]
             axis.bar(places, values, width, label=label)
-        if numbers:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(chart.x, [f"{value:g}" for value in chart.x])
+        if chart.x:
+            axis.set_xticks(range(len(chart.x)), chart.x, fontsize=8)
         else:
-            axis.set_xticks(range(len(chart.x)), chart.x)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
         axis.set_title(chart.title, fontsize=10)
         axis.set_ylabel(chart.ylabel)
+        axis.set_yscale("log" if chart.log else "linear")
         axis.set_xlabel(chart.xlabel)
         axis.grid(axis="y", alpha=0.3)
-        axis.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    if len(labels) > 1:  # the charts of a figure show the same series
+        figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="upper center", bbox_to_anchor=(0.5, 0))
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)
-
-
-def write(name: str, content: dict[str, Any]) -> None:
-    """Write results/<name>.json, with the machine."""
-    publish(name, "cpu", content, [], [])

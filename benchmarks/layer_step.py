@@ -1,9 +1,10 @@
-"""One training step of an adapted linear layer (forward and backward), as a ratio to the frozen layer alone.
+"""One training step of an adapted linear layer, beside its peers, as a ratio to the frozen layer alone.
 
-    python benchmarks/layer_step.py [--device cuda] [--dtype bfloat16] [--autocast] [--repeats 30]
+    python benchmarks/layer_step.py [--device cuda] [--repeats 20]
 
 The floor is the frozen base's forward and its gradient with respect to the input. Arithmetic limits over it:
-1 + 5 r/d intact, 1 + 3 r/d folded and for LoRA. Also the peak of live tensors and what is saved for backward.
+1 + 5 r/d for SORSA, 1 + 3 r/d folded and for LoRA. On an accelerator bf16 under autocast, with the width of
+Llama-2-7B added.
 """
 
 from __future__ import annotations
@@ -11,23 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import (
-    Chart,
-    Table,
-    arguments,
-    geometric_mean,
-    interleave,
-    peak_memory,
-    publish,
-    ratios,
-    saved_activations,
-    training_step,
-)
-from peers import FLOOR, FOLDED, INTACT, LORA, PEERS, build
+from common import arguments, publish
+from peers import FOLDED, INTACT, LORA, PEERS
+from steps import charts, dtype_of, measure, over_lora, table
 from torch import nn
 
 SHAPES = [(1024, 64, 1024), (1024, 16, 1024), (2048, 128, 512), (768, 8, 2048)]
 """(d, r, tokens): square weights d x d."""
+
+LARGE = [(4096, 128, 2048), (4096, 16, 2048)]
 
 
 class OneLayer(nn.Module):
@@ -39,88 +32,24 @@ class OneLayer(nn.Module):
         return self.layer(x)
 
 
-def measure(width: int, rank: int, tokens: int, options: Any) -> dict[str, Any]:
-    dtype = getattr(torch, options.dtype)
-
+def one_layer(width: int, rank: int, tokens: int, options: Any, peers: Any = PEERS) -> dict[str, Any]:
     def base() -> nn.Module:
         torch.manual_seed(0)
-        return OneLayer(width).to(options.device, dtype)
+        return OneLayer(width).to(options.device, dtype_of(options.device))
 
-    x = torch.randn(tokens, width, device=options.device, dtype=dtype, requires_grad=True)
-    modules = {name: build(name, base, rank, ["layer"]) for name in PEERS}
-    steps = {}
-    for name, module in modules.items():
-
-        def forward(module: nn.Module = module) -> torch.Tensor:
-            x.grad = None
-            return module(x)
-
-        steps[name] = training_step(module, forward, options.autocast)
-    with torch.autocast(options.device, torch.bfloat16, enabled=options.autocast):
-        saved = {name: saved_activations(lambda m=module: m(x), module) for name, module in modules.items()}
-    return {
-        "d": width,
-        "r": rank,
-        "tokens": tokens,
-        "limits": {INTACT: 1 + 5 * rank / width, FOLDED: 1 + 3 * rank / width, LORA: 1 + 3 * rank / width},
-        "ratios": ratios(interleave(steps, options.repeats), FLOOR),
-        "peak_bytes": {name: peak_memory(step, options.device) for name, step in steps.items()},
-        "saved_bytes": saved,
-    }
-
-
-def over_lora(rows: list[dict[str, Any]], name: str) -> float:
-    return geometric_mean([row["ratios"][name]["median"] / row["ratios"][LORA]["median"] for row in rows])
-
-
-def tables(result: dict[str, Any]) -> list[Table]:
-    rows = result["rows"]
-    shape = [f"{row['d']}, {row['r']}, {row['tokens']}" for row in rows]
-    names = [name for name in PEERS if name != FLOOR]
-    times = [
-        [label, f"{row['limits'][INTACT]:.2f}, {row['limits'][FOLDED]:.2f}"]
-        + [f"{row['ratios'][name]['median']:.2f}" for name in names]
-        for label, row in zip(shape, rows, strict=True)
-    ]
-    mean = ["geometric mean, over LoRA", ""] + [f"{over_lora(rows, name):.3f}" for name in names]
-    memory = [
-        [label, *(f"{row[kind][name] / 2**20:.1f}" for kind in ("saved_bytes", "peak_bytes") for name in names[:4])]
-        for label, row in zip(shape, rows, strict=True)
-    ]
-    return [
-        Table(
-            "training step of one layer / frozen base (median)",
-            ["d, r, tokens", "limit intact, folded", *names],
-            [*times, mean],
-        ),
-        Table(
-            "MiB kept for backward, then MiB at the peak of a step",
-            ["d, r, tokens", *(f"{what} {name}" for what in ("kept", "peak") for name in names[:4])],
-            memory,
-        ),
-    ]
-
-
-def charts(result: dict[str, Any]) -> list[Chart]:
-    shape = [f"{row['d']}, {row['r']}, {row['tokens']}" for row in result["rows"]]
-    series = {name: [row["ratios"][name]["median"] for row in result["rows"]] for name in PEERS if name != FLOOR}
-    return [Chart("training step of one layer (d, r, tokens)", "time / frozen base", shape, series)]
+    x = torch.randn(tokens, width, device=options.device, dtype=dtype_of(options.device), requires_grad=True)
+    row = measure(base, rank, x, lambda module, x: module(x), options, peers=peers)
+    limits = {INTACT: 1 + 5 * rank / width, FOLDED: 1 + 3 * rank / width, LORA: 1 + 3 * rank / width}
+    return {"label": f"d {width}, r {rank}, {tokens} tokens", "d": width, "tokens": tokens, "limits": limits, **row}
 
 
 def main() -> None:
-    parser = arguments(__doc__, repeats=20)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--autocast", action="store_true", help="bf16 autocast around the layer")
-    options = parser.parse_args()
-    rows = [measure(*shape, options) for shape in SHAPES]
-    result = {
-        "dtype": options.dtype,
-        "autocast": options.autocast,
-        "repeats": options.repeats,
-        "rows": rows,
-        "over_lora": {name: over_lora(rows, name) for name in PEERS},
-    }
-    publish("layer_step", options.device, result, tables(result), charts(result))
+    options = arguments(__doc__, repeats=20).parse_args()
+    shapes = SHAPES if options.device == "cpu" else SHAPES + LARGE
+    rows = [one_layer(*shape, options) for shape in shapes]
+    mean = {name: over_lora(rows, name) for name in PEERS}
+    result = {"repeats": options.repeats, "over LoRA": mean, "rows": rows}
+    publish("layer_step", options.device, result, table("one layer", rows), charts("one layer", rows))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,20 @@
-"""One training step of a whole model (forward, loss, backward) with every linear adapted.
+"""One training step of a whole model (forward, loss, backward) with every linear adapted, beside its peers.
 
     python benchmarks/model_step.py                  small Llama and Qwen shapes, fp32
-    python benchmarks/model_step.py --device cuda    Llama-2-7B and Qwen3-0.6B shapes, bf16 under autocast, r 16 and 128
+    python benchmarks/model_step.py --device cuda    Llama-2-7B and Qwen3-0.6B shapes, bf16 under autocast, r 128 and 16
 
-Weights are random. On the CPU all peers take turns; on an accelerator, which is not shared, one model is there at a
-time.
+Weights are random. On the CPU all peers take turns; on an accelerator, whose clock is steady and which would not hold
+them all, one is built at a time.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import (
-    Chart,
-    Table,
-    arguments,
-    interleave,
-    peak_memory,
-    publish,
-    ratios,
-    saved_activations,
-    spread,
-    timed,
-    training_step,
-)
-from peers import FLOOR, LORA, PEERS, build
+from common import arguments, publish
+from steps import charts, dtype_of, measure, table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -40,12 +27,11 @@ def llama(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: i
             intermediate_size=intermediate,
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=heads,
         )
     )
 
 
-def qwen(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: int) -> nn.Module:
+def qwen(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: int, head_dim: int) -> nn.Module:
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocabulary,
@@ -54,107 +40,53 @@ def qwen(hidden: int, layers: int, heads: int, intermediate: int, vocabulary: in
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=heads // 2,
-            head_dim=128 if hidden >= 1024 else 64,
+            head_dim=head_dim,
+            tie_word_embeddings=True,
         )
     )
 
 
-MODELS: dict[str, dict[str, tuple[Callable[[], nn.Module], int, int]]] = {
+Model = tuple[Callable[[], nn.Module], int, int]
+
+MODELS: dict[str, dict[str, Model]] = {
     "cpu": {
-        "small Llama": (lambda: llama(512, 4, 8, 1408, 2048), 4, 256),
-        "small Qwen": (lambda: qwen(512, 4, 8, 1536, 4096), 4, 256),
+        "small Llama": (lambda: llama(512, 4, 8, 1408, 2048), 2, 256),
+        "small Qwen": (lambda: qwen(512, 4, 8, 1536, 4096, 64), 2, 256),
     },
     "cuda": {
         "Llama-2-7B": (lambda: llama(4096, 32, 32, 11008, 32000), 1, 2048),
-        "Qwen3-0.6B": (lambda: qwen(1024, 28, 16, 3072, 151936), 4, 1024),
+        "Qwen3-0.6B": (lambda: qwen(1024, 28, 16, 3072, 151936, 128), 4, 1024),
     },
 }
 """Per device: name -> (model, rows, tokens a row)."""
 
+RANKS = {"cpu": (32,), "cuda": (128, 16)}
 
-def measure(kind: str, rank: int, options: Any) -> dict[str, Any]:
-    make, batch, length = MODELS[options.device][kind]
-    dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
-    autocast = options.device != "cpu"
+
+def one_model(name: str, model: Model, rank: int, options: Any) -> dict[str, Any]:
+    make, batch, length = model
     ids = torch.randint(1, 2000, (batch, length), generator=torch.Generator().manual_seed(0)).to(options.device)
 
     def base() -> nn.Module:
         torch.manual_seed(0)
         with torch.device(options.device):
-            return make().to(dtype).train()
+            return make().to(dtype_of(options.device)).train()
 
-    # the first layer's input must need a gradient, as behind a trained adapter it does in every layer but the first
-    def forward_of(model: nn.Module) -> Callable[[], torch.Tensor]:
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        return lambda: model(inputs_embeds=embedded, labels=ids).loss
+    def loss(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return module(inputs_embeds=x, labels=ids).loss
 
-    times: dict[str, list[float]] = {}
-    memory: dict[str, dict[str, int]] = {}
-    steps: dict[str, Callable[[], None]] = {}
-    for name in PEERS:
-        model = build(name, base, rank, "all-linear")
-        forward = forward_of(model)
-        step = training_step(model, forward, autocast)
-        with torch.autocast(options.device, torch.bfloat16, enabled=autocast):
-            saved = saved_activations(forward, model)
-        memory[name] = {"peak": peak_memory(step, options.device), "saved": saved}
-        if options.device == "cpu":
-            steps[name] = step
-        else:
-            times[name] = [timed(step) for _ in range(options.repeats + 2)][2:]
-            del model, forward, step
-            gc.collect()
-            torch.cuda.empty_cache()
-    if steps:
-        times = interleave(steps, options.repeats, warmup=1)
-    over = ratios(times, FLOOR) if steps else {n: spread([t / min(times[FLOOR]) for t in v]) for n, v in times.items()}
-    return {
-        "model": kind,
-        "r": rank,
-        "tokens": batch * length,
-        "seconds": {name: spread(values) for name, values in times.items()},
-        "ratios": over,
-        "memory": memory,
-    }
-
-
-def tables(result: dict[str, Any]) -> list[Table]:
-    found = []
-    for row in result["rows"]:
-        lines = []
-        for name in PEERS:
-            over = row["ratios"][name]["median"]
-            lines.append(
-                [
-                    name,
-                    f"{row['seconds'][name]['median'] * 1e3:.0f}",
-                    f"{over:.2f}",
-                    f"{over / row['ratios'][LORA]['median']:.2f}",
-                    f"{row['memory'][name]['saved'] / 2**20:.0f}",
-                    f"{row['memory'][name]['peak'] / 2**20:.0f}",
-                ]
-            )
-        columns = ["", "ms a step", "/ frozen base", "/ LoRA", "MiB kept for backward", "MiB at the peak"]
-        found.append(Table(f"{row['model']} shape, r {row['r']}, {row['tokens']} tokens", columns, lines))
-    return found
-
-
-def charts(result: dict[str, Any]) -> list[Chart]:
-    names = [f"{row['model']}, r {row['r']}" for row in result["rows"]]
-    series = {name: [row["ratios"][name]["median"] for row in result["rows"]] for name in PEERS if name != FLOOR}
-    peaks = {name: [row["memory"][name]["peak"] / 2**20 for row in result["rows"]] for name in PEERS}
-    return [
-        Chart("training step of a model", "time / frozen base", names, series),
-        Chart("peak of live tensors in a step, beyond the weights", "MiB", names, peaks),
-    ]
+    embed = base().get_input_embeddings()  # type: ignore[operator]
+    x = embed(ids).detach().requires_grad_()
+    row = measure(base, rank, x, loss, options, interleaved=options.device == "cpu")
+    return {"label": f"{name}, r {rank}", "tokens": batch * length, **row}
 
 
 def main() -> None:
     options = arguments(__doc__, repeats=8).parse_args()
-    ranks = (32,) if options.device == "cpu" else (128, 16)
-    rows = [measure(kind, rank, options) for kind in MODELS[options.device] for rank in ranks]
+    models, ranks = MODELS[options.device], RANKS[options.device]
+    rows = [one_model(name, model, rank, options) for name, model in models.items() for rank in ranks]
     result = {"repeats": options.repeats, "rows": rows}
-    publish("model_step", options.device, result, tables(result), charts(result))
+    publish("model_step", options.device, result, table("a whole model", rows), charts("a whole model", rows))
 
 
 if __name__ == "__main__":

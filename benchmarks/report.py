@@ -1,46 +1,40 @@
-"""Brings the result files into docs/performance.md: fills what stands between its table markers.
+"""Writes the tables of the result files into docs/performance.md, between their markers.
 
     python benchmarks/report.py
 
-A marker names a result file and, after a colon, one of its tables: <!-- table layer_step:0 --> ... <!-- end -->.
+A marker names a result file: <!-- layer_step --> ... <!-- end -->.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
-from common import RESULTS, Table
+from common import RESULTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-MARKER = re.compile(r"(<!-- table (\w+):(\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(table: Table, machine: dict[str, Any]) -> str:
-    rule = ["---", *["---:"] * (len(table.columns) - 1)]
-    lines = [f"| {' | '.join(cells)} |" for cells in (table.columns, rule, *table.rows)]
-    where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
-    title = table.title[0].upper() + table.title[1:]
-    source = f"({where}, load average {machine['load average']}, {machine['date']})"
-    return "\n".join([f"{title} {source}:", "", *lines, ""])
+MARKER = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(match: re.Match[str]) -> str:
-    name, index = match[2], int(match[3])
+    name = match[1]
     path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return f"{match[1]}Not measured yet: there is no benchmarks/results/{name}.json.\n{match[4]}"
-    result = json.loads(path.read_text())
-    script = importlib.import_module(name.removesuffix("_cuda"))
-    return f"{match[1]}{markdown(script.tables(result)[index], result['machine'])}{match[4]}"
+    body = f"Not run yet: there is no {name}.json in benchmarks/results."
+    if path.exists():
+        result = json.loads(path.read_text())
+        machine, table = result["machine"], result["table"]
+        where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
+        rule = ["---", *["---:"] * (len(table["columns"]) - 1)]
+        lines = [f"| {' | '.join(cells)} |" for cells in (table["columns"], rule, *table["rows"])]
+        source = f"({where}, load average {machine['load average']}, {machine['date']})"
+        body = "\n".join([f"{table['title'][0].upper()}{table['title'][1:]} {source}", "", *lines])
+    return f"<!-- {name} -->\n{body}\n<!-- end -->"
 
 
 def main() -> None:
     PAGE.write_text(MARKER.sub(filled, PAGE.read_text()))
-    print(f"written: {PAGE}")
+    print(f"written: docs/{PAGE.name}")
 
 
 if __name__ == "__main__":

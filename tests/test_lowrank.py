@@ -167,9 +167,11 @@ def test_a_held_pair_is_formed_once_and_gives_the_same_output(formed: list[int])
 
 
 def optimizer_step(model: nn.Module) -> None:
+    model.train()
     with torch.enable_grad():
         model(inputs(24)).square().sum().backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    model.eval()
 
 
 def replaced_data(model: nn.Module) -> None:
@@ -199,7 +201,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 @torch.no_grad()
 def test_a_held_pair_never_outlives_a_change(name: str) -> None:
-    model = adapt(make_base())
+    model = adapt(make_base()).eval()
     model.add_adapter("second", SORSAConfig(r=2, target_modules=["proj"]))
     perturb(model)
     perturb(model, "second", seed=5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_llama
@@ -9,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from support import ROUNDOFF, perturb
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sorsa_plugin import SORSAConfig, gaps, orthonormality
+from sorsa_plugin import SORSAConfig, attach, gaps, orthonormality
 from sorsa_plugin.errors import NoAdaptedLayersError
 from sorsa_plugin.regularizer import Factor, deviations, model_factors, sorsa_layers
 
@@ -252,6 +256,39 @@ def test_disabled_adapters_do_not_count() -> None:
     with model.disable_adapter(), pytest.raises(NoAdaptedLayersError):
         gaps(model)
     assert len(gaps(model)) == FACTORS
+
+
+class Launches(TorchDispatchMode):
+    """The operators that run in its context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_a_step(count: int, update: str) -> list[str]:
+    base = nn.Sequential(*(nn.Linear(16, 16) for _ in range(count)))
+    names = [str(i) for i in range(count)]
+    model = get_peft_model(base, SORSAConfig(r=RANK, target_modules=names, reg_update=update))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    attachment = attach(model, optimizer)
+    model(torch.randn(3, 16)).sum().backward()
+    with Launches() as seen:
+        attachment.before_step(optimizer, (optimizer,), {})
+        attachment.after_step(optimizer, (optimizer,), {})
+    return seen.names
+
+
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_a_step_launches_the_same_few_operators_for_any_number_of_layers_and_reads_none_back(update: str) -> None:
+    few, many = launches_of_a_step(2, update), launches_of_a_step(9, update)
+    assert any("bmm" in name for name in few)
+    assert [name for name in few if "view" not in name] == [name for name in many if "view" not in name]
+    assert not any("_local_scalar_dense" in name for name in many), "reading a value back waits for the device"
 
 
 @pytest.mark.parametrize("measure", [gaps, orthonormality])
