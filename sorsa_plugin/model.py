@@ -55,7 +55,7 @@ class SORSAModel(BaseTuner):
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
         fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
-        slow = any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
+        slow = config.init_weights and any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
         for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
             layer.initialise(adapter_name)
         watch_optimizers()
