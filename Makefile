@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding
 PIP := -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-all lint format clean
+.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-all bench lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -33,6 +34,10 @@ test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
 
 test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed  ## what CI runs
 
+bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs/performance.md; on a GPU if there is one
+	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
+	$(VENV)/bin/python benchmarks/report.py
+
 lint: $(VENV)/tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -52,6 +57,10 @@ $(VENV)/package: pyproject.toml constraints.txt
 
 $(VENV)/tests: $(VENV)/package tests/oracles.txt
 	$(VENV)/bin/python $(PIP) -c constraints.txt -e ".[test,dev]"
+	$(VENV)/bin/python $(PIP) --no-deps -r tests/oracles.txt
+	touch $@
+
+$(VENV)/bench: $(VENV)/package tests/oracles.txt
 	$(VENV)/bin/python $(PIP) --no-deps -r tests/oracles.txt
 	touch $@
 

@@ -1,24 +1,54 @@
-"""What every benchmark shares: interleaved timing, medians, and result files that say where they come from."""
+"""What every benchmark shares: interleaved timing, and results as a table, a chart and a file that says where they
+come from."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from rich.console import Console
+from rich.table import Table as RichTable
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, Any]:
-    """Processor or accelerator, threads, versions and date of this run."""
+class Table(NamedTuple):
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+
+
+class Chart(NamedTuple):
+    """Bars over the names in `x`, or, without names, lines through (x, y) points on a logarithmic x axis."""
+
+    title: str
+    ylabel: str
+    x: list[str]
+    series: dict[str, list[Any]]
+    xlabel: str = ""
+    log: bool = False
+
+
+def arguments(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """--device, by default an accelerator where there is one, and --repeats."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--repeats", type=int, default=repeats)
+    return parser
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Processor and accelerator, threads, load, versions and date of this run."""
     processor = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -27,14 +57,28 @@ def machine() -> dict[str, Any]:
             processor,
         )
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "sorsa-plugin")}
-    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),
-        "accelerator": accelerator,
+        "load average": round(os.getloadavg()[0], 1),
+        "accelerator": torch.cuda.get_device_name() if device == "cuda" else None,
         "versions": versions,
         "date": date.today().isoformat(),
     }
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    synchronise()
+    start = time.perf_counter()
+    function()
+    synchronise()
+    return time.perf_counter() - start
 
 
 def interleave(functions: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -42,30 +86,70 @@ def interleave(functions: dict[str, Callable[[], Any]], repeats: int, warmup: in
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(-warmup, repeats):
         for name, function in functions.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            seconds = timed(function)
             if repeat >= 0:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return times
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "low": low, "high": high}
+
+
 def ratios(times: dict[str, list[float]], floor: str) -> dict[str, dict[str, float]]:
-    """Median of the per-repeat ratios to `floor`, with the quartiles."""
-    result = {}
-    for name, values in times.items():
-        quotients = [value / base for value, base in zip(values, times[floor], strict=True)]
-        low, middle, high = statistics.quantiles(quotients, n=4)
-        result[name] = {"median": middle, "low": low, "high": high}
-    return result
+    """Spread of the per-repeat ratios to `floor`."""
+    return {
+        name: spread([value / base for value, base in zip(values, times[floor], strict=True)])
+        for name, values in times.items()
+    }
 
 
-def write(name: str, content: dict[str, Any]) -> None:
-    """Write benchmarks/results/<name>.json, with the machine."""
+def publish(name: str, device: str, result: dict[str, Any], table: Table, charts: list[Chart]) -> None:
+    """Print the table; write results/<name>.json (<name>_cuda.json) with it and the machine, and the charts as .png."""
+    shown = RichTable(title=table.title)
+    for column in table.columns:
+        shown.add_column(column, justify="left" if column == table.columns[0] else "right")
+    for row in table.rows:
+        shown.add_row(*row)
+    Console(width=170).print(shown)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"machine": machine(), **content}, indent=2) + "\n")
-    print(f"written: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    stem = RESULTS / (name if device == "cpu" else f"{name}_{device}")
+    content = {"machine": machine(device), "table": table._asdict(), **result}
+    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    draw(charts, stem.with_suffix(".png"))
+    print(f"written: benchmarks/results/{stem.name}.json and .png")
+
+
+def draw(charts: list[Chart], path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(charts), figsize=(7 * len(charts), 4.4), squeeze=False)
+    for chart, axis in zip(charts, axes[0], strict=True):
+        for i, (label, values) in enumerate(chart.series.items()):
+            if not chart.x:
+                axis.plot(*zip(*values, strict=True), marker="o", ls="--" if "limit" in label else "-", label=label)
+                continue
+            width = 0.8 / len(chart.series)
+            places = [k + (i - (len(chart.series) - 1) / 2) * width for k in range(len(chart.x))]
+            axis.bar(places, values, width, label=label)
+        if chart.x:
+            axis.set_xticks(range(len(chart.x)), chart.x, fontsize=8)
+        else:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(chart.title, fontsize=10)
+        axis.set_ylabel(chart.ylabel)
+        axis.set_yscale("log" if chart.log else "linear")
+        axis.set_xlabel(chart.xlabel)
+        axis.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    if len(labels) > 1:  # the charts of a figure show the same series
+        figure.legend(handles, labels, fontsize=8, ncols=len(labels), loc="upper center", bbox_to_anchor=(0.5, 0))
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)

@@ -15,6 +15,7 @@ from .hookspecs import hookimpl  # noqa: E402
 from .initial_adapter import InitReport, init_adapter  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
 from .merging import MergeReport, merge_adapter  # noqa: E402
+from .lowrank import holding_pairs  # noqa: E402
 from .model import SORSAModel  # noqa: E402
 from .planning import Plan, plan  # noqa: E402
 from .registration import register  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "export_lora",
     "factorise",
     "gaps",
+    "holding_pairs",
     "hookimpl",
     "init_adapter",
     "merge_adapter",

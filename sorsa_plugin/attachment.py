@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from .errors import AttachError
 from .hookspecs import hookimpl
 from .plugins import manager
 from .precision import full_precision
-from .regularizer import Factor, deviations, floor, local_part, model_factors, sorsa_layers, trainable_factors
+from .regularizer import Batch, Factor, deviations, floor, model_factors, sorsa_layers, trainable_factors
 
 logger = logging.getLogger(__name__)
 
@@ -101,14 +101,13 @@ class Attachment:
         if not coupled:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
-        for factor, P, E, group, count in self._owned(optimizer):
-            if factor.offset.grad is None:
-                continue
+        for batch, group, count in self._owned(optimizer):
             weight = settings.gamma / _eta_max(group, settings.gamma) * 2.0 / count
-            E.mul_(weight / E.norm().clamp_min(floor(E.shape[0])))
+            scale = weight / batch.gaps().clamp_min(floor(batch.rank))
             if loss_scale is not None:
-                E.mul_(loss_scale)
-            local_part(factor.offset.grad).addmm_(P, E)
+                scale = scale * loss_scale
+            batch.E.mul_(scale[:, None, None])
+            batch.add_product_to([factor.offset.grad for factor in batch.factors])
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
@@ -130,15 +129,12 @@ class Attachment:
         if settings.update != "decoupled" or settings.gamma == 0.0:
             return
         overflow = getattr(optimizer, "found_inf", None)  # as above: a fused step that fp16 scaling skipped
-        for factor, P, E, group, _ in self._owned(optimizer):
-            if factor.offset.grad is None:
-                continue
+        for batch, group, _ in self._owned(optimizer):
             gamma = settings.gamma
             if settings.schedule == "lr":
                 gamma = gamma * float(group["lr"]) / _eta_max(group, gamma)
-            if overflow is not None:
-                E.mul_(1.0 - overflow.to(E))
-            local_part(factor.offset).addmm_(P, E, alpha=-gamma)
+            batch.E.mul_(-gamma if overflow is None else -gamma * (1.0 - overflow.to(batch.E)))
+            batch.add_product_to([f.offset if f.offset.grad is not None else None for f in batch.factors])
 
     @torch.no_grad()
     def penalty(self, optimizer: Optimizer) -> torch.Tensor:
@@ -147,7 +143,7 @@ class Attachment:
         No device synchronisation; a collective where factors are sharded.
         """
         factors = trainable_factors(self.layers)
-        gaps = torch.stack([E.norm() for E in deviations(factors)]) if factors else torch.zeros(1)
+        gaps = _gaps(factors) if factors else torch.zeros(1)
         return self._weight(optimizer) * self._loss(gaps)
 
     def _weight(self, optimizer: Optimizer) -> float:
@@ -171,7 +167,7 @@ class Attachment:
         factors = trainable_factors(self.layers)
         if not factors:
             return {}
-        gaps = torch.stack([E.norm() for E in deviations(factors)]).double().cpu()
+        gaps = _gaps(factors).double().cpu()
         weight = self._weight(optimizer)
         follows_lr = settings.update == "coupled" or settings.schedule == "lr"
         return {
@@ -181,14 +177,18 @@ class Attachment:
             "sorsa/gamma": weight * self.eta if follows_lr else settings.gamma,
         }
 
-    def _owned(self, optimizer: Optimizer) -> Iterable[tuple[Factor, torch.Tensor, torch.Tensor, dict[str, Any], int]]:
-        """Every factor this optimizer owns, with its local rows P, deviation E, parameter group, and the count F."""
+    def _owned(self, optimizer: Optimizer) -> Iterator[tuple[Batch, dict[str, Any], int]]:
+        """The factors that this optimizer owns in batches of one parameter group, with that group and the count F."""
         factors = trainable_factors(self.layers)
-        groups = groups_by_parameter(optimizer)
-        owned = [factor for factor in factors if id(factor.offset) in groups]
-        values = [factor.local() for factor in owned]
-        for factor, P, E in zip(owned, values, deviations(owned, values), strict=True):
-            yield factor, P, E, groups[id(factor.offset)], len(factors)
+        number = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        owned = [factor for factor in factors if id(factor.offset) in number]
+        for batch in deviations(owned, [number[id(factor.offset)] for factor in owned]):
+            yield batch, optimizer.param_groups[batch.label], len(factors)
+
+
+def _gaps(factors: list[Factor]) -> torch.Tensor:
+    """gap(P) of every factor (n)."""
+    return torch.cat([batch.gaps() for batch in deviations(factors)])
 
 
 attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()

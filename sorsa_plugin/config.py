@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .decomposition import DEFAULT_ENERGY
 from .errors import SORSAConfigError
 
 SvdMethod = Literal["auto", "exact", "randomized"]
@@ -46,6 +47,8 @@ class SORSAConfig(PeftConfig):
             random factors, which is for tests only.
         svd: "exact", "randomized" (seeded block iteration), or "auto": exact where that is cheap.
         svd_seed: seed of the randomized factorisation; the global random state is never touched.
+        svd_energy: where the randomized factorisation stops, in (0, 1): its estimate of the captured share of the
+            energy (sum sigma_i^2) of the best r triplets; None is 0.998. Not with svd="exact", which captures all.
         gamma: learning rate of the orthonormal regularizer, >= 0, in the optimizer's units; None is the default of
             the chosen update (coupled 4e-4, the published script's). 0 turns the regularizer off.
         reg_update: "coupled" (the paper's: gamma/eta_max * dL_reg/dP joins the gradient once per optimizer step, after
@@ -85,6 +88,9 @@ class SORSAConfig(PeftConfig):
     )
     svd: SvdMethod = field(default="auto", metadata={"help": "How weights are factorised."})
     svd_seed: int = field(default=0, metadata={"help": "Seed of the randomized factorisation."})
+    svd_energy: float | None = field(
+        default=None, metadata={"help": "Share of the best triplets' energy where the randomized factorisation stops."}
+    )
     gamma: float | None = field(
         default=None, metadata={"help": "Learning rate of the orthonormal regularizer; None: the update's default."}
     )
@@ -118,6 +124,11 @@ class SORSAConfig(PeftConfig):
     def resolved_gamma(self) -> float:
         """gamma with None replaced by the default of the chosen update."""
         return DEFAULT_GAMMA[self.reg_update] if self.gamma is None else self.gamma
+
+    @property
+    def resolved_svd_energy(self) -> float:
+        """svd_energy with None replaced by its default."""
+        return DEFAULT_ENERGY if self.svd_energy is None else self.svd_energy
 
     @property
     def resolved_reg_schedule(self) -> str:
@@ -171,6 +182,14 @@ class SORSAConfig(PeftConfig):
             )
         if isinstance(self.svd_seed, bool) or not isinstance(self.svd_seed, int) or self.svd_seed < 0:
             raise SORSAConfigError(f"svd_seed is {self.svd_seed!r}; expected an integer >= 0.")
+        if self.svd_energy is not None:
+            if not _is_number(self.svd_energy) or not 0.0 < self.svd_energy < 1.0:
+                raise SORSAConfigError(f"svd_energy is {self.svd_energy!r}; expected a share in (0, 1), such as 0.99.")
+            if self.svd == "exact":
+                raise SORSAConfigError(
+                    f"svd_energy={self.svd_energy} with svd='exact', which captures all of the energy. Drop "
+                    "svd_energy, or choose svd='randomized' or 'auto'."
+                )
         if not _is_number(self.sorsa_dropout) or not 0.0 <= self.sorsa_dropout < 1.0:
             raise SORSAConfigError(f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1).")
 

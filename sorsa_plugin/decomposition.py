@@ -22,9 +22,15 @@ EXACT_LIMIT = 256
 
 METHODS = ("auto", "exact", "randomized")
 
+DEFAULT_ENERGY = 0.998
+"""Where the randomized path stops: the estimated share of the energy of the best triplets that is captured. The
+estimate errs by at most 0.004 on Gaussian weights, which have no gap anywhere (benchmarks/NOTES.md)."""
+
+ORTHONORMALITY = 1e-5
+"""||P^T P - I||_F of U and V is at most this times sqrt(r): what the regularizer's floor rests on."""
+
 OVERSAMPLE = 16
-POWER_ITERATIONS = 8
-"""Subspace iterations of the randomized path, each with a re-orthonormalisation (Halko et al., 2011, alg. 4.4)."""
+"""Smallest block of the Krylov basis, and how far the basis exceeds the rank at least."""
 
 
 class Triplets(NamedTuple):
@@ -36,7 +42,15 @@ class Triplets(NamedTuple):
 
 
 @full_precision()
-def factorise(weight: torch.Tensor, rank: int, *, svd: str = "auto", seed: int = 0, name: str = "weight") -> Triplets:
+def factorise(
+    weight: torch.Tensor,
+    rank: int,
+    *,
+    svd: str = "auto",
+    seed: int = 0,
+    energy: float = DEFAULT_ENERGY,
+    name: str = "weight",
+) -> Triplets:
     """Top singular triplets of a matrix.
 
     Args:
@@ -45,6 +59,8 @@ def factorise(weight: torch.Tensor, rank: int, *, svd: str = "auto", seed: int =
         rank: number of triplets r, 1 <= r <= min(out, in).
         svd: "exact", "randomized", or "auto" (exact where the smaller side is at most 256 or 2 r).
         seed: seed of the randomized path.
+        energy: where the randomized path stops, in (0, 1): the share of sum sigma_i^2 over the best r triplets that
+            it estimates to have captured.
         name: the layer's name, for messages.
 
     Returns:
@@ -74,7 +90,7 @@ def factorise(weight: torch.Tensor, rank: int, *, svd: str = "auto", seed: int =
         )
     exact = svd == "exact" or (svd == "auto" and (smaller <= EXACT_LIMIT or 2 * rank >= smaller))
     try:
-        triplets = _exact(matrix, rank) if exact else _randomized(matrix, rank, seed)
+        triplets = _exact(matrix, rank) if exact else _randomized(matrix, rank, seed, energy)
     except torch.linalg.LinAlgError as error:
         triplets = _on_cpu(matrix, rank, name, error)
     return Triplets(*(part.to(home) for part in _fix_signs(triplets)))
@@ -102,17 +118,99 @@ def _exact(matrix: torch.Tensor, rank: int) -> Triplets:
     return Triplets(U[:, :rank], S[:rank], Vh[:rank].mT)
 
 
-def _randomized(matrix: torch.Tensor, rank: int, seed: int) -> Triplets:
-    width = min(rank + OVERSAMPLE, *matrix.shape)
+def _randomized(matrix: torch.Tensor, rank: int, seed: int, energy: float) -> Triplets:
+    """Rayleigh-Ritz on the block Krylov space of W W^T (Musco and Musco, 2015), grown until it holds the energy.
+
+    A block is half as wide as the rank: as many products as subspace iteration needs for 2 steps reach degree 4 here.
+    W^T Q is kept block by block, so the projection costs no further product with W.
+    """
+    limit = min(matrix.shape)
+    width, enough = max(OVERSAMPLE, -(-rank // 2)), min(rank + OVERSAMPLE, limit)
     # drawn on the CPU: the same numbers whatever device factorises
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
-    Q, _ = torch.linalg.qr(matrix @ sketch)
-    for _ in range(POWER_ITERATIONS):
-        Z, _ = torch.linalg.qr(matrix.mT @ Q)
-        Q, _ = torch.linalg.qr(matrix @ Z)
-    inner_U, S, Vh = torch.linalg.svd(Q.mT @ matrix, full_matrices=False)
-    return Triplets((Q @ inner_U)[:, :rank], S[:rank], Vh[:rank].mT)
+    sketch = torch.randn(matrix.shape[1], min(width, limit), generator=torch.Generator().manual_seed(seed))
+    block, captured = orthonormal(matrix @ sketch.to(matrix)), 0.0
+    space = Projection.onto(block, matrix)
+    while space.Q.shape[1] < limit:
+        block = matrix @ space.Z[:, -block.shape[1] :][:, : limit - space.Q.shape[1]]
+        for _ in range(2):  # twice is enough against a basis that is orthonormal
+            block = orthonormal(block - space.Q @ (space.Q.mT @ block))
+        space = space.extended(block, matrix)
+        if space.Q.shape[1] < enough:
+            continue
+        previous, captured = captured, space.energy(rank)
+        # gains shrink from step to step, in the end faster than by half: what is missing is about the last one
+        if captured - previous <= (1 / energy - 1) * captured:
+            break
+    triplets = space.triplets(rank, *cholesky_qr(space.Z, space.gram))
+    if max(_gap(triplets.U), _gap(triplets.V)) > ORTHONORMALITY * rank**0.5:
+        space = Projection.onto(torch.linalg.qr(space.Q).Q, matrix)
+        triplets = space.triplets(rank, *torch.linalg.qr(space.Z))
+    return triplets
+
+
+class Projection(NamedTuple):
+    """W projected onto an orthonormal basis: Q (out x k), Z = W^T Q (in x k), gram = Z^T Z (k x k); Q Z^T is near W."""
+
+    Q: torch.Tensor
+    Z: torch.Tensor
+    gram: torch.Tensor
+
+    @classmethod
+    def onto(cls, Q: torch.Tensor, matrix: torch.Tensor) -> Projection:
+        Z = matrix.mT @ Q
+        return cls(Q, Z, Z.mT @ Z)
+
+    def extended(self, block: torch.Tensor, matrix: torch.Tensor) -> Projection:
+        """With the columns of `block`, orthonormal to Q, added to the basis."""
+        new, width = matrix.mT @ block, block.shape[1]
+        Z = torch.cat((self.Z, new), dim=1)
+        cross = Z.mT @ new
+        gram = torch.nn.functional.pad(self.gram, (0, width, 0, width))
+        gram[:, -width:] = cross
+        gram[-width:] = cross.mT
+        return Projection(torch.cat((self.Q, block), dim=1), Z, gram)
+
+    def energy(self, rank: int) -> float:
+        """Sum of the `rank` largest squared singular values of Q Z^T."""
+        return float(torch.linalg.eigvalsh(self.gram)[-rank:].sum())
+
+    def triplets(self, rank: int, P: torch.Tensor, R: torch.Tensor) -> Triplets:
+        """The top triplets of Q Z^T, for Z = P R with P orthonormal and R (k x k): those of R^T, turned by Q and P."""
+        U, S, Vh = torch.linalg.svd(R.mT)
+        return Triplets(self.Q @ U[:, :rank], S[:rank], P @ Vh[:rank].mT)
+
+
+def orthonormal(X: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis (rows x n) of the columns of X (rows x n): see `cholesky_qr`."""
+    return cholesky_qr(X)[0]
+
+
+def cholesky_qr(X: torch.Tensor, gram: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """X = Q R by CholeskyQR2 (Yamamoto et al., 2015), which is all matrix products; by Householder reflections where X
+    is too ill-conditioned for it (beyond about 1e3 in fp32).
+
+    Args:
+        X: matrix (rows x n), rows >= n.
+        gram: X^T X (n x n), if already at hand.
+
+    Returns:
+        Q (rows x n) orthonormal to rounding, R (n x n) upper triangular.
+    """
+    L1, failed = torch.linalg.cholesky_ex(X.mT @ X if gram is None else gram)
+    if failed:
+        return torch.linalg.qr(X)
+    Q = torch.linalg.solve_triangular(L1.mT, X, upper=True, left=False)
+    gram = Q.mT @ Q
+    L2, failed = torch.linalg.cholesky_ex(gram)
+    if failed or (gram.diagonal() - 1).abs().max() > 0.5:  # the second pass repairs only little
+        return torch.linalg.qr(X)
+    return torch.linalg.solve_triangular(L2.mT, Q, upper=True, left=False), L2.mT @ L1.mT
+
+
+def _gap(P: torch.Tensor) -> float:
+    E = P.mT @ P
+    E.diagonal().sub_(1.0)
+    return float(E.norm())
 
 
 def _on_cpu(matrix: torch.Tensor, rank: int, name: str, error: Exception) -> Triplets:

@@ -55,6 +55,10 @@ class AttachError(SORSAError, RuntimeError):
     """The regularizer cannot be delivered through this optimizer."""
 
 
+class FoldError(SORSAError, RuntimeError):
+    """A layer cannot be folded or unfolded, or not be used so while it is folded."""
+
+
 class AdapterOptionsError(SORSAError, ValueError):
     """What a recipe says about its adapter is unknown, contradicts itself, or cannot be honoured."""
 

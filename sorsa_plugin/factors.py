@@ -132,7 +132,7 @@ class SORSAFactors(nn.Module):
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """U (out x r), S (r), V (in x r), differentiable with respect to the offsets."""
-        return self.U0 + self.dU, self.S0 + self.dS, self.V0 + self.dV
+        return self.parts().current()
 
     @torch.no_grad()
     def set(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ from .config import SORSAConfig
 from .factors import FROZEN, OFFSETS
 from .json_values import json_values
 from .lowrank import Parts, change_norm
-from .regularizer import Factor, deviations
+from .regularizer import Factor, gaps_by_name
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _summarise(name: str, rank: int, tensors: dict[str, torch.Tensor]) -> LayerS
         Factor("U", parts.U0, torch.nn.Parameter(parts.dU)),
         Factor("V", parts.V0, torch.nn.Parameter(parts.dV)),
     ]
-    gap_U, gap_V = (float(E.norm()) for E in deviations(factors))
+    gap_U, gap_V = gaps_by_name(factors).values()
     S, start = parts.S0 + parts.dS, float(parts.S0.norm())
     change = change_norm(*parts.pair())
     return LayerSummary(

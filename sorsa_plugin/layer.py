@@ -21,6 +21,7 @@ from .decomposition import Triplets, factorise
 from .errors import RankError
 from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
+from .folding import Foldable, intact_weight, refold
 from .precision import full_precision
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
 """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
 
 
-class SORSALayer(nn.Module, BaseTunerLayer):
+class SORSALayer(Foldable, BaseTunerLayer):
     """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
 
     A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
@@ -85,7 +86,9 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
         Raises:
             RankError: the rank is larger than the weight's smaller side.
+            FoldError: another adapter is folded into the weight.
         """
+        self.refuse_beside_folded(adapter_name)
         matrix = self.base_matrix()
         if rank > min(matrix.shape):
             raise RankError(
@@ -125,15 +128,23 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             triplets = Triplets(donor.U0[:, :rank], donor.S0[:rank], donor.V0[:, :rank])
             factors.set_initial(triplets, donor.fingerprint)
         else:
-            triplets = factorise(matrix, factors.rank, svd=config.svd, seed=config.svd_seed, name=self.name)
+            triplets = factorise(
+                matrix,
+                factors.rank,
+                svd=config.svd,
+                seed=config.svd_seed,
+                energy=config.resolved_svd_energy,
+                name=self.name,
+            )
             factors.set_initial(triplets, fingerprint(matrix))
 
     def _donor(self, rank: int, config: SORSAConfig, excluding: str | None = None) -> SORSAFactors | None:
         """A sibling whose first `rank` triplets are the ones a factorisation with this config would give."""
-        options = (config.svd, config.svd_seed)
+        wanted = (config.svd, config.svd_seed, config.resolved_svd_energy)
         for name, sibling in self.configs.items():
             factors = self.factors(name)
-            same = sibling.init_weights and config.init_weights and (sibling.svd, sibling.svd_seed) == options
+            options = (sibling.svd, sibling.svd_seed, sibling.resolved_svd_energy)
+            same = sibling.init_weights and config.init_weights and options == wanted
             if name != excluding and same and factors.rank >= rank and not factors.pending:
                 return factors
         return None
@@ -159,11 +170,10 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     def trainable_adapters(self) -> list[str]:
         """Names of the active adapters that train; none while adapters are disabled."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             return []
-        return [
-            name for name in self.active_adapters if name in self.sorsa_factors and self.factors(name).dU.requires_grad
-        ]
+        factors = self.sorsa_factors  # once: every optimizer step asks every layer, and modules look names up slowly
+        return [name for name in self.active_adapters if name in factors and factors[name].dU.requires_grad]
 
     def ready_factors(self, adapter_name: str) -> SORSAFactors:
         """The adapter's tensors, loaded and checked against the base weight.
@@ -191,7 +201,8 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
         storage = storage_of(self.get_base_layer().weight)
-        check(factors.fingerprint, matrix, config.base_storage, storage, self.name)
+        with intact_weight(self):
+            check(factors.fingerprint, self.base_matrix(), config.base_storage, storage, self.name)
         factors.base_checked = True
 
     # -- what PEFT calls --------------------------------------------------------------------------------------------
@@ -207,6 +218,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             self.unmerge()
             if others:
                 self.merge(adapter_names=others)
+        self.unfold()
         super().delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
@@ -248,7 +260,8 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             return
         weight = self.get_base_layer().weight
         original = weight.data if self._unmerged_weight is None else self._unmerged_weight
-        total = original.to(torch.promote_types(original.dtype, torch.float32))
+        base = original if self.folded is None else self.folded.intact.to(original.device)
+        total = base.to(torch.promote_types(base.dtype, torch.float32))
         for name in [*self.merged_adapters, *names]:
             total = total + self.get_delta_weight(name).to(total.device)
             if safe_merge and not torch.isfinite(total).all():
@@ -270,6 +283,8 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         weight.data = self._unmerged_weight.to(weight.device)
         self._unmerged_weight = None
         self.merged_adapters.clear()
+        if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
+            refold(self)
 
     def unmerge_if_disabled(self) -> None:
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
@@ -292,3 +307,5 @@ def _check_after_load(layer: SORSALayer, incompatible_keys: Any) -> None:
         factors = layer.factors(name)
         if not factors.base_checked and not factors.pending:
             layer.check_base(name)
+    if layer.folded is not None and not layer.merged:
+        refold(layer)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from .folding import complete
 from .hookspecs import hookimpl
 from .layer import SORSALayer
 from .lowrank import add_low_rank
@@ -23,6 +24,8 @@ PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 class SORSALinear(SORSALayer):
     """SORSA on nn.Linear: W is stored (out x in)."""
+
+    foldable = True
 
     def base_matrix(self) -> torch.Tensor:
         return self.get_base_layer().weight
@@ -41,6 +44,8 @@ class SORSALinear(SORSALayer):
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
+        if self.folded is not None:
+            return complete(self, y, x)
         for name in self.adapters_in_use():
             y = self._add_change(y, x, name)
         return y

@@ -11,9 +11,18 @@ x V are all that is kept for backward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+
+FEW_COLUMNS = 32
+"""Below this rank, weight gradients are computed transposed: libraries are up to three times as fast at few rows as at
+few columns, and the transposed copy into `.grad` is small."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Parts(NamedTuple):
@@ -26,11 +35,15 @@ class Parts(NamedTuple):
     S0: torch.Tensor
     V0: torch.Tensor
 
-    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def current(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U (out x r), S (r), V (in x r), in the factors' dtype."""
+        return self.U0 + self.dU, self.S0 + self.dS, self.V0 + self.dV
+
+    def pair(self) -> Pair:
         """L (out x 2r) and R (in x 2r), in the factors' dtype: formed in fp32, cast by whoever multiplies."""
         S = self.S0 + self.dS
         L = torch.cat((self.dU * S, self.U0), dim=1)
-        R = torch.cat((self.V0 + self.dV, self.V0 * self.dS + self.dV * S), dim=1)
+        R = torch.cat((self.V0 + self.dV, torch.addcmul(self.V0 * self.dS, self.dV, S)), dim=1)
         return L, R
 
 
@@ -54,7 +67,31 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor
     if torch.compiler.is_compiling():  # the compiler fuses this better than it could a custom function
         L, R = parts.pair()
         return y + (x.to(y.dtype) @ R.to(y.dtype)) @ L.to(y.dtype).mT
-    return _AddLowRank.apply(y, x, *parts)
+    if torch.is_grad_enabled():
+        return _AddLowRank.apply(y, x, *parts)
+    with torch.autocast(y.device.type, enabled=False):
+        L, R = _held_pair(parts, y.dtype)
+        return add_product(y, x.to(y.dtype) @ R, L)
+
+
+def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
+    """y += C L^T in place, for y (... x out), C (... x n), L (out x n): one pass over y where its memory allows it."""
+    if y.is_contiguous():
+        y.view(-1, y.shape[-1]).addmm_(rows(C), L.mT)
+    else:
+        y.add_(C @ L.mT)
+    return y
+
+
+def rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(... x n) as a matrix."""
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def product_of_rows(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """wide^T narrow (d x r), for wide (... x d) and narrow (... x r)."""
+    wide, narrow = rows(wide), rows(narrow)
+    return (narrow.mT @ wide).mT if narrow.shape[1] < FEW_COLUMNS else wide.mT @ narrow
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -62,14 +99,11 @@ class _AddLowRank(torch.autograd.Function):
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         parts = Parts(*tensors)
         with torch.autocast(y.device.type, enabled=False):
-            L, R = (part.to(y.dtype) for part in parts.pair())
-            C = _rows(x).to(y.dtype) @ R
-            if y.is_contiguous():
-                y.view(-1, y.shape[-1]).addmm_(C, L.mT)
-            else:
-                y.add_((C @ L.mT).view(y.shape))
+            L, R = _formed(parts, y.dtype)
+            C = x.to(y.dtype) @ R
+            add_product(y, C, L)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, C[:, : parts.dS.shape[0]].contiguous(), *parts)  # not a view: frees half of C
+        ctx.save_for_backward(x, C[..., : parts.dS.shape[0]].contiguous(), *parts)  # not a view: frees half of C
         return y
 
     @staticmethod
@@ -80,23 +114,55 @@ class _AddLowRank(torch.autograd.Function):
         rank = parts.dS.shape[0]
         grads: dict[str, torch.Tensor] = {}
         with torch.autocast(g.device.type, enabled=False):
-            G, S = _rows(g), parts.S0 + parts.dS
+            S = parts.S0 + parts.dS
             needs_x, needs_offsets = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:5])
-            L, R = (part.to(g.dtype) for part in parts.pair())
-            D = G @ L
-            if needs_x:
-                grads["x"] = (D @ R.mT).view(x.shape).to(x.dtype)
+            L, R = _formed(parts, g.dtype)
+            D = g @ L
+            if needs_x:  # no view of another tensor: autograd then adds the base layer's gradient in place
+                grads["x"] = (D @ R.mT).to(x.dtype)
             if needs_offsets:
-                K = (G.mT @ C1).to(S.dtype)
+                K = product_of_rows(g, C1).to(S.dtype)
                 grads["dU"] = K * S
                 grads["dS"] = (K * (parts.U0 + parts.dU)).sum(0)
-                gUS = torch.addcmul(D[:, :rank], D[:, rank:], S.to(g.dtype))
-                grads["dV"] = (_rows(x).to(g.dtype).mT @ gUS).to(S.dtype)
+                gUS = torch.addcmul(D[..., :rank], D[..., rank:], S.to(g.dtype))
+                grads["dV"] = product_of_rows(x.to(g.dtype), gUS).to(S.dtype)
         for name, offset in zip(("dU", "dS", "dV"), parts, strict=False):
             if name in grads:
                 grads[name] = grads[name].to(offset.dtype)
         return g, grads.get("x"), grads.get("dU"), grads.get("dS"), grads.get("dV"), None, None, None
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+_held: ContextVar[dict[Any, tuple[Any, Pair, Parts]] | None] = ContextVar("sorsa_held_pairs", default=None)
+
+
+@contextmanager
+def holding_pairs() -> Iterator[None]:
+    """In this context, forwards without gradient form L and R of each adapter once instead of in every call.
+
+    For decoding, where forming them costs as much as reading the base weight; `generate` of an adapted model does it.
+    An adapter that is written to in between is formed anew, unless it is written through `.data`, which leaves no
+    trace: that is why pairs are held for a context and not for as long as a model is in eval mode.
+    """
+    token = _held.set({})
+    try:
+        yield
+    finally:
+        _held.reset(token)
+
+
+def _held_pair(parts: Parts, dtype: torch.dtype) -> Pair:
+    """The pair in a dtype: this context's, if it holds one formed from these tensors as they are now."""
+    held = _held.get()
+    if held is None:
+        return _formed(parts, dtype)
+    state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
+    known = held.get((id(parts.dU), dtype))
+    if known is None or known[0] != state:
+        known = state, _formed(parts, dtype), parts  # the parts, so that no other tensor gets their addresses
+        held[id(parts.dU), dtype] = known
+    return known[1]
+
+
+def _formed(parts: Parts, dtype: torch.dtype) -> Pair:
+    L, R = parts.pair()
+    return L.to(dtype), R.to(dtype)

@@ -15,6 +15,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .errors import FoldError
 from .layer import SORSALayer
 from .regularizer import sorsa_layers
 
@@ -68,6 +69,7 @@ def rows_by_adapter(layer: SORSALayer, rows: int, adapter_names: Sequence[str]) 
 
     Raises:
         ValueError: there is not one name per row, or adapters are merged into the layer.
+        FoldError: the layer is folded.
     """
     if rows != len(adapter_names):
         raise ValueError(
@@ -78,6 +80,8 @@ def rows_by_adapter(layer: SORSALayer, rows: int, adapter_names: Sequence[str]) 
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
+    if layer.folded is not None:
+        raise FoldError("Cannot pass `adapter_names` while the model is folded, please call `unfold()` first.")
     own = [name for name in dict.fromkeys(adapter_names) if name in layer.sorsa_factors]
     return {name: [row for row, given in enumerate(adapter_names) if given == name] for name in own}
 

@@ -18,7 +18,9 @@ from .config import SORSAConfig
 from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
 from .fingerprint import storage_of
+from .folding import fold_model, intact_weight
 from .layer import SORSALayer
+from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
 from .plugins import manager
 from .regularizer import sorsa_layers
@@ -53,10 +55,53 @@ class SORSAModel(BaseTuner):
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
         fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
-        slow = any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
+        slow = config.init_weights and any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
         for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
             layer.initialise(adapter_name)
         watch_optimizers()
+
+    def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
+        """{layer: share of ||W||_F^2 (0 to 1) that its initial triplets hold}: how much of each weight the adapter
+        starts from. One pass over the weights."""
+        found = {}
+        for layer in sorsa_layers(self):
+            if adapter_name in layer.sorsa_factors:
+                with intact_weight(layer):
+                    total = layer.base_matrix().float().square().sum()
+                found[layer.name] = float(layer.factors(adapter_name).S0.square().sum() / total)
+        return found
+
+    def fold(self) -> None:
+        """Store W - U0 S0 V0^T in every adapted layer, for cheaper training steps; all layers or none.
+
+        For one adapter without dropout, in one process or under DDP. See `folding.py` for what it costs.
+
+        Raises:
+            FoldError: a layer cannot be folded.
+        """
+        fold_model(self.model)
+
+    def unfold(self) -> None:
+        """Put every folded layer's W back, bit for bit.
+
+        Raises:
+            FoldError: an adapter is merged.
+        """
+        for layer in sorsa_layers(self):
+            layer.unfold()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Unfold first: what is left must be the base model, or the merge of it."""
+        for layer in sorsa_layers(self):
+            if layer.merged:  # the base layer stores W and the change already
+                layer.folded = None
+            layer.unfold()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with each adapter's pair L, R formed once and not for every token."""
+        with holding_pairs():
+            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -9,7 +9,7 @@ strength, which is what the published code adds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ from .precision import full_precision
 if TYPE_CHECKING:
     from .layer import SORSALayer
 
+BATCH_ELEMENTS = 2**23
+"""Elements of the factors that are stacked and multiplied at a time: 32 MiB in fp32, twice that with what is added."""
+
 
 class Factor(NamedTuple):
     """One orthonormal factor P = initial + offset (rows x r) of one adapter."""
@@ -28,11 +31,6 @@ class Factor(NamedTuple):
     name: str
     initial: torch.Tensor
     offset: nn.Parameter
-
-    def local(self) -> torch.Tensor:
-        """P, or the rows of it that this process holds, without gradient."""
-        with torch.no_grad():
-            return local_part(self.initial) + local_part(self.offset)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,29 +76,81 @@ def model_factors(model: nn.Module) -> list[Factor]:
     return factors
 
 
-@full_precision()
+class Batch(NamedTuple):
+    """Factors of one shape and what the regularizer needs of them, stacked: P (n x rows x r; the rows that this process
+    holds) and E = P^T P - I (n x r x r)."""
+
+    factors: list[Factor]
+    label: Any
+    P: torch.Tensor
+    E: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.E.shape[-1]
+
+    def gaps(self) -> torch.Tensor:
+        """||E||_F of every factor (n)."""
+        return torch.linalg.vector_norm(self.E, dim=(1, 2))
+
+    def add_product_to(self, targets: list[torch.Tensor | None]) -> None:
+        """Add P E of every factor to its target (rows x r), where it has one."""
+        present = [i for i, target in enumerate(targets) if target is not None]
+        if present:
+            products = (self.P @ self.E).unbind()
+            found: list[Any] = [targets[i] for i in present]
+            torch._foreach_add_([local_part(target) for target in found], [products[i] for i in present])
+
+
 @torch.no_grad()
-def deviations(factors: list[Factor], values: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
-    """E = P^T P - I (r x r, plain tensors) of every factor; one all-reduce for all of them where rows are sharded.
+def deviations(factors: list[Factor], labels: Sequence[Hashable] | None = None) -> Iterator[Batch]:
+    """P and E of every factor, in batches of one shape, made as they are asked for.
+
+    Where rows are sharded all batches are made at once, because one all-reduce serves them all.
 
     Args:
         factors: the factors.
-        values: their `local()` values, if already at hand.
+        labels: one per factor; only factors with the same label share a batch.
     """
-    values = [factor.local() for factor in factors] if values is None else values
-    grams = [P.mT @ P for P in values]
-    _sum_over_shards(factors, grams)
-    for gram in grams:
-        gram.diagonal().sub_(1.0)
-    return grams
+    made = (_batch(alike, label) for alike, label in _alike(factors, labels or [None] * len(factors)))
+    sharded = any(hasattr(factor.offset, "placements") for factor in factors)
+    for batch in _summed_over_shards(list(made)) if sharded else made:
+        batch.E.diagonal(dim1=1, dim2=2).sub_(1.0)
+        yield batch
+
+
+def _alike(factors: list[Factor], labels: Sequence[Hashable]) -> Iterator[tuple[list[Factor], Hashable]]:
+    """Groups of factors that can be stacked. Sharded ones go by their whole shape: every process groups alike."""
+    alike: dict[Any, list[Factor]] = {}
+    for factor, label in zip(factors, labels, strict=True):
+        offset: Any = factor.offset
+        sharding = getattr(offset, "device_mesh", None), getattr(offset, "placements", None)
+        alike.setdefault((label, offset.shape, offset.dtype, offset.device, *sharding), []).append(factor)
+    for (label, shape, *_), group in alike.items():
+        size = max(1, BATCH_ELEMENTS // shape.numel())
+        yield from ((group[start : start + size], label) for start in range(0, len(group), size))
+
+
+@full_precision()
+def _batch(factors: list[Factor], label: Hashable) -> Batch:
+    """The Gram matrices of some factors' local rows, before I is subtracted; three launches for all of them."""
+    initial = [local_part(factor.initial) for factor in factors]
+    P = torch.stack(torch._foreach_add(initial, [local_part(factor.offset) for factor in factors]))
+    return Batch(factors, label, P, P.mT @ P)
 
 
 @torch.no_grad()
 def gaps(model: nn.Module) -> dict[str, float]:
     """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`)."""
-    factors = model_factors(model)
-    norms = torch.stack([E.norm() for E in deviations(factors)]).tolist()
-    return {factor.name: gap for factor, gap in zip(factors, norms, strict=True)}
+    return gaps_by_name(model_factors(model))
+
+
+def gaps_by_name(factors: list[Factor]) -> dict[str, float]:
+    """gap(P) of some factors, in their order."""
+    found = {}
+    for batch in deviations(factors):
+        found.update({factor.name: gap for factor, gap in zip(batch.factors, batch.gaps().tolist(), strict=True)})
+    return {factor.name: found[factor.name] for factor in factors}
 
 
 def orthonormality(model: nn.Module) -> torch.Tensor:
@@ -134,23 +184,24 @@ class _Gap(torch.autograd.Function):
         return upstream * 2.0 * (P @ (E / norm.clamp_min(floor(P.shape[1]))))
 
 
-def _sum_over_shards(factors: list[Factor], grams: list[torch.Tensor]) -> None:
+def _summed_over_shards(batches: list[Batch]) -> list[Batch]:
     """Add up the Gram matrices of row-sharded DTensors over their shards, in place, one all-reduce per mesh."""
     sharded: dict[Any, list[torch.Tensor]] = {}
-    for factor, gram in zip(factors, grams, strict=True):
-        offset: Any = factor.offset
+    for batch in batches:
+        offset: Any = batch.factors[0].offset
         placements = getattr(offset, "placements", ())
         if any(p.is_shard() and not p.is_shard(0) for p in placements):
             raise AttachError(
-                f"{factor.name} is sharded as {placements}; expected row shards (FSDP2's Shard(0)). Tensor-parallel "
-                "plans over SORSA factors are not supported: keep them out of the plan."
+                f"{batch.factors[0].name} is sharded as {placements}; expected row shards (FSDP2's Shard(0)). "
+                "Tensor-parallel plans over SORSA factors are not supported: keep them out of the plan."
             )
         dims = tuple(i for i, p in enumerate(placements) if p.is_shard(0))
         if dims:
-            sharded.setdefault((offset.device_mesh, dims), []).append(gram)
+            sharded.setdefault((offset.device_mesh, dims), []).append(batch.E)
     for (mesh, dims), parts in sharded.items():
         flat = torch.cat([part.reshape(-1) for part in parts])
         for dim in dims:
             torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
         for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(total.view_as(part))
+    return batches

@@ -260,6 +260,7 @@ def test_only_the_active_adapter_counts():
         ({"r": 6}, False),
         ({"r": 4, "svd": "randomized"}, False),
         ({"r": 4, "svd_seed": 1}, False),
+        ({"r": 4, "svd": "auto", "svd_energy": 0.9}, False),
         ({"r": 4, "init_weights": False}, False),
     ],
     ids=str,
@@ -296,6 +297,16 @@ def test_a_clone_takes_the_initial_triplets_of_a_trained_adapter_and_starts_at_t
     assert torch.equal(model(x), expected)
     perturb(model, "ref", seed=8)
     assert not torch.equal(*(only_layer(model).get_factors(name)[0] for name in ("default", "ref")))
+
+
+def test_initial_energy_is_each_weights_share_in_its_best_triplets():
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    found = model.initial_energy()
+    assert list(found) == [layer.name for layer in sorsa_layers(model)]
+    for layer in sorsa_layers(model):
+        S64 = torch.linalg.svdvals(layer.base_matrix().detach().double())
+        expected = float(S64[:4].square().sum() / S64.square().sum())
+        assert found[layer.name] == pytest.approx(expected, rel=4 * 32 * 48 * ROUNDOFF[torch.float32])
 
 
 def test_rank_pattern_gives_modules_their_own_rank():
