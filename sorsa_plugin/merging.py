@@ -115,10 +115,11 @@ def _model_with(files: BaseFiles, config: SORSAConfig, layers: list[str]) -> Pre
         BaseFilesError: none of them does.
     """
     trained_class = (config.auto_mapping or {}).get("base_model_class")
-    named = deepcopy(files.config)
-    named.architectures = [trained_class]
-    candidates = [(named, None)] if trained_class and hasattr(transformers, trained_class) else []
-    candidates += [(files.config, config.task_type)] if config.task_type else []
+    candidates = [(files.config, config.task_type)] if config.task_type else []
+    if trained_class and hasattr(transformers, trained_class):
+        named = deepcopy(files.config)
+        named.architectures = [trained_class]
+        candidates.insert(0, (named, None))
     absent = ""
     for model_config, task_type in (*candidates, (files.config, None)):
         try:

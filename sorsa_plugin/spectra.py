@@ -50,8 +50,8 @@ def decompose(weight: torch.Tensor, top: int | None = None, name: str = "weight"
 
     Args:
         weight: any floating dtype.
-        top: vectors of this many triplets only, by the eigenvectors of the smaller Gram matrix, which takes a third of
-            the time of a full decomposition; as exact, because where singular values are below 1e-6 of the largest the
+        top: vectors of this many triplets only, by the eigenvectors of the smaller Gram matrix, which takes half the
+            time of a full decomposition; as exact, because where singular values are below 1e-6 of the largest the
             full decomposition is taken. None for all.
         name: for messages.
 
