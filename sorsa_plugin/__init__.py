@@ -14,8 +14,8 @@ from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
 from .initial_adapter import InitReport, init_adapter  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
-from .merging import MergeReport, merge_adapter  # noqa: E402
 from .lowrank import holding_pairs  # noqa: E402
+from .merging import MergeReport, merge_adapter  # noqa: E402
 from .model import SORSAModel  # noqa: E402
 from .planning import Plan, plan  # noqa: E402
 from .registration import register  # noqa: E402
