@@ -34,7 +34,7 @@ test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
 
 test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed  ## what CI runs
 
-bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs/performance.md; on a GPU if there is one
+bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
 	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
 	$(VENV)/bin/python benchmarks/report.py
 

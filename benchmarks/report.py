@@ -1,4 +1,4 @@
-"""Writes the tables of the result files into docs/performance.md, between their markers.
+"""Writes the tables of the result files into docs/performance.md and docs/folding.md, between their markers.
 
     python benchmarks/report.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import RESULTS
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("performance.md", "folding.md")]
 MARKER = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -33,8 +33,9 @@ def filled(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(MARKER.sub(filled, PAGE.read_text()))
-    print(f"written: docs/{PAGE.name}")
+    for page in PAGES:
+        page.write_text(MARKER.sub(filled, page.read_text()))
+        print(f"written: docs/{page.name}")
 
 
 if __name__ == "__main__":

@@ -112,5 +112,5 @@ def charts(title: str, rows: list[dict[str, Any]]) -> list[Chart]:
     peaks = {name: [row["bytes"][name]["peak"] / 2**20 for row in rows] for name in names}
     return [
         Chart(title, "time / frozen base", labels, times),
-        Chart("beyond the weights", "MiB at peak", labels, peaks),
+        Chart("memory of a step beyond the weights", "MiB at the peak", labels, peaks),
     ]
