@@ -24,7 +24,18 @@ from .errors import AttachError
 from .hookspecs import hookimpl
 from .plugins import manager
 from .precision import full_precision
-from .regularizer import Factor, deviations, floor, local_part, model_factors, sorsa_layers, trainable_factors
+from .regularizer import (
+    Factor,
+    add_product,
+    all_gaps,
+    deviations,
+    floor,
+    local_part,
+    model_factors,
+    norms,
+    sorsa_layers,
+    trainable_factors,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +116,10 @@ class Attachment:
             if factor.offset.grad is None:
                 continue
             weight = settings.gamma / _eta_max(group, settings.gamma) * 2.0 / count
-            E.mul_(weight / E.norm().clamp_min(floor(E.shape[0])))
+            E.mul_((weight / norms(E).clamp_min(floor(E.shape[-1])))[..., None, None])
             if loss_scale is not None:
                 E.mul_(loss_scale)
-            local_part(factor.offset.grad).addmm_(P, E)
+            add_product(local_part(factor.offset.grad), P, E)
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
@@ -138,7 +149,7 @@ class Attachment:
                 gamma = gamma * float(group["lr"]) / _eta_max(group, gamma)
             if overflow is not None:
                 E.mul_(1.0 - overflow.to(E))
-            local_part(factor.offset).addmm_(P, E, alpha=-gamma)
+            add_product(local_part(factor.offset), P, E, alpha=-gamma)
 
     def metrics(self, optimizer: Optimizer) -> dict[str, float]:
         """gap_mean, gap_max, reg_loss and gamma as of now, under `sorsa/`; one device synchronisation, a collective
@@ -151,7 +162,7 @@ class Attachment:
         factors = trainable_factors(self.layers)
         if not factors:
             return {}
-        gaps = torch.stack([E.norm() for E in deviations(factors)]).double().cpu()
+        gaps = all_gaps(deviations(factors)).double().cpu()
         eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group), 0.0)
         weight = settings.gamma / eta_max if settings.gamma > 0.0 else 0.0
         coupled = settings.update == "coupled"
@@ -168,9 +179,10 @@ class Attachment:
         factors = trainable_factors(self.layers)
         groups = groups_by_parameter(optimizer)
         owned = [factor for factor in factors if id(factor.offset) in groups]
+        count = sum(factor.matrices for factor in factors)
         values = [factor.local() for factor in owned]
         for factor, P, E in zip(owned, values, deviations(owned, values), strict=True):
-            yield factor, P, E, groups[id(factor.offset)], len(factors)
+            yield factor, P, E, groups[id(factor.offset)], count
 
 
 attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()

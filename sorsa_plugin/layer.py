@@ -34,7 +34,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
     """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
 
     A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
-    change joins the output.
+    change joins the output. A weight can also be a stack of matrices (experts): shapes then begin with their number.
 
     Args:
         base_layer: the module to adapt; kept, called and never copied.
@@ -47,6 +47,11 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         merged: bool
 
         def get_base_layer(self) -> Any: ...
+
+    parameter_name = "weight"
+    """The base module's attribute that is adapted."""
+    lora_layout: tuple[Any, ...] | None = None
+    """What `export.py` needs to know of the kind, as it stands in adapter_config.json; None where it is linear."""
 
     adapter_layer_names = ("sorsa_factors",)
     other_param_names = ("sorsa_dropout", "configs")
@@ -61,14 +66,18 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
-        self._unmerged_weight: torch.Tensor | None = None
-        self.out_features, self.in_features = self.base_matrix().shape
+        self._original: list[torch.Tensor] = []  # the weight while merged; in a list, so that it is not registered
+        *self.stack, self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         live_layers.add(self)
+
+    def base_weight(self) -> torch.Tensor:
+        """The base weight as the base module holds it."""
+        return getattr(self.get_base_layer(), self.parameter_name)
 
     @abstractmethod
     def base_matrix(self) -> torch.Tensor:
@@ -87,16 +96,18 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             RankError: the rank is larger than the weight's smaller side.
         """
         matrix = self.base_matrix()
-        if rank > min(matrix.shape):
+        limit = min(matrix.shape[-2:])
+        if rank > limit:
             raise RankError(
                 f"The rank of {self.name} is {rank}, but its weight of shape {tuple(matrix.shape)} has only "
-                f"{min(matrix.shape)} singular triplets. Lower r to at most {min(matrix.shape)}, give the module an "
+                f"{limit} singular triplets. Lower r to at most {limit}, give the module an "
                 "entry in rank_pattern, or exclude it."
             )
         # a config that an adapter here already has (TRL adds its "ref" so) announces a copy of it, not another file
         shared = any(config is other for other in self.configs.values())
         device = torch.device("meta") if config.factors_from_file and not shared else matrix.device
-        self.sorsa_factors[adapter_name] = SORSAFactors(self.out_features, self.in_features, rank, device)
+        size = (self.out_features, self.in_features, rank)
+        self.sorsa_factors[adapter_name] = SORSAFactors(*size, device, tuple(self.stack))
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.configs[adapter_name] = config
@@ -122,11 +133,19 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         donor = self._donor(factors.rank, config, excluding=adapter_name)
         if donor is not None:
             rank = factors.rank
-            triplets = Triplets(donor.U0[:, :rank], donor.S0[:rank], donor.V0[:, :rank])
+            triplets = Triplets(donor.U0[..., :rank], donor.S0[..., :rank], donor.V0[..., :rank])
             factors.set_initial(triplets, donor.fingerprint)
         else:
-            triplets = factorise(matrix, factors.rank, svd=config.svd, seed=config.svd_seed, name=self.name)
-            factors.set_initial(triplets, fingerprint(matrix))
+            factors.set_initial(self._factorise(matrix, factors.rank, config), fingerprint(matrix))
+
+    def _factorise(self, matrix: torch.Tensor, rank: int, config: SORSAConfig) -> Triplets:
+        if matrix.ndim == 2:
+            return factorise(matrix, rank, svd=config.svd, seed=config.svd_seed, name=self.name)
+        each = [
+            factorise(expert, rank, svd=config.svd, seed=config.svd_seed, name=f"{self.name}[{index}]")
+            for index, expert in enumerate(matrix)
+        ]
+        return Triplets(*(torch.stack(parts) for parts in zip(*each, strict=True)))
 
     def _donor(self, rank: int, config: SORSAConfig, excluding: str | None = None) -> SORSAFactors | None:
         """A sibling whose first `rank` triplets are the ones a factorisation with this config would give."""
@@ -190,7 +209,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         sharded = hasattr(matrix, "device_mesh")  # outside FSDP2's forward
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
-        storage = storage_of(self.get_base_layer().weight)
+        storage = storage_of(self.base_weight())
         check(factors.fingerprint, matrix, config.base_storage, storage, self.name)
         factors.base_checked = True
 
@@ -246,8 +265,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
         if not names:
             return
-        weight = self.get_base_layer().weight
-        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
+        original = self._original[0] if self._original else self.base_weight()
         total = original.to(torch.promote_types(original.dtype, torch.float32))
         for name in [*self.merged_adapters, *names]:
             total = total + self.get_delta_weight(name).to(total.device)
@@ -255,8 +273,8 @@ class SORSALayer(nn.Module, BaseTunerLayer):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
                 )
-        self._unmerged_weight = original
-        weight.data = total.to(original.dtype)
+        self._original = [original]
+        self._set_base_weight(nn.Parameter(total.to(original.dtype), requires_grad=original.requires_grad))
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -265,11 +283,14 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self._unmerged_weight is not None
-        weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight.device)
-        self._unmerged_weight = None
+        weight = self._original.pop()
+        weight.data = weight.data.to(self.base_weight().device)
+        self._set_base_weight(weight)
         self.merged_adapters.clear()
+
+    def _set_base_weight(self, weight: torch.Tensor) -> None:
+        """Another tensor as the base weight; a module that shares the first one (tied embeddings) keeps that."""
+        setattr(self.get_base_layer(), self.parameter_name, weight)
 
     def unmerge_if_disabled(self) -> None:
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""

@@ -18,11 +18,13 @@ def manager() -> pluggy.PluginManager:
     Raises:
         PluginError: an installed plug-in could not be imported.
     """
-    from . import attachment, commands, linear
+    from . import attachment, commands
+    from .layers import KINDS
 
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(hookspecs)
-    plugins.register(linear, "sorsa_plugin.linear")
+    for kind in KINDS:
+        plugins.register(kind, kind.__name__)
     plugins.register(attachment, "sorsa_plugin.attachment")
     plugins.register(commands, "sorsa_plugin.commands")
     try:

@@ -23,11 +23,16 @@ if TYPE_CHECKING:
 
 
 class Factor(NamedTuple):
-    """One orthonormal factor P = initial + offset (rows x r) of one adapter."""
+    """One orthonormal factor P = initial + offset (rows x r) of one adapter, or a stack of them (E x rows x r)."""
 
     name: str
     initial: torch.Tensor
     offset: nn.Parameter
+
+    @property
+    def matrices(self) -> int:
+        """How many factors P this is."""
+        return self.offset.shape[0] if self.offset.ndim == 3 else 1
 
     def local(self) -> torch.Tensor:
         """P, or the rows of it that this process holds, without gradient."""
@@ -83,6 +88,8 @@ def model_factors(model: nn.Module) -> list[Factor]:
 def deviations(factors: list[Factor], values: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
     """E = P^T P - I (r x r, plain tensors) of every factor; one all-reduce for all of them where rows are sharded.
 
+    A stack of factors gives a stack (E x r x r).
+
     Args:
         factors: the factors.
         values: their `local()` values, if already at hand.
@@ -91,16 +98,37 @@ def deviations(factors: list[Factor], values: list[torch.Tensor] | None = None) 
     grams = [P.mT @ P for P in values]
     _sum_over_shards(factors, grams)
     for gram in grams:
-        gram.diagonal().sub_(1.0)
+        gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     return grams
+
+
+def norms(E: torch.Tensor) -> torch.Tensor:
+    """||E||_F of one deviation (a scalar), or of each of a stack."""
+    return E.flatten(-2).norm(dim=-1)
+
+
+def add_product(target: torch.Tensor, P: torch.Tensor, E: torch.Tensor, alpha: float = 1.0) -> None:
+    """target += alpha P E, in place, for one factor or a stack."""
+    (target.addmm_ if P.ndim == 2 else target.baddbmm_)(P, E, alpha=alpha)
 
 
 @torch.no_grad()
 def gaps(model: nn.Module) -> dict[str, float]:
-    """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`)."""
+    """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`, and `[i]` in a stack)."""
     factors = model_factors(model)
-    norms = torch.stack([E.norm() for E in deviations(factors)]).tolist()
-    return {factor.name: gap for factor, gap in zip(factors, norms, strict=True)}
+    names = [
+        name
+        for factor in factors
+        for name in (
+            [factor.name] if factor.offset.ndim == 2 else [f"{factor.name}[{i}]" for i in range(factor.matrices)]
+        )
+    ]
+    return dict(zip(names, all_gaps(deviations(factors)).tolist(), strict=True))
+
+
+def all_gaps(deviations: list[torch.Tensor]) -> torch.Tensor:
+    """The gaps of all factors (F), those of stacks one after the other."""
+    return torch.cat([norms(E).reshape(-1) for E in deviations])
 
 
 def orthonormality(model: nn.Module) -> torch.Tensor:
@@ -113,7 +141,7 @@ def orthonormality(model: nn.Module) -> torch.Tensor:
         NoAdaptedLayersError: the model has no trained SORSA adapter.
     """
     factors = model_factors(model)
-    return torch.stack([_Gap.apply(factor.initial + factor.offset) for factor in factors]).mean()
+    return torch.cat([_Gap.apply(factor.initial + factor.offset).reshape(-1) for factor in factors]).mean()
 
 
 class _Gap(torch.autograd.Function):
@@ -121,8 +149,8 @@ class _Gap(torch.autograd.Function):
     @full_precision()
     def forward(ctx: Any, P: torch.Tensor) -> torch.Tensor:
         E = P.mT @ P
-        E.diagonal().sub_(1.0)
-        norm = E.norm()
+        E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        norm = norms(E)
         ctx.save_for_backward(P, E, norm)
         return norm
 
@@ -131,7 +159,7 @@ class _Gap(torch.autograd.Function):
     @full_precision()
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         P, E, norm = ctx.saved_tensors
-        return upstream * 2.0 * (P @ (E / norm.clamp_min(floor(P.shape[1]))))
+        return 2.0 * (P @ (E * (upstream / norm.clamp_min(floor(P.shape[-1])))[..., None, None]))
 
 
 def _sum_over_shards(factors: list[Factor], grams: list[torch.Tensor]) -> None:
@@ -140,10 +168,11 @@ def _sum_over_shards(factors: list[Factor], grams: list[torch.Tensor]) -> None:
     for factor, gram in zip(factors, grams, strict=True):
         offset: Any = factor.offset
         placements = getattr(offset, "placements", ())
-        if any(p.is_shard() and not p.is_shard(0) for p in placements):
+        if any(p.is_shard() and (not p.is_shard(0) or factor.offset.ndim == 3) for p in placements):
             raise AttachError(
-                f"{factor.name} is sharded as {placements}; expected row shards (FSDP2's Shard(0)). Tensor-parallel "
-                "plans over SORSA factors are not supported: keep them out of the plan."
+                f"{factor.name} of shape {tuple(offset.shape)} is sharded as {placements}; expected row shards "
+                "(FSDP2's Shard(0)) of a matrix. Tensor-parallel plans over SORSA factors, and sharded stacks of "
+                "experts, are not supported: keep them out of the plan, or train them with DDP."
             )
         dims = tuple(i for i, p in enumerate(placements) if p.is_shard(0))
         if dims:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from sorsa_plugin import SORSAConfig, SORSALayer, attach, gaps, hookimpl
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import AttachError, PluginError, UnsupportedLayerError
-from sorsa_plugin.linear import SORSALinear
+from sorsa_plugin.layers.linear import SORSALinear
 from sorsa_plugin.plugins import manager
 
 
