@@ -50,8 +50,6 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     parameter_name = "weight"
     """The base module's attribute that is adapted."""
-    lora_layout: tuple[Any, ...] | None = None
-    """What `export.py` needs to know of the kind, as it stands in adapter_config.json; None where it is linear."""
 
     adapter_layer_names = ("sorsa_factors",)
     other_param_names = ("sorsa_dropout", "configs")
@@ -86,6 +84,10 @@ class SORSALayer(nn.Module, BaseTunerLayer):
     @abstractmethod
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """A change (out x in) in the shape of the base weight."""
+
+    def lora_layout(self) -> tuple[Any, ...] | None:
+        """What `lora_layouts.py` needs to know of the layer, as adapter_config.json keeps it; None: it is linear."""
+        return None
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 

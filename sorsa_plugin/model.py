@@ -58,9 +58,9 @@ class SORSAModel(BaseTuner):
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
             config.lora_layouts = {
-                name: list(layer.lora_layout)
+                name: list(layout)
                 for name, layer in model.named_modules()
-                if isinstance(layer, SORSALayer) and layer in set(layers) and layer.lora_layout is not None
+                if isinstance(layer, SORSALayer) and adapter_name in layer.configs and (layout := layer.lora_layout())
             }
         fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
         slow = any(layer.base_matrix().numel() >= 2**20 for layer in fresh)

@@ -38,6 +38,10 @@ class SORSAMultiheadAttention(LendingLayer):
         super().__init__(base_layer, name)
         base.out_proj = SORSALinear(base.out_proj, f"{name}.out_proj")
 
+    def lora_layout(self) -> tuple[Any, ...]:
+        # measured on PEFT 0.20.0 and 0.21.2: its forward merges the change of out_proj two times
+        return ("unsupported", "an nn.MultiheadAttention, where PEFT's LoRA applies the change of out_proj twice")
+
     @property
     def output_layer(self) -> SORSALinear:
         """The layer around out_proj."""

@@ -34,8 +34,7 @@ class _Convolution(SORSALayer):
 class SORSAConv(_Convolution, AdditiveLayer):
     """SORSA on a convolution: R^T is one with 2r output channels, L one of kernel 1 from these to the output."""
 
-    @property
-    def lora_layout(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def lora_layout(self) -> tuple[Any, ...]:
         base = self.get_base_layer()
         if base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
             return ("unsupported", "a convolution with dilation or padding that PEFT's LoRA leaves out")
@@ -56,7 +55,8 @@ class SORSAConv(_Convolution, AdditiveLayer):
 class SORSALendingConv(_Convolution, LendingLayer):
     """SORSA on a grouped convolution, or one with a forward of its own: it convolves with the changed weight."""
 
-    lora_layout = ("unsupported", "a grouped convolution, or one with a forward of its own, where LoRA means another")
+    def lora_layout(self) -> tuple[Any, ...]:
+        return ("unsupported", "a grouped convolution, or one with a forward of its own, where LoRA means another")
 
 
 @hookimpl

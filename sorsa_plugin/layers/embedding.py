@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ class SORSAEmbedding(AdditiveLayer):
     change is L times its row of R. Only those rows are formed.
     """
 
-    lora_layout = ("embedding",)
+    def lora_layout(self) -> tuple[Any, ...]:
+        return ("embedding",)
 
     def base_matrix(self) -> torch.Tensor:
         return self.get_base_layer().weight.T
@@ -46,7 +47,8 @@ class SORSAEmbedding(AdditiveLayer):
 class SORSALendingEmbedding(LendingLayer):
     """SORSA on an embedding with a forward of its own (OPT's positions): it looks up in the changed weight."""
 
-    lora_layout = ("unsupported", "an embedding with a forward of its own, which LoRA would look up differently")
+    def lora_layout(self) -> tuple[Any, ...]:
+        return ("unsupported", "an embedding with a forward of its own, which LoRA would look up differently")
 
     def base_matrix(self) -> torch.Tensor:
         return self.get_base_layer().weight.T

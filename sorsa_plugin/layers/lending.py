@@ -80,4 +80,4 @@ def changed_weight(layer: SORSALayer, adapter_names: list[str]) -> torch.Tensor:
         for name in adapter_names:
             L, R = (part.to(matrix.dtype) for part in layer.ready_factors(name).low_rank_pair())
             matrix = torch.addmm(matrix, L, R.mT) if matrix.ndim == 2 else torch.baddbmm(matrix, L, R.mT)
-    return layer.delta_to_weight(matrix)
+    return layer.delta_to_weight(matrix).contiguous()  # strides decide which kernel multiplies, and how it rounds

@@ -26,13 +26,12 @@ class ParamWrapper(LendingLayer):
         UnsupportedLayerError: the parameter has neither two nor three dimensions.
     """
 
-    lora_layout = ("parameter",)
-
     def __init__(self, base_layer: nn.Module, name: str, parameter_name: str) -> None:
         self.parameter_name = parameter_name
-        # experts are stored (E x out x in), or where their module says so (E x in x out)
-        self.stored_in_out = bool(getattr(base_layer, "is_transposed", False))
         super().__init__(base_layer, name)
+
+    def lora_layout(self) -> tuple[Any, ...]:
+        return ("parameter", self.name)
 
     def base_matrix(self) -> torch.Tensor:
         weight = self.base_weight()
@@ -44,7 +43,9 @@ class ParamWrapper(LendingLayer):
         return self.delta_to_weight(weight)
 
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta.mT if self.stored_in_out and delta.ndim == 3 else delta
+        # experts are stored (E x out x in), or where their module says so (E x in x out)
+        stored_in_out = getattr(self.get_base_layer(), "is_transposed", False)
+        return delta.mT if stored_in_out and delta.ndim == 3 else delta
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

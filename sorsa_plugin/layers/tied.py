@@ -41,6 +41,9 @@ class _Tied(SORSALayer):
 
     source: SORSALayer
 
+    def lora_layout(self) -> tuple[Any, ...]:
+        return ("tied", self.source.name)
+
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
         """Nothing but dropout is this layer's own."""
         self.sorsa_dropout[adapter_name] = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout else nn.Identity()

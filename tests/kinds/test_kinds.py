@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from layer_kinds import BOTH, EXPERTS, KINDS, adapted, exact_delta, layers_of, make_model, reference, sample
+from base_modules import BOTH, EXPERTS, KINDS, make_model, sample
+from layer_kinds import adapted, exact_delta, layers_of, reference
 from peft import PeftModel, get_peft_model
 from support import assert_same_tensors, perturb, snapshot
 from torch import nn
