@@ -21,6 +21,7 @@ from .decomposition import Triplets, factorise
 from .errors import RankError
 from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
+from .offloading import with_base_weight
 from .precision import full_precision
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 
+    @with_base_weight
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
         """Add an adapter of the given rank, still without values: `initialise` gives it some, or a file does.
 
@@ -115,6 +117,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @with_base_weight
     def initialise(self, adapter_name: str) -> None:
         """Fill a new adapter: clone a sibling's factors where they are the same triplets, else factorise the weight.
 
@@ -199,6 +202,7 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             self.check_base(adapter_name)
         return factors
 
+    @with_base_weight
     def check_base(self, adapter_name: str) -> None:
         """Compare the adapter's fingerprint with the base weight; deferred while the weight is on the meta device,
         sharded, or merged.
@@ -240,8 +244,9 @@ class SORSALayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter, and never cast it: PEFT's own also rounds to the base's dtype."""
-        if adapter_name in self.sorsa_factors and not self.factors(adapter_name).pending:
-            self.sorsa_factors[adapter_name].to(device or self.base_matrix().device)
+        target = device or self.base_matrix().device
+        if adapter_name in self.sorsa_factors and not self.factors(adapter_name).pending and target.type != "meta":
+            self.sorsa_factors[adapter_name].to(target)
 
     @full_precision()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:

@@ -105,7 +105,23 @@ class SORSAModel(BaseTuner):
     _prepare_adapter_config = LoraModel._prepare_adapter_config
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
-    _replace_module = LoraModel._replace_module  # BaseTuner's expects every unloaded module to have a `weight`
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of its base module, or back. PEFT's own also moves the adapter to the base weight's
+        device, which for an offloaded weight is the meta device; ours is made where it belongs."""
+        setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the sum of two changes has twice the rank and is no adapter of this method.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A weighted combination of SORSA adapters is no SORSA adapter: its factors would not be orthonormal. "
+            "Activate several adapters at once with base_model.set_adapter([...]), or export them with export_lora() "
+            "and combine the LoRAs."
+        )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.

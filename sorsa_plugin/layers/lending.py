@@ -14,6 +14,7 @@ import torch
 
 from ..errors import SORSAConfigError
 from ..layer import SORSALayer
+from ..offloading import with_base_weight
 
 if TYPE_CHECKING:
     from ..config import SORSAConfig
@@ -73,6 +74,7 @@ def lent(layer: SORSALayer) -> Iterator[None]:
         del attributes[layer.parameter_name]
 
 
+@with_base_weight
 def changed_weight(layer: SORSALayer, adapter_names: list[str]) -> torch.Tensor:
     """W plus the adapters' changes, in the shape and dtype of W; W itself, bit for bit, while they are zero."""
     matrix = layer.base_matrix()
