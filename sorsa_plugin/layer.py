@@ -23,6 +23,7 @@ from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .offloading import with_base_weight
 from .precision import full_precision
+from .read_through import ReadThrough
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -31,7 +32,7 @@ live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
 """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
 
 
-class SORSALayer(nn.Module, BaseTunerLayer):
+class SORSALayer(ReadThrough, BaseTunerLayer):
     """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
 
     A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
@@ -144,12 +145,10 @@ class SORSALayer(nn.Module, BaseTunerLayer):
             factors.set_initial(self._factorise(matrix, factors.rank, config), fingerprint(matrix))
 
     def _factorise(self, matrix: torch.Tensor, rank: int, config: SORSAConfig) -> Triplets:
+        options: Any = {"svd": config.svd, "seed": config.svd_seed}
         if matrix.ndim == 2:
-            return factorise(matrix, rank, svd=config.svd, seed=config.svd_seed, name=self.name)
-        each = [
-            factorise(expert, rank, svd=config.svd, seed=config.svd_seed, name=f"{self.name}[{index}]")
-            for index, expert in enumerate(matrix)
-        ]
+            return factorise(matrix, rank, **options, name=self.name)
+        each = [factorise(expert, rank, **options, name=f"{self.name}[{i}]") for i, expert in enumerate(matrix)]
         return Triplets(*(torch.stack(parts) for parts in zip(*each, strict=True)))
 
     def _donor(self, rank: int, config: SORSAConfig, excluding: str | None = None) -> SORSAFactors | None:

@@ -71,14 +71,9 @@ class SORSAMultiheadAttention(LendingLayer):
         base.out_proj = base.out_proj.get_base_layer()
         return base
 
-    def __getattr__(self, name: str) -> Any:
-        """What torch's encoder layers read off their attention: num_heads, batch_first and so on."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") and name != "_qkv_same_embed_dim":
-                raise
-            return getattr(super().__getattr__("base_layer"), name)
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        return self.get_base_layer()._qkv_same_embed_dim  # torch's encoder layers read it
 
 
 def leave_fused_encoders(model: nn.Module) -> None:

@@ -40,7 +40,7 @@ class SORSAEmbedding(AdditiveLayer):
         R = R * self.sorsa_dropout[adapter_name](R.new_ones(*x.shape, 1))
         with torch.autocast(y.device.type, enabled=False):
             change = R.to(y.dtype) @ L.to(y.dtype).mT
-        scale = self._get_embed_scale()  # type: ignore[operator]
+        scale = self._get_embed_scale()
         return y + (change if scale is None else change * scale.to(y.dtype))
 
 

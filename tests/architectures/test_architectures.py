@@ -12,13 +12,10 @@ from tiny_models import DEFAULT_TYPES, EXTRA, first_output, tiny_inputs, tiny_mo
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.regularizer import sorsa_layers
 
-QUICK = ("llama", "t5", "bert", "gpt2")
 CASES = {**{name: (name, {}) for name in DEFAULT_TYPES}, **EXTRA}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK or name in EXTRA else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
-)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:(fan_in_fan_out|Setting|Model with|Input and output|Could not find a config)")
 def test_an_architecture_starts_trains_saves_loads_and_merges(name, tmp_path):
     architecture, options = CASES[name]

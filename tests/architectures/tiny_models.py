@@ -168,7 +168,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit", {"target_modules": ["q_proj", "query", "projection"]}),
     "whisper": ("whisper", {"target_modules": ["q_proj", "conv1", "embed_tokens"]}),
     "bert, all linear and embeddings": ("bert", {"target_modules": r".*(query|dense|word_embeddings)"}),
-    "t5, all linear and embeddings": ("t5", {"target_modules": ["q", "wo", "shared"], "ensure_weight_tying": True}),
+    "t5, all linear and embeddings": ("t5", {"target_modules": ["q", "wo", "embed_tokens"]}),
     "mixtral experts": (
         "mixtral",
         {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
