@@ -17,6 +17,17 @@ FILES = (
     "test_target_parameters.py",
 )
 
+BORROWED_FILES = (
+    "test_tuners_utils.py",
+    "test_low_level_api.py",
+    "test_helpers.py",
+    "test_lora_conversion.py",
+    "test_torch_compile.py",
+    "test_mixed.py",
+    "test_trainable_tokens.py",
+)
+"""Files with tests for LoRA alone, tried by `borrowed.py`."""
+
 HUB = "needs the Hugging Face Hub"
 NO_DROPOUT = "dropout is refused where the change has no input of its own; LoRA ignores it"
 EXPECTED_FAILURES: list[tuple[tuple[str, ...], type[Exception], str]] = [

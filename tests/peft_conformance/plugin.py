@@ -26,6 +26,7 @@ from . import cases, local_hub
 if importlib.util.find_spec("diffusers") is None:  # PEFT's testing_common.py imports one name from it
     stub = ModuleType("diffusers")
     stub.__spec__ = ModuleSpec("diffusers", None)
+    stub.__version__ = "0"  # type: ignore[attr-defined]
     stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
     sys.modules["diffusers"] = stub
 
