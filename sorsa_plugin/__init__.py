@@ -4,6 +4,7 @@ from .registration import add_peft_type
 
 add_peft_type()  # before anything reads PeftType.SORSA
 
+from .adapters import AdapterSetup, AdapterType, registered_adapters, setup_adapter  # noqa: E402
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
@@ -19,6 +20,8 @@ from .saving import save_adapter  # noqa: E402
 register()
 
 __all__ = [
+    "AdapterSetup",
+    "AdapterType",
     "Attachment",
     "ExportReport",
     "SORSAConfig",
@@ -32,5 +35,7 @@ __all__ = [
     "gaps",
     "hookimpl",
     "orthonormality",
+    "registered_adapters",
     "save_adapter",
+    "setup_adapter",
 ]

@@ -151,6 +151,26 @@ class Attachment:
                 E.mul_(1.0 - overflow.to(E))
             add_product(local_part(factor.offset), P, E, alpha=-gamma)
 
+    @torch.no_grad()
+    def penalty(self, optimizer: Optimizer) -> torch.Tensor:
+        """What the regularizer adds to the loss now, a scalar on the factors' device; see `metrics` for its units.
+
+        No device synchronisation; a collective where factors are sharded.
+        """
+        factors = trainable_factors(self.layers)
+        gaps = all_gaps(deviations(factors)) if factors else torch.zeros(1)
+        return self._weight(optimizer) * self._loss(gaps)
+
+    def _weight(self, optimizer: Optimizer) -> float:
+        """gamma/eta_max."""
+        gamma = self.settings().gamma
+        eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group), 0.0)
+        return gamma / eta_max if gamma > 0.0 else 0.0
+
+    def _loss(self, gaps: torch.Tensor) -> torch.Tensor:
+        """L_reg (coupled), or what the decoupled update descends, from the gaps of all factors."""
+        return gaps.mean() if self.settings().update == "coupled" else gaps.square().sum() / 4
+
     def metrics(self, optimizer: Optimizer) -> dict[str, float]:
         """gap_mean, gap_max, reg_loss and gamma as of now, under `sorsa/`; one device synchronisation, a collective
         where factors are sharded.
@@ -163,14 +183,12 @@ class Attachment:
         if not factors:
             return {}
         gaps = all_gaps(deviations(factors)).double().cpu()
-        eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group), 0.0)
-        weight = settings.gamma / eta_max if settings.gamma > 0.0 else 0.0
-        coupled = settings.update == "coupled"
-        follows_lr = coupled or settings.schedule == "lr"
+        weight = self._weight(optimizer)
+        follows_lr = settings.update == "coupled" or settings.schedule == "lr"
         return {
             "sorsa/gap_mean": float(gaps.mean()),
             "sorsa/gap_max": float(gaps.max()),
-            "sorsa/reg_loss": weight * float(gaps.mean() if coupled else gaps.square().sum() / 4),
+            "sorsa/reg_loss": weight * float(self._loss(gaps)),
             "sorsa/gamma": weight * self.eta if follows_lr else settings.gamma,
         }
 

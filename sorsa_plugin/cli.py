@@ -9,7 +9,7 @@ import typer
 import typer.core
 
 from .errors import SORSAError
-from .plugins import manager
+from .plugins import answers
 
 
 class Commands(typer.core.TyperGroup):
@@ -39,7 +39,7 @@ def build_app() -> typer.Typer:
             typer.echo(version("sorsa-plugin"))
             raise typer.Exit
 
-    manager().hook.sorsa_commands(app=app)
+    list(answers("sorsa_commands", app=app))
     return app
 
 

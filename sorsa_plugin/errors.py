@@ -51,5 +51,13 @@ class AttachError(SORSAError, RuntimeError):
     """The regularizer cannot be delivered through this optimizer."""
 
 
+class AdapterOptionsError(SORSAError, ValueError):
+    """What a recipe says about its adapter is unknown, contradicts itself, or cannot be honoured."""
+
+
 class PluginError(SORSAError, RuntimeError):
-    """A plug-in could not be loaded."""
+    """Plug-ins contradict each other."""
+
+
+class MissingPackageError(SORSAError, ImportError):
+    """An optional package is needed and absent."""

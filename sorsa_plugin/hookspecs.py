@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from .adapters import AdapterType
     from .config import SORSAConfig
     from .layer import SORSALayer
 
@@ -27,6 +28,11 @@ def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | No
 @hookspec(firstresult=True)
 def sorsa_attach(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer | None:
     """The innermost torch optimizer behind a wrapper or engine this plug-in knows, else None."""
+
+
+@hookspec
+def sorsa_adapters() -> list[AdapterType]:  # type: ignore[empty-body]
+    """The adapter types that the key `adapter` of a recipe can name."""
 
 
 @hookspec

@@ -1,37 +1,82 @@
-"""The plug-in manager: built-ins and strangers go through the same hooks."""
+"""The plug-in manager: built-ins and strangers go through the same hooks, and a broken stranger harms nobody else."""
 
 from __future__ import annotations
 
+import logging
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import entry_points
+from typing import Any
 
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError
 from .hookspecs import GROUP
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plug-in that could not be loaded or failed in a hook."""
+
+    name: str
+    distribution: str
+    """Name and version of the package that brought it."""
+    error: str
+    traceback: str
+
+
+broken: dict[str, BrokenPlugin] = {}
+"""Plug-ins that failed, by name; each was logged with its traceback when it happened."""
+
+distributions: dict[str, str] = {}
+"""Name and version of the package that brought each installed plug-in."""
 
 
 @lru_cache(maxsize=1)
 def manager() -> pluggy.PluginManager:
-    """The process's plug-in manager, with this package's kinds and every installed plug-in registered.
-
-    Raises:
-        PluginError: an installed plug-in could not be imported.
-    """
-    from . import attachment, commands
+    """The process's plug-in manager, with this package's own plug-ins and every installed one registered."""
+    from . import adapter_types, attachment, commands
     from .layers import KINDS
 
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(hookspecs)
-    for kind in KINDS:
-        plugins.register(kind, kind.__name__)
-    plugins.register(attachment, "sorsa_plugin.attachment")
-    plugins.register(commands, "sorsa_plugin.commands")
-    try:
-        plugins.load_setuptools_entrypoints(GROUP)
-    except Exception as error:
-        raise PluginError(
-            f"A plug-in in the entry-point group {GROUP!r} could not be loaded: {error!r}. Repair or uninstall the "
-            "package that the traceback names."
-        ) from error
+    for module in (*KINDS, attachment, adapter_types, commands):
+        plugins.register(module, module.__name__)
+    for entry in entry_points(group=GROUP):
+        distributions[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
+        try:
+            plugins.register(entry.load(), entry.name)
+        except Exception as error:
+            _report(entry.name, error)
     return plugins
+
+
+def answers(hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+    """Plug-in name and answer of everyone who implements a hook; who fails is reported and left out."""
+    for implementation in getattr(manager().hook, hook).get_hookimpls():
+        try:
+            yield implementation.plugin_name, implementation.function(**arguments)
+        except Exception as error:
+            _report(implementation.plugin_name, error)
+
+
+def broken_note() -> str:
+    """A sentence naming the plug-ins that failed, for messages that something is not known; empty if none did."""
+    if not broken:
+        return ""
+    names = ", ".join(f"{plugin.name} of {plugin.distribution} ({plugin.error})" for plugin in broken.values())
+    return f" Plug-ins that could not be loaded: {names}. `sorsa plugins` shows their tracebacks."
+
+
+def _report(name: str, error: Exception) -> None:
+    trace = "".join(traceback.format_exception(error))
+    distribution = distributions.get(name, "this process")
+    broken[name] = BrokenPlugin(name, distribution, f"{type(error).__name__}: {error}", trace)
+    logger.warning(
+        "The plug-in %s of %s failed and is left out; everything else works. Repair or uninstall it.\n%s",
+        name, distribution, trace,
+    )  # fmt: skip

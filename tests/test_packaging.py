@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"sorsa_plugin", "sorsa_transformers", "sorsa_quickstart"}
+PACKAGES = {"sorsa_plugin", "sorsa_transformers", "sorsa_trl", "sorsa_quickstart"}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_the_wheel_holds_every_module_the_types_and_the_base_model(wheel: Path) 
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in PACKAGES:
         folder = ROOT / package if (ROOT / package).is_dir() else ROOT / "integrations" / package
-        assert {f"{package}/{path.name}" for path in folder.glob("*.py")} <= names
+        assert {f"{package}/{path.relative_to(folder)}" for path in folder.rglob("*.py")} <= names
         assert f"{package}/py.typed" in names
     base = ROOT / "integrations/sorsa_quickstart/base"
     assert {f"sorsa_quickstart/base/{path.name}" for path in base.iterdir()} <= names
@@ -49,7 +49,7 @@ def test_the_core_imports_no_trainer_and_no_integration() -> None:
     code = (
         "import sys, sorsa_plugin; "
         "print([name for name in sys.modules if name.split('.')[0] in ('trl', 'axolotl', 'bitsandbytes', "
-        "'deepspeed', 'sorsa_transformers', 'sorsa_quickstart') or name == 'transformers.trainer'])"
+        "'deepspeed', 'sorsa_transformers', 'sorsa_trl', 'sorsa_quickstart') or name == 'transformers.trainer'])"
     )
     # PEFT itself imports bitsandbytes where it is installed, so what PEFT brings is not ours
     peft = subprocess.run(
@@ -66,7 +66,7 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
     python = environment / "bin" / "python"
     install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     subprocess.run([*install, "-c", str(ROOT / "constraints.txt"), str(wheel)], check=True)
-    code = "import sorsa_plugin, sorsa_transformers, sorsa_quickstart; from peft import PeftType; print(PeftType.SORSA)"
+    code = f"import {', '.join(sorted(PACKAGES))}; from peft import PeftType; print(PeftType.SORSA)"
     result = subprocess.run([str(python), "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "SORSA" in result.stdout
     command = [str(environment / "bin" / "sorsa"), "quickstart", "--steps", "2"]

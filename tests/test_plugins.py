@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from support import perturb
 from torch import nn
 from typer.testing import CliRunner
 
-from sorsa_plugin import SORSAConfig, SORSALayer, attach, gaps, hookimpl
+from sorsa_plugin import (
+    AdapterSetup,
+    AdapterType,
+    SORSAConfig,
+    SORSALayer,
+    attach,
+    gaps,
+    hookimpl,
+    plugins,
+    registered_adapters,
+    setup_adapter,
+)
+from sorsa_plugin.adapters import AdapterOptions
 from sorsa_plugin.cli import build_app
-from sorsa_plugin.errors import AttachError, PluginError, UnsupportedLayerError
+from sorsa_plugin.errors import AdapterOptionsError, AttachError, PluginError, UnsupportedLayerError
 from sorsa_plugin.layers.linear import SORSALinear
 from sorsa_plugin.plugins import manager
 
 
 @contextmanager
-def registered(plugin: object) -> Iterator[None]:
-    manager().register(plugin)
+def registered(plugin: object, name: str | None = None) -> Iterator[None]:
+    manager().register(plugin, name)
     try:
         yield
     finally:
@@ -167,12 +182,99 @@ def test_plugin_adds_a_command() -> None:
     assert CliRunner().invoke(build_app(), ["greet", "you"]).exit_code != 0
 
 
-def test_installed_plugin_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh manager over a broken entry point, as pluggy reads them from installed distributions."""
-    broken = types.SimpleNamespace(
-        metadata={"name": "broken"},
-        entry_points=[EntryPoint("broken", "no_such_module_anywhere", "sorsa_plugin")],
-    )
-    monkeypatch.setattr("importlib.metadata.distributions", lambda: [broken])
-    with pytest.raises(PluginError, match="no_such_module_anywhere"):
-        manager.__wrapped__()
+@pytest.fixture
+def forget_failures() -> Iterator[None]:
+    before = dict(plugins.broken)
+    yield
+    plugins.broken.clear()
+    plugins.broken.update(before)
+
+
+def test_installed_plugin_that_cannot_be_imported_is_named_and_harms_nobody_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, forget_failures: None
+) -> None:
+    """A fresh manager over a broken entry point among the installed ones."""
+    entries = [*entry_points(group="sorsa_plugin"), EntryPoint("broken", "no_such_module_anywhere", "sorsa_plugin")]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    fresh = manager.__wrapped__()
+    assert fresh.has_plugin("quickstart")
+    assert not fresh.has_plugin("broken")
+    assert "ModuleNotFoundError: No module named 'no_such_module_anywhere'" in plugins.broken["broken"].error
+    assert "Traceback" in caplog.text
+    assert "The plug-in broken of unknown failed and is left out" in caplog.text
+    with pytest.raises(AdapterOptionsError, match="Plug-ins that could not be loaded: broken of unknown"):
+        setup_adapter({"adapter": "of_the_broken_plugin"})
+    listed = json.loads(CliRunner().invoke(build_app(), ["plugins", "--json"]).output)
+    assert [plugin["name"] for plugin in listed["broken"]] == ["broken"]
+
+
+def test_plugin_that_fails_in_a_hook_is_named_and_harms_nobody_else(
+    caplog: pytest.LogCaptureFixture, forget_failures: None
+) -> None:
+    class Broken:
+        @staticmethod
+        @hookimpl
+        def sorsa_commands(app: typer.Typer) -> None:
+            raise RuntimeError("this plug-in is broken")
+
+    with registered(Broken, "a_broken_one"):
+        assert CliRunner().invoke(build_app(), ["plugins"]).exit_code == 0
+    assert "this plug-in is broken" in caplog.text
+    assert "a_broken_one" in plugins.broken
+
+
+def test_plugin_adds_an_adapter_type() -> None:
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def sorsa_adapters() -> list[AdapterType]:
+            def setup(options: AdapterOptions) -> AdapterSetup:
+                return AdapterSetup(
+                    options.adapter, LoraConfig(r=options.common["r"], lora_alpha=options.own["strength"])
+                )
+
+            return [AdapterType("strong", "LoRA by another name", setup)]
+
+    with registered(Plugin):
+        setup = setup_adapter({"adapter": "strong", "r": 3, "strong": {"strength": 7}})
+        assert (setup.peft_config.r, setup.peft_config.lora_alpha) == (3, 7)
+        assert "strong" in registered_adapters()
+    with pytest.raises(AdapterOptionsError, match="adapter is 'strong'"):
+        setup_adapter({"adapter": "strong"})
+
+
+def test_two_plugins_that_claim_one_name_are_an_error_naming_both() -> None:
+    class Thief:
+        @staticmethod
+        @hookimpl
+        def sorsa_adapters() -> list[AdapterType]:
+            return [AdapterType("sorsa", "not the real one", lambda options: AdapterSetup("sorsa", None))]
+
+    with (
+        registered(Thief, "thief"),
+        pytest.raises(PluginError, match=r"(?s)thief.* both claim the adapter name 'sorsa'") as caught,
+    ):
+        setup_adapter({"adapter": "lora"})
+    assert "transformers" in str(caught.value)
+
+
+def test_the_list_of_plugins_says_who_adds_what() -> None:
+    output = CliRunner().invoke(build_app(), ["plugins", "--json"]).output
+    listed = {plugin["name"]: plugin for plugin in json.loads(output)["plugins"]}
+    assert listed["transformers"]["adapters"] == ["sorsa", "eva", "adalora"]
+    assert listed["transformers"]["distribution"].startswith("sorsa-plugin ")
+    assert listed["trl"]["hooks"] == ["sorsa_commands"]
+    assert "lora" in listed["sorsa_plugin.adapter_types"]["adapters"]
+    table = CliRunner().invoke(build_app(), ["plugins"]).output
+    assert all(name in table for name in ("quickstart", "transformers", "trl", "adalora"))
+
+
+def test_importing_the_core_brings_nothing_that_peft_does_not() -> None:
+    """Beyond PEFT's own imports: pluggy, and what this package is made of."""
+
+    def packages(name: str) -> set[str]:
+        code = f"import sys, {name}; print(*{{name.split('.')[0] for name in sys.modules}})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return {found for found in done.stdout.split() if found not in sys.stdlib_module_names}
+
+    assert packages("sorsa_plugin") - packages("peft") == {"pluggy", "sorsa_plugin"}

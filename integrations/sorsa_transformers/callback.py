@@ -26,13 +26,15 @@ class SORSACallback(TrainerCallback):
     Args:
         trainer: the trainer it is added to, for metrics everywhere.
         gamma: overrides the adapters' gamma.
+        log: whether to log the metrics; False where somebody else does.
 
     Raises (when training begins):
         NoAdaptedLayersError, AttachError: see `sorsa_plugin.attach()`.
     """
 
-    def __init__(self, trainer: Trainer | None = None, *, gamma: float | None = None) -> None:
+    def __init__(self, trainer: Trainer | None = None, *, gamma: float | None = None, log: bool = True) -> None:
         self.trainer = trainer
+        self.log = log
         self.gamma = gamma
         self.attachment: Attachment | None = None
         self._steps_seen = 0
@@ -95,11 +97,11 @@ class SORSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self.trainer is None and self.attachment is not None and logs is not None and "loss" in logs:
+        if self.log and self.trainer is None and self.attachment is not None and logs is not None and "loss" in logs:
             logs.update(self.attachment.metrics(innermost(optimizer)))
 
     def _log_everywhere(self, control: TrainerControl, optimizer: Any) -> None:
-        if control.should_log and self.trainer is not None and self.attachment is not None:
+        if self.log and control.should_log and self.trainer is not None and self.attachment is not None:
             # not self.trainer.log: TRL's trainers add the metrics of their own next log, and forget them, in theirs
             Trainer.log(self.trainer, self.attachment.metrics(innermost(optimizer)))
             control.should_log = True  # log() clears it, and the Trainer's own log of this step is still to come

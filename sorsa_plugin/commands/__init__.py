@@ -6,9 +6,11 @@ from typing import Any
 
 from ..hookspecs import hookimpl
 from .export_lora import export_lora
+from .plugins import plugins
 
 
 @hookimpl
 def sorsa_commands(app: Any) -> None:
-    """The commands on saved adapters."""
+    """The commands on saved adapters, and on this installation."""
     app.command("export-lora")(export_lora)
+    app.command("plugins")(plugins)

@@ -1,0 +1,38 @@
+"""Starts the training processes, through `accelerate launch` as `trl sft` does."""
+
+from __future__ import annotations
+
+from sorsa_plugin import setup_adapter
+
+from .recipe import RecipeParser
+
+
+def launch(command: str, arguments: list[str]) -> None:
+    """Check the recipe, so that its errors come at once and once, then run it in one or several processes.
+
+    Raises:
+        AdapterOptionsError: see `recipe.py` and `sorsa_plugin.setup_adapter`.
+        SystemExit: the training failed; what went wrong is on stderr.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from trl.cli.accelerate_config import resolve_accelerate_config_argument
+
+    recipe = RecipeParser(command).parse(arguments)
+    setup_adapter(recipe.adapter)
+    launching = resolve_accelerate_config_argument([*recipe.from_file, *recipe.from_command_line])
+    training = _without(arguments, recipe.from_command_line)
+    options = launch_command_parser().parse_args(
+        ["--quiet", *launching, "--module", "sorsa_trl.train", command, *training]
+    )
+    launch_command(options)
+
+
+def _without(arguments: list[str], taken: list[str]) -> list[str]:
+    """The arguments less those that were taken out of them: a subsequence, in the same order."""
+    kept, left = [], list(taken)
+    for argument in arguments:
+        if left and argument == left[0]:
+            left.pop(0)
+        else:
+            kept.append(argument)
+    return kept

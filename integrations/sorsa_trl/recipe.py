@@ -1,0 +1,138 @@
+"""Reads the recipes and command lines of `trl sft` and `trl dpo` with the adapter's options in them."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sorsa_plugin.adapters import SPELLINGS, VARIANTS, VOCABULARY, block_names, nearest
+from sorsa_plugin.errors import AdapterOptionsError
+from sorsa_transformers import AdapterArguments
+
+from .requirement import require_trl
+
+require_trl()
+
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser  # noqa: E402
+
+TRAINING_ARGUMENTS = {"sft": SFTConfig, "dpo": DPOConfig}
+"""The training arguments of each command."""
+
+LORAS = ("lora", "pissa", "olora", "dora", "rslora", "eva", "adalora")
+"""Methods for which keys that a recipe leaves out keep TRL's defaults: what `trl sft` trains."""
+
+SAME_RANK = (*LORAS, "sorsa", "miss")
+"""Methods that share TRL's default rank, so that changing the word does not change the rank."""
+
+HEADER = "# What `sorsa {command}` ran. Again: sorsa {command} --config {name}\n"
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe.
+
+    Attributes:
+        script, training, model, datasets: TRL's dataclasses.
+        adapter: options for `setup_adapter`.
+        given: every key that the recipe or the command line gave, with its final value.
+        from_file, from_command_line: arguments for `accelerate launch` among them.
+    """
+
+    command: str
+    script: Any
+    training: Any
+    model: Any
+    datasets: Any
+    adapter: dict[str, Any]
+    given: dict[str, Any]
+    from_file: list[str]
+    from_command_line: list[str]
+
+    def write(self, directory: Path) -> Path:
+        """Write recipe.yaml, which the same command runs again."""
+        import yaml
+
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "recipe.yaml"
+        text = HEADER.format(command=self.command, name=path) + yaml.safe_dump(self.given, sort_keys=False)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+
+class RecipeParser(TrlParser):
+    """TRL's parser, which also takes the adapter's options: from `AdapterArguments`, blocks, and Axolotl's spellings.
+
+    Args:
+        command: "sft" or "dpo".
+    """
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+        types = (ScriptArguments, TRAINING_ARGUMENTS[command], ModelConfig, DatasetMixtureConfig, AdapterArguments)
+        super().__init__(types, prog=f"sorsa {command}")
+        self.fields = {item.name: item for kind in types for item in fields(kind)}
+        self.from_file: dict[str, Any] = {}
+        self.typed: dict[str, Any] = {}
+
+    def set_defaults_with_config(self, **config: Any) -> list[str]:
+        self.from_file = deepcopy(config)  # the dataclasses replace what is in lists
+        ours = {*block_names(), *VOCABULARY, *SPELLINGS, *VARIANTS, "lora_target_linear"} - set(self.fields)
+        rest = {key: value for key, value in config.items() if key not in ours}
+        if isinstance(rest.get("adapter_options"), Mapping):
+            rest.pop("adapter_options")
+        return super().set_defaults_with_config(**rest)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        unset = object()
+        blank = Namespace(**dict.fromkeys(self.fields, unset))
+        seen, _ = super().parse_known_args(args, blank)
+        self.typed = {name: value for name, value in vars(seen).items() if value is not unset}
+        return super().parse_known_args(args, namespace)
+
+    def parse(self, args: Iterable[str]) -> Recipe:
+        """Parse a command line, with the recipe that its --config names.
+
+        Raises:
+            AdapterOptionsError: a key of the recipe is known neither here nor to `accelerate launch`.
+        """
+        *parts, from_file, from_command_line = self.parse_args_and_config(
+            list(args), return_remaining_strings=True, separate_remaining_strings=True
+        )
+        self._check_launch_arguments([*from_file, *from_command_line])
+        script, training, model, datasets, _ = parts
+        given = {**self.from_file, **self.typed}
+        adapter = _adapter_options(given)
+        return Recipe(self.command, script, training, model, datasets, adapter, given, from_file, from_command_line)
+
+    def _check_launch_arguments(self, strings: list[str]) -> None:
+        from accelerate.commands.launch import launch_command_parser
+
+        launch = {"accelerate_config", *vars(launch_command_parser().parse_args(["script"]))}
+        for string in strings:
+            name = re.sub(r"=.*", "", string).removeprefix("--").replace("-", "_")
+            if string.startswith("--") and name not in launch:
+                known = [*self.fields, *VOCABULARY, *SPELLINGS, *block_names(), *launch]
+                raise AdapterOptionsError(
+                    f"{name!r} is an option neither of `sorsa {self.command}` nor of `accelerate launch`."
+                    f"{nearest(name, known)} `sorsa {self.command} --help` lists them."
+                )
+
+
+def _adapter_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says about its adapter, with the defaults that TRL gives LoRA."""
+    model_fields = {item.name: item for item in fields(ModelConfig)}
+    ours = {item.name for item in fields(AdapterArguments)}
+    keys = {*block_names(), *VOCABULARY, *SPELLINGS, *VARIANTS, *ours, "lora_target_linear"}
+    options = {key: value for key, value in given.items() if key in keys}
+    options["adapter"] = options.get("adapter") or ("lora" if given.get("use_peft") else "full")
+    defaults = {name: item.default for name, item in model_fields.items() if item.default is not MISSING}
+    for word in ("r", "alpha", "dropout", "task_type"):
+        applies = options["adapter"] in (SAME_RANK if word == "r" else LORAS) or word == "task_type"
+        if applies and word not in options and f"lora_{word}" not in options:
+            options[word] = defaults[f"lora_{word}"]
+    return options
