@@ -12,6 +12,9 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
 )
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,3 +55,16 @@ def llama() -> LlamaForCausalLM:
 def tokens() -> torch.Tensor:
     """Two rows of random tokens for `tiny_llama`."""
     return torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def refused(record_property: Callable[[str, object], None]) -> Callable[..., AbstractContextManager[None]]:
+    """`pytest.raises`, which also keeps the message with the test's result, for docs/support.md."""
+
+    @contextmanager
+    def raises(error: type[Exception], match: str) -> Iterator[None]:
+        with pytest.raises(error, match=match) as caught:
+            yield
+        record_property("refused", str(caught.value))
+
+    return raises

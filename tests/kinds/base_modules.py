@@ -14,6 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+from transformers.pytorch_utils import Conv1D
 
 EXPERTS = 3
 
@@ -39,6 +40,9 @@ class Kind:
     options: dict[str, Any] = field(default_factory=lambda: {"target_modules": ["inner"]})
     call: Callable[..., Any] | None = None
     exported: bool = True
+    """Whether LoRA has this kind too, and computes with it as SORSA does."""
+    lends: bool = False
+    """Whether it computes with its changed weight, so that neither dropout nor mixed batches make sense."""
 
 
 def _tokens(generator: torch.Generator) -> torch.Tensor:
@@ -75,10 +79,17 @@ def _attended(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
 BOTH = {"target_modules": [], "target_parameters": ["inner.gate_up_proj", "inner.down_proj"]}
 
 KINDS: dict[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(8, 6), _signal(3, 5, 8)),
+    "transformers Conv1D": Kind(
+        lambda: Conv1D(6, 8), _signal(3, 5, 8), {"target_modules": ["inner"], "fan_in_fan_out": True}
+    ),
     "embedding": Kind(lambda: nn.Embedding(20, 12, padding_idx=1), _tokens),
     "scaled embedding": Kind(lambda: Gemma3TextScaledWordEmbedding(20, 12, 0, embed_scale=3.5), _tokens),
     "positions": Kind(
-        lambda: OPTLearnedPositionalEmbedding(20, 12), lambda g: torch.ones(3, 7, dtype=torch.long), exported=False
+        lambda: OPTLearnedPositionalEmbedding(20, 12),
+        lambda g: torch.ones(3, 7, dtype=torch.long),
+        exported=False,
+        lends=True,
     ),
     "conv1d": Kind(lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), _signal(3, 6, 9)),
     "conv2d": Kind(lambda: nn.Conv2d(3, 8, (2, 3), bias=False), _signal(2, 3, 6, 5)),
@@ -89,14 +100,21 @@ KINDS: dict[str, Kind] = {
         _signal(2, 3, 7, 7),
         exported=False,
     ),
-    "grouped conv1d": Kind(lambda: nn.Conv1d(6, 8, 3, groups=2), _signal(3, 6, 9), exported=False),
+    "grouped conv1d": Kind(lambda: nn.Conv1d(6, 8, 3, groups=2), _signal(3, 6, 9), exported=False, lends=True),
     "attention": Kind(
-        lambda: nn.MultiheadAttention(8, 2, batch_first=True), _signal(2, 5, 8), call=_attended, exported=False
+        lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        _signal(2, 5, 8),
+        call=_attended,
+        exported=False,
+        lends=True,
     ),
-    "experts": Kind(_experts(MixtralConfig, MixtralExperts), _signal(7, 8), BOTH, _routed),
-    "transposed experts": Kind(_experts(GptOssConfig, GptOssExperts), _signal(7, 8), BOTH, _routed),
+    "experts": Kind(_experts(MixtralConfig, MixtralExperts), _signal(7, 8), BOTH, _routed, lends=True),
+    "transposed experts": Kind(_experts(GptOssConfig, GptOssExperts), _signal(7, 8), BOTH, _routed, lends=True),
     "matrix parameter": Kind(
-        lambda: nn.Linear(8, 6), _signal(4, 8), {"target_modules": [], "target_parameters": ["inner.weight"]}
+        lambda: nn.Linear(8, 6),
+        _signal(4, 8),
+        {"target_modules": [], "target_parameters": ["inner.weight"]},
+        lends=True,
     ),
 }
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from base_modules import BOTH, EXPERTS, KINDS, make_model, sample
+from base_modules import KINDS, make_model, sample
 from layer_kinds import adapted, exact_delta, layers_of, reference
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from support import assert_same_tensors, perturb, snapshot
-from torch import nn
 
-from sorsa_plugin import SORSAConfig, attach, gaps, orthonormality
-from sorsa_plugin.errors import RankError, SORSAConfigError, UnsupportedLayerError
+from sorsa_plugin import SORSAConfig, attach, orthonormality
+from sorsa_plugin.errors import RankError, SORSAConfigError
 
+ADDITIVE = [name for name, kind in KINDS.items() if not kind.lends]
+LENDING = [name for name, kind in KINDS.items() if kind.lends]
 DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 """fp32 against float64: outputs of order 1 after at most two layers of sums over fewer than 60 terms, each term with
@@ -158,80 +159,10 @@ def test_an_optimizer_step_trains_every_factor_and_applies_the_regularizer(kind)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
-# -- stacks of experts -----------------------------------------------------------------------------------------------
+# -- what only an added change can do ---------------------------------------------------------------------------------
 
 
-def test_every_expert_counts_as_a_matrix_of_its_own_in_the_regularizer():
-    """Gaps, loss and gradient equal those of the experts' factors taken one by one, in closed form."""
-    model = adapted("experts")
-    perturb(model)
-    factors = {
-        f"{layer.name}.default.{part}[{e}]": matrix
-        for layer in layers_of(model)
-        for part, stack in zip("UV", (layer.get_factors()[0], layer.get_factors()[2]), strict=True)
-        for e, matrix in enumerate(stack.detach())
-    }
-    eye = torch.eye(2)
-    expected = {name: float((P.mT @ P - eye).norm()) for name, P in factors.items()}
-    found = gaps(model)
-    assert found.keys() == expected.keys()
-    assert len(found) == 2 * 2 * EXPERTS
-    for name, gap in expected.items():
-        assert found[name] == pytest.approx(gap, rel=1e-5)
-    mean = orthonormality(model)
-    assert mean.item() == pytest.approx(sum(expected.values()) / len(expected), rel=1e-5)
-
-    mean.backward()
-    by_autograd = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    attach(model, optimizer, gamma=0.1)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    optimizer.step()
-    for name, gradient in by_autograd.items():
-        added = model.get_parameter(name).grad
-        torch.testing.assert_close(added, gradient, rtol=1e-4, atol=1e-7)  # gamma / eta_max = 1
-
-
-def test_triplets_of_experts_are_those_of_each_matrix():
-    model = adapted("experts")
-    for layer in layers_of(model):
-        U, S, V = layer.get_factors()
-        for e, matrix in enumerate(layer.base_weight().double()):
-            left, values, right = torch.linalg.svd(matrix)
-            torch.testing.assert_close(S[e].double(), values[:2], rtol=1e-5, atol=0)
-            best = (left[:, :2] * values[:2]) @ right[:2]
-            torch.testing.assert_close(((U[e] * S[e]) @ V[e].mT).double(), best, rtol=1e-4, atol=1e-5)
-
-
-def test_adapters_with_other_target_parameters_are_refused():
-    model = adapted("experts")
-    with pytest.raises(ValueError, match="all adapters must target the same set of parameters"):
-        model.add_adapter("second", SORSAConfig(r=2, target_modules=[], target_parameters=["inner.down_proj"]))
-
-
-def test_target_parameters_is_a_list():
-    with pytest.raises(SORSAConfigError, match="target_parameters is the string 'experts'"):
-        SORSAConfig(target_parameters="experts")
-
-
-# -- refusals --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["attention", "experts", "grouped conv1d", "positions"])
-def test_dropout_is_refused_where_the_change_has_no_input(name):
-    with pytest.raises(SORSAConfigError, match=r"sorsa_dropout is 0\.1"):
-        adapted(name, sorsa_dropout=0.1)
-
-
-@pytest.mark.parametrize("name", ["attention", "experts", "grouped conv1d"])
-def test_mixed_batches_are_refused_where_a_weight_is_changed_for_the_whole_batch(name):
-    model, x = adapted(name), sample(name)
-    with pytest.raises(ValueError, match="does not support mixed adapter batches"):
-        model(x, adapter_names=["default"] * len(x))
-
-
-@pytest.mark.parametrize("name", ["embedding", "scaled embedding", "conv1d", "conv2d", "conv3d"])
+@pytest.mark.parametrize("name", ADDITIVE)
 @torch.no_grad()
 def test_mixed_batches_give_each_row_its_own_adapter(name):
     model, x = adapted(name), sample(name)
@@ -245,7 +176,14 @@ def test_mixed_batches_give_each_row_its_own_adapter(name):
         torch.testing.assert_close(mixed[row], (adapted_rows if row % 2 else plain_rows)[row], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["embedding", "conv2d"])
+@pytest.mark.parametrize("name", LENDING)
+def test_mixed_batches_are_refused_where_a_weight_is_changed_for_the_whole_batch(name, refused):
+    model, x = adapted(name), sample(name)
+    with refused(ValueError, "does not support mixed adapter batches"):
+        model(x, adapter_names=["default"] * len(x))
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
 def test_dropout_drops_inputs_of_the_change_and_keeps_its_mean(name):
     """An embedding drops whole tokens: the inputs of its change are one-hot."""
     model, x = adapted(name, sorsa_dropout=0.5), sample(name)
@@ -256,62 +194,16 @@ def test_dropout_drops_inputs_of_the_change_and_keeps_its_mean(name):
             base = model(x)
         model.train()
         torch.manual_seed(0)
-        runs = torch.stack([model(x) for _ in range(800)]) - base
+        runs = torch.stack([model(x) for _ in range(200)]) - base
     if name == "embedding":
         changes = (full - base)[x != 1]
         kept = runs[:, x != 1] / changes
         assert ((kept - 2).abs() < 1e-2).logical_or(kept.abs() < 1e-2).all()  # 0 or 1/(1 - p), per token
-    # standard error of a mean of 800 draws, of order |change| each: 3.5%; five of them
-    assert (runs.mean(0) - (full - base)).norm() < 0.18 * (full - base).norm()
+    # standard error of a mean of 200 draws, of order |change| each: 7%; five of them. Unscaled it would be off by half
+    assert (runs.mean(0) - (full - base)).norm() < 0.35 * (full - base).norm()
 
 
-def test_an_embedding_with_max_norm_is_refused():
-    model = nn.ModuleDict({"inner": nn.Embedding(20, 4, max_norm=1.0)})
-    with pytest.raises(UnsupportedLayerError, match=r"max_norm=1\.0 rewrites its weight"):
-        get_peft_model(model, SORSAConfig(r=2, target_modules=["inner"]))
-
-
-def test_an_attention_with_three_input_matrices_is_refused_and_its_matrices_are_not():
-    model = nn.ModuleDict({"inner": nn.MultiheadAttention(8, 2, kdim=6, vdim=4)})
-    with pytest.raises(UnsupportedLayerError, match="target_parameters"):
-        get_peft_model(model, SORSAConfig(r=2, target_modules=["inner"]))
-    names = [f"inner.{part}_proj_weight" for part in "qkv"]
-    adapted = get_peft_model(model, SORSAConfig(r=2, target_modules=[], target_parameters=names))
-    assert [layer.parameter_name for layer in layers_of(adapted)] == ["v_proj_weight", "k_proj_weight", "q_proj_weight"]
-
-
-def test_a_parameter_that_is_no_matrix_is_refused():
-    model = nn.ModuleDict({"inner": nn.Linear(8, 6)})
-    with pytest.raises(UnsupportedLayerError, match=r"has shape \(6,\); expected a matrix"):
-        get_peft_model(model, SORSAConfig(r=2, target_modules=[], target_parameters=["inner.bias"]))
-
-
-def test_both_experts_parameters_are_wrapped_once_each():
-    model = adapted("experts")
-    assert {layer.parameter_name for layer in layers_of(model)} == {"gate_up_proj", "down_proj"}
-    assert sorted(model.base_model.targeted_parameter_names) == sorted(BOTH["target_parameters"])
-
-
-# -- torch's fused encoder -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("targets", [["self_attn"], ["linear1", "linear2"]], ids=str)
-@torch.no_grad()
-def test_torchs_fused_encoder_does_not_bypass_the_adapter(targets):
-    """In eval mode without gradients nn.TransformerEncoderLayer reads weights and calls no layer, padded or not."""
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    encoder = nn.TransformerEncoder(layer, 2).eval()
-    x, padded = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    plain, plain_padded = encoder(x), encoder(x, src_key_padding_mask=padded)
-    model = get_peft_model(encoder, SORSAConfig(r=2, target_modules=targets))
-    keep = ~padded
-    # the fused kernel sums in another order: fp32, outputs of order 1
-    torch.testing.assert_close(model(x), plain, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(x, src_key_padding_mask=padded)[keep], plain_padded[keep], rtol=1e-5, atol=1e-5)
-    perturb(model, scale=0.3)
-    changed = model(x)
-    assert (changed - plain).abs().max() > 1e-2
-    with torch.enable_grad():
-        torch.testing.assert_close(model(x), changed, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(x[:1], src_key_padding_mask=padded[:1]), changed[:1], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", LENDING)
+def test_dropout_is_refused_where_the_change_has_no_input(name, refused):
+    with refused(SORSAConfigError, r"sorsa_dropout is 0\.1"):
+        adapted(name, sorsa_dropout=0.1)

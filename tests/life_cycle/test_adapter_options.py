@@ -122,11 +122,11 @@ def test_a_tied_output_layer_shares_the_embeddings_factors_and_stays_tied_when_m
     assert merged.config.tie_word_embeddings
 
 
-def test_tied_layers_need_an_adapted_embedding():
+def test_tied_layers_need_an_adapted_embedding(refused):
     model = tied_llama()
     model.lm_head = torch.nn.Conv1d(32, 64, 1, bias=False)
     model.lm_head.weight = model.model.embed_tokens.weight
-    with pytest.raises(UnsupportedLayerError, match="lm_head of type Conv1d is tied to an embedding"):
+    with refused(UnsupportedLayerError, "lm_head of type Conv1d is tied to an embedding"):
         get_peft_model(model, SORSAConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
 
 
@@ -200,29 +200,29 @@ def test_merged_sorsa_is_a_base_for_lora(tokens, tmp_path):
 # -- refused in words ------------------------------------------------------------------------------------------------
 
 
-def test_mixing_methods_in_one_model_is_refused_by_peft():
-    with pytest.raises(ValueError, match="'SORSA' is not compatible with the `PeftMixedModel`"):
+def test_mixing_methods_in_one_model_is_refused_by_peft(refused):
+    with refused(ValueError, "'SORSA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj"]), mixed=True)
     model = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]), mixed=True)
     assert isinstance(model, PeftMixedModel)
-    with pytest.raises(ValueError, match="'SORSA' is not compatible with the `PeftMixedModel`"):
+    with refused(ValueError, "'SORSA' is not compatible with the `PeftMixedModel`"):
         model.add_adapter("second", SORSAConfig(r=2, target_modules=["q_proj"]))
 
 
-def test_a_weighted_combination_is_refused_with_the_ways_out():
+def test_a_weighted_combination_is_refused_with_the_ways_out(refused):
     model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(NotImplementedError, match=r"set_adapter\(\[...\]\), or export them with export_lora"):
+    with refused(NotImplementedError, r"set_adapter\(\[...\]\), or export them with export_lora"):
         model.add_weighted_adapter(["default"], [0.5], "half")
 
 
-def test_hot_swapping_by_pefts_helper_is_refused_by_peft(tmp_path):
+def test_hot_swapping_by_pefts_helper_is_refused_by_peft(tmp_path, refused):
     model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Hotswapping only supports LORA but SORSA was passed"):
+    with refused(ValueError, "Hotswapping only supports LORA but SORSA was passed"):
         hotswap_adapter(model, str(tmp_path), "default")
 
 
 @pytest.mark.parametrize("option", ["layer_replication", "bias", "use_dora", "lora_alpha"])
-def test_options_that_lora_has_and_the_method_has_not_are_refused_by_name(option):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+def test_options_that_lora_has_and_the_method_has_not_are_refused_by_name(option, refused):
+    with refused(TypeError, f"unexpected keyword argument '{option}'"):
         SORSAConfig(**{option: None})
