@@ -69,6 +69,7 @@ class SORSAFactors(nn.Module):
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
         for part, shape in shapes.items():
             setattr(self, f"d{part}", nn.Parameter(torch.zeros(shape, **options)))
+        options["device"] = self.dU.device  # PEFT's low_cpu_mem_usage moves new parameters to the meta device
         for part, shape in shapes.items():
             self.register_buffer(f"{part}0", torch.zeros(shape, **options))
         self.register_buffer("fingerprint", torch.zeros((*stack, out_features), **options))

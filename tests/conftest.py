@@ -15,8 +15,10 @@ os.environ.update(
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+import peft
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sorsa_plugin  # noqa: F401  (registers SORSA with PEFT)
@@ -68,3 +70,10 @@ def refused(record_property: Callable[[str, object], None]) -> Callable[..., Abs
         record_property("refused", str(caught.value))
 
     return raises
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _versions(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Versions in the file of --junit-xml, for docs/support.md."""
+    for package in (peft, torch, transformers):
+        record_testsuite_property(package.__name__, package.__version__)

@@ -22,7 +22,6 @@ BORROWED_FILES = (
     "test_low_level_api.py",
     "test_helpers.py",
     "test_lora_conversion.py",
-    "test_torch_compile.py",
     "test_mixed.py",
     "test_trainable_tokens.py",
 )

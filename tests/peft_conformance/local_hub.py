@@ -71,6 +71,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8}),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralConfig", GROUPED),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2Config", GPT),
+    "peft-internal-testing/opt-125m": (  # tests count its layers and know its width
+        "OPTConfig",
+        {**OPT, "hidden_size": 768, "word_embed_proj_dim": 768, "num_hidden_layers": 12, "ffn_dim": 64},
+    ),
     "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2Config", GROUPED),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("BartConfig", BART),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertConfig", TWO_LABELS),

@@ -144,6 +144,13 @@ def _conditions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(torch.optim, "SGD", lambda params, lr: original(params, lr=min(lr, *limits)))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _versions(record_testsuite_property: Any) -> None:
+    """For `support_table.py`, in the file of --junit-xml."""
+    for package in (peft, torch, transformers):
+        record_testsuite_property(package.__name__, package.__version__)
+
+
 def _modules(request: pytest.FixtureRequest) -> list[Any]:
     shared = [sys.modules.get(f"tests.{name}") for name in ("testing_common", "testing_utils")]
     return [module for module in [*shared, request.module] if module is not None]
