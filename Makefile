@@ -33,7 +33,7 @@ test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
 
 RESULTS := runs/support
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
-	tests/test_peft_integration.py
+	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
 
 support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the results of tests; failures are written there
 	mkdir -p $(RESULTS)

@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer
 from .config import check_gamma
 from .errors import AttachError
 from .hookspecs import hookimpl
+from .peak_rate import ETA_MAX, peak_rate
 from .plugins import manager
 from .precision import full_precision
 from .regularizer import (
@@ -38,9 +39,6 @@ from .regularizer import (
 )
 
 logger = logging.getLogger(__name__)
-
-ETA_MAX = "sorsa_eta_max"
-"""Key of a parameter group: the peak learning rate, read once at attach; saved and resumed with the optimizer."""
 
 ADVISED_LR = 1e-4
 
@@ -115,7 +113,7 @@ class Attachment:
         for factor, P, E, group, count in self._owned(optimizer):
             if factor.offset.grad is None:
                 continue
-            weight = settings.gamma / _eta_max(group, settings.gamma) * 2.0 / count
+            weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
             E.mul_((weight / norms(E).clamp_min(floor(E.shape[-1])))[..., None, None])
             if loss_scale is not None:
                 E.mul_(loss_scale)
@@ -146,7 +144,7 @@ class Attachment:
                 continue
             gamma = settings.gamma
             if settings.schedule == "lr":
-                gamma = gamma * float(group["lr"]) / _eta_max(group, gamma)
+                gamma = gamma * float(group["lr"]) / peak_rate(group, gamma)
             if overflow is not None:
                 E.mul_(1.0 - overflow.to(E))
             add_product(local_part(factor.offset), P, E, alpha=-gamma)
@@ -272,7 +270,7 @@ def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) 
         )
     _restore_fp32(layers, optimizer)
     owning = {id(g): g for g in (groups.get(id(offset)) for offset in offsets) if g is not None}
-    peak = max(_eta_max(group, settings.gamma) for group in owning.values())
+    peak = max(peak_rate(group, settings.gamma) for group in owning.values())
     if peak > ADVISED_LR:
         say(
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
@@ -290,19 +288,6 @@ def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) 
     ]
     attachments[optimizer] = attachment
     return attachment
-
-
-def _eta_max(group: dict[str, Any], gamma: float) -> float:
-    """The group's peak learning rate, read once: after a resume the schedule's start is no longer to be seen."""
-    if ETA_MAX not in group:
-        group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
-    if group[ETA_MAX] <= 0 and gamma > 0:
-        raise AttachError(
-            f"The peak learning rate of a parameter group with SORSA factors is {group[ETA_MAX]}; expected a positive "
-            "one, because the regularizer's rate is gamma relative to it. Raise the learning rate, or freeze the "
-            "adapter."
-        )
-    return group[ETA_MAX]
 
 
 def _restore_fp32(layers: list[Any], optimizer: Optimizer) -> None:

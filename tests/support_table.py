@@ -25,10 +25,20 @@ CAPABILITIES = {
     "mixed batches": ("test_mixed_batches_give_each_row", "test_mixed_batches_are_refused"),
     "dropout": ("test_dropout_drops_inputs", "test_dropout_is_refused"),
     "LoRA export": ("test_plain_peft_gives_the_same|test_plain_peft_finds", "test_what_lora_computes_otherwise"),
-    "torch.compile": ("test_it_compiles_to_one_graph", None),
+    "torch.compile": ("test_every_layer_kind_compiles", None),
 }
 """{column: tests that show it works, test that shows it is refused}, of tests/kinds."""
-LIFE_CYCLE = ("life_cycle", "test_mixed_batch", "test_compile", "test_peft_integration")
+LIFE_CYCLE = (
+    "test_adapter_options",
+    "test_loading_and_generating",
+    "test_mixed_batch",
+    "test_compile",
+    "test_compiled_kinds",
+    "test_peft_integration",
+    "test_layer",
+    "test_config",
+)
+"""Files whose tests are listed by name."""
 WORDS = {"pefts": "PEFT's", "peft": "PEFT", "lora": "LoRA", "loras": "LoRA's", "sorsa": "SORSA", "llama": "Llama"}
 
 
@@ -64,7 +74,7 @@ def _result(case: ElementTree.Element) -> Result:
     failed = case.find("failure") is not None or case.find("error") is not None
     expected = skipped is not None and skipped.get("type") == "pytest.xfail"
     outcome = "failed" if failed else "xfailed" if expected else "skipped" if skipped is not None else "passed"
-    reason = "" if skipped is None else skipped.get("message", "")
+    reason = "" if skipped is None else re.sub(r"<class '[\w.]+\.(\w+)'>", r"\1", skipped.get("message", ""))
     properties = [(item.get("name", ""), item.get("value", "")) for item in case.iter("property")]
     return Result(case.get("classname", ""), name, parameters.removesuffix("]"), outcome, reason, properties)
 
@@ -110,15 +120,15 @@ def architectures(results: list[Result]) -> str:
     for result in results:
         if "test_architectures" in result.where:
             found[verdict([result]) or result.outcome].append(result.case)
-    return "\n".join(f"- {outcome} ({len(names)}): {', '.join(names)}" for outcome, names in found.items())
+    return "\n".join(f"- {outcome} ({len(names)}): {'; '.join(names)}" for outcome, names in found.items())
 
 
 def behaviours(results: list[Result]) -> str:
     """What the life-cycle tests are named after."""
     found: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
-        if re.search("|".join(LIFE_CYCLE), result.where):
-            found[result.where.rpartition(".")[2], result.words].append(result)
+        if _file(result) in LIFE_CYCLE:
+            found[_file(result), result.words].append(result)
     rows = [[words, f"{verdict(group)}{_times(group)}", file] for (file, words), group in found.items()]
     return table(["behaviour", "shown", "file"], rows)
 
@@ -133,13 +143,13 @@ def refusals(results: list[Result]) -> str:
     for result in results:
         for name, value in result.properties:
             if name == "refused" and result.outcome == "passed":
-                rows.setdefault(_general(value), [result.words.removesuffix(" refused"), value])
+                rows.setdefault(_general(value), [result.words, value])
     return table(["what", "the error"], rows.values())
 
 
 def _general(sentence: str) -> str:
-    """One sentence for messages that differ in the class they name."""
-    return re.sub(r"\(\w+\)|^inner is .*?(?=\.)|'\w+'", "", sentence)
+    """The same for messages that differ in the layer or the option they name."""
+    return re.sub(r"\binner[.\w]*|\(\w+\)|'\w+'$", "", sentence)
 
 
 def peft_suite(runs: list[tuple[dict[str, str], list[Result]]]) -> str:
@@ -152,11 +162,14 @@ def peft_suite(runs: list[tuple[dict[str, str], list[Result]]]) -> str:
         outcomes = ("passed", "failed", "xfailed", "skipped")
         rows = [[file, *(str(count[outcome]) for outcome in outcomes)] for file, count in counts.items()]
         rows.append(["all", *(str(sum(count[outcome] for count in counts.values())) for outcome in outcomes)])
-        reasons = Counter(f"{r.outcome}: {r.reason}" for r in results if r.outcome in ("xfailed", "skipped"))
+        words = {"xfailed": "expected to fail", "skipped": "skipped"}
+        reasons = Counter(f"{words[r.outcome]}: {r.reason}" for r in results if r.outcome in words)
         parts += [
             f"With {versions(about)}, {about['date']}:",
             table(["file", "passed", "failed", "expected to fail", "skipped"], rows),
-            "\n".join(f"- {count} {reason.replace('xfailed', 'expected to fail')}" for reason, count in reasons.items()),
+            "\n".join(
+                f"- {count} {reason.replace('xfailed', 'expected to fail')}" for reason, count in reasons.items()
+            ),
         ]
     return "\n\n".join(parts)
 

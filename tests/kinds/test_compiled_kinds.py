@@ -42,11 +42,11 @@ def assert_compiles_to_the_same(name, backend):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_compiles_to_one_graph_that_equals_eager(name):
+def test_every_layer_kind_compiles_to_one_graph_that_equals_eager(name):
     assert_compiles_to_the_same(name, "eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "embedding", "conv2d", "attention", "experts"])
-def test_inductors_code_gives_the_same(name):
+def test_inductor_gives_what_eager_gives(name):
     assert_compiles_to_the_same(name, "inductor")

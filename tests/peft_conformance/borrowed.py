@@ -23,11 +23,11 @@ from .plugin import _versions, _without_hub  # noqa: F401  (fixtures)
 PASSES = "passes"
 OWN_OPTIONS = "gives LoRA's own options"
 REASONS = {
-    "RankError": "asks a rank of layers that have fewer singular triplets",
+    "RankError": "asks a rank that the layers have not",
     r"offline|[Hh]ub\b|huggingface|LocalEntryNotFound|OSError|StableDiffusion|CLIPText": "needs the hub or diffusers",
-    "BaseMismatchError": "loads an adapter onto another base model, which is refused",
-    "PeftMixedModel": "mixes methods in one model, which PEFT allows its own list only",
-    r"[Ll]o[Rr]a|LORA|DoRA|has no attribute|DID NOT WARN|KeyError|\.r\b|scaling": "looks at LoRA's tensors, names or messages",
+    "BaseMismatchError": "loads onto another base, which is refused",
+    "PeftMixedModel": "mixes methods in one model: PEFT has a closed list",
+    r"[Ll]o[Rr]a|LORA|has no attribute|DID NOT WARN|KeyError|\.r\b|scaling": "looks at LoRA's tensors, names or messages",
 }
 """{what the error says: why the test cannot pass}, in the order in which they are tried."""
 HUB_TESTS = ("test_save_pretrained_auto",)
