@@ -13,24 +13,19 @@ from ..hookspecs import hookimpl
 from ..layer import SORSALayer
 from .additive import AdditiveLayer
 from .lending import LendingLayer
+from .transposed import TransposedLayer
 
 if TYPE_CHECKING:
     from ..config import SORSAConfig
 
 
-class SORSAEmbedding(AdditiveLayer):
+class SORSAEmbedding(TransposedLayer, AdditiveLayer):
     """SORSA on nn.Embedding: W is stored (tokens x dim), so the matrix (out x in) is its transpose, and a token's
     change is L times its row of R. Only those rows are formed.
     """
 
     def lora_layout(self) -> tuple[Any, ...]:
         return ("embedding",)
-
-    def base_matrix(self) -> torch.Tensor:
-        return self.get_base_layer().weight.T
-
-    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta.T
 
     def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """y (... x dim) for tokens x (...); dropout drops tokens, which are the nonzero inputs of the change."""
@@ -44,17 +39,11 @@ class SORSAEmbedding(AdditiveLayer):
         return y + (change if scale is None else change * scale.to(y.dtype))
 
 
-class SORSALendingEmbedding(LendingLayer):
+class SORSALendingEmbedding(TransposedLayer, LendingLayer):
     """SORSA on an embedding with a forward of its own (OPT's positions): it looks up in the changed weight."""
 
     def lora_layout(self) -> tuple[Any, ...]:
         return ("unsupported", "an embedding with a forward of its own, which LoRA would look up differently")
-
-    def base_matrix(self) -> torch.Tensor:
-        return self.get_base_layer().weight.T
-
-    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta.T
 
 
 @hookimpl

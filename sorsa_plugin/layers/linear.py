@@ -13,6 +13,7 @@ from ..hookspecs import hookimpl
 from ..layer import SORSALayer
 from ..lowrank import add_low_rank
 from .additive import AdditiveLayer
+from .transposed import TransposedLayer
 
 if TYPE_CHECKING:
     from ..config import SORSAConfig
@@ -34,17 +35,11 @@ class SORSALinear(AdditiveLayer):
         return add_low_rank(y, self.sorsa_dropout[adapter_name](x), self.ready_factors(adapter_name).parts())
 
 
-class SORSAConv1DLinear(SORSALinear):
+class SORSAConv1DLinear(TransposedLayer, SORSALinear):
     """SORSA on transformers' Conv1D (GPT-2): W is stored (in x out).
 
     "Linear" is in the name because PEFT knows by it what "all-linear" means on a model that is adapted already.
     """
-
-    def base_matrix(self) -> torch.Tensor:
-        return self.get_base_layer().weight.T
-
-    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        return delta.T
 
 
 @hookimpl
