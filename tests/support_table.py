@@ -74,7 +74,8 @@ def _result(case: ElementTree.Element) -> Result:
     failed = case.find("failure") is not None or case.find("error") is not None
     expected = skipped is not None and skipped.get("type") == "pytest.xfail"
     outcome = "failed" if failed else "xfailed" if expected else "skipped" if skipped is not None else "passed"
-    reason = "" if skipped is None else re.sub(r"<class '[\w.]+\.(\w+)'>", r"\1", skipped.get("message", ""))
+    reason = "" if skipped is None else skipped.get("message", "")
+    reason = re.sub(r"<class '[\w.]+\.(\w+)'>|(SORSAConfig)\(.*\)", r"\1\2", reason)
     properties = [(item.get("name", ""), item.get("value", "")) for item in case.iter("property")]
     return Result(case.get("classname", ""), name, parameters.removesuffix("]"), outcome, reason, properties)
 
@@ -167,9 +168,7 @@ def peft_suite(runs: list[tuple[dict[str, str], list[Result]]]) -> str:
         parts += [
             f"With {versions(about)}, {about['date']}:",
             table(["file", "passed", "failed", "expected to fail", "skipped"], rows),
-            "\n".join(
-                f"- {count} {reason.replace('xfailed', 'expected to fail')}" for reason, count in reasons.items()
-            ),
+            "\n".join(f"- {count} {reason}" for reason, count in reasons.most_common()),
         ]
     return "\n\n".join(parts)
 
