@@ -9,7 +9,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-all bench lint format clean
+.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest support-table test-all bench lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -31,6 +31,18 @@ test-peft: $(VENV)/tests  ## PEFT's own test suite for SORSAConfig, on the lates
 
 test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py $(ARGS)
+
+RESULTS := runs/support
+SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
+	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
+
+support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the results of tests; failures are written there
+	mkdir -p $(RESULTS)
+	-OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(SHOWN) --junit-xml=$(CURDIR)/$(RESULTS)/own.xml
+	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/peft.xml
+	-OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/oldest.xml
+	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --borrowed --junit-xml=$(CURDIR)/$(RESULTS)/lora.xml
+	$(VENV)/bin/python tests/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > docs/support.md
 
 test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed  ## what CI runs
 

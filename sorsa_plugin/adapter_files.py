@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from .config import SORSAConfig
 from .errors import ForeignAdapterError, IncompleteAdapterError
 from .factors import FROZEN, OFFSETS, SORSAFactors
+from .lora_layouts import outer_name, pattern_name
 
 ROOT = "base_model.model."
 FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
@@ -89,7 +90,8 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
     layers = dict.fromkeys(match["layer"] for match in matches.values() if match and match["part"] in parts)
     carried = [name for name, match in matches.items() if not match]
     unknown = [name for name, match in matches.items() if match and match["part"] not in parts]
-    methods = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values())
+    known = (PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.TRAINABLE_TOKENS],) if config.trainable_token_indices else ()
+    methods = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix not in known)
     strange = [
         name for name in carried if not name.startswith(ROOT) or any(method in name for method in methods)
     ] + unknown
@@ -103,11 +105,15 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
     ranks = {}
     for layer in layers:
         prefix = f"{ROOT}{layer}.sorsa_factors."
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), layer), config.r)
-        rows = [next(iter(shapes[prefix + name].shape), 0) if prefix + name in shapes else 0 for name in ("U0", "V0")]
-        SORSAFactors(rows[0], rows[1], rank, "meta").names_in(shapes, prefix)
-        selected = config.target_modules in (None, "all-linear") or check_target_module_exists(config, layer)
-        if not selected:
+        layout = config.lora_layouts.get(layer)
+        key = pattern_name(layer, layout)
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+        U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
+        rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
+        SORSAFactors(rows[0], rows[1], rank, "meta", tuple(U.shape[:-2])).names_in(shapes, prefix)
+        parameter = layout is not None and layout[0] == "parameter"
+        any_linear = config.target_modules in (None, "all-linear")
+        if not (parameter or any_linear or check_target_module_exists(config, outer_name(layer))):
             raise IncompleteAdapterError(
                 f"The adapter file has factors of {layer}, which target_modules in {CONFIG_NAME} does not select. The "
                 "two belong to different adapters: take both from the original run again."

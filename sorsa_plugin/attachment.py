@@ -22,14 +22,12 @@ from torch.optim.optimizer import Optimizer
 from .config import check_gamma
 from .errors import AttachError
 from .hookspecs import hookimpl
+from .peak_rate import ETA_MAX, peak_rate
 from .plugins import manager
 from .precision import full_precision
 from .regularizer import Batch, Factor, deviations, floor, model_factors, sorsa_layers, trainable_factors
 
 logger = logging.getLogger(__name__)
-
-ETA_MAX = "sorsa_eta_max"
-"""Key of a parameter group: the peak learning rate, read once at attach; saved and resumed with the optimizer."""
 
 ADVISED_LR = 1e-4
 
@@ -102,7 +100,7 @@ class Attachment:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
         for batch, group, count in self._owned(optimizer):
-            weight = settings.gamma / _eta_max(group, settings.gamma) * 2.0 / count
+            weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
             scale = weight / batch.gaps().clamp_min(floor(batch.rank))
             if loss_scale is not None:
                 scale = scale * loss_scale
@@ -132,7 +130,7 @@ class Attachment:
         for batch, group, _ in self._owned(optimizer):
             gamma = settings.gamma
             if settings.schedule == "lr":
-                gamma = gamma * float(group["lr"]) / _eta_max(group, gamma)
+                gamma = gamma * float(group["lr"]) / peak_rate(group, gamma)
             batch.E.mul_(-gamma if overflow is None else -gamma * (1.0 - overflow.to(batch.E)))
             batch.add_product_to([f.offset if f.offset.grad is not None else None for f in batch.factors])
 
@@ -182,12 +180,13 @@ class Attachment:
         factors = trainable_factors(self.layers)
         number = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         owned = [factor for factor in factors if id(factor.offset) in number]
+        count = sum(factor.matrices for factor in factors)
         for batch in deviations(owned, [number[id(factor.offset)] for factor in owned]):
-            yield batch, optimizer.param_groups[batch.label], len(factors)
+            yield batch, optimizer.param_groups[batch.label], count
 
 
 def _gaps(factors: list[Factor]) -> torch.Tensor:
-    """gap(P) of every factor (n)."""
+    """gap(P) of every factor (F)."""
     return torch.cat([batch.gaps() for batch in deviations(factors)])
 
 
@@ -260,7 +259,7 @@ def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) 
         )
     _restore_fp32(layers, optimizer)
     owning = {id(g): g for g in (groups.get(id(offset)) for offset in offsets) if g is not None}
-    peak = max(_eta_max(group, settings.gamma) for group in owning.values())
+    peak = max(peak_rate(group, settings.gamma) for group in owning.values())
     if peak > ADVISED_LR:
         say(
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
@@ -278,19 +277,6 @@ def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) 
     ]
     attachments[optimizer] = attachment
     return attachment
-
-
-def _eta_max(group: dict[str, Any], gamma: float) -> float:
-    """The group's peak learning rate, read once: after a resume the schedule's start is no longer to be seen."""
-    if ETA_MAX not in group:
-        group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
-    if group[ETA_MAX] <= 0 and gamma > 0:
-        raise AttachError(
-            f"The peak learning rate of a parameter group with SORSA factors is {group[ETA_MAX]}; expected a positive "
-            "one, because the regularizer's rate is gamma relative to it. Raise the learning rate, or freeze the "
-            "adapter."
-        )
-    return group[ETA_MAX]
 
 
 def _restore_fp32(layers: list[Any], optimizer: Optimizer) -> None:

@@ -36,10 +36,15 @@ class SORSAConfig(PeftConfig):
     Args:
         r: rank, the number of singular triplets trained per weight; at most min(in, out) of each weight.
         target_modules: module names, a regular expression, "all-linear", or None for PEFT's defaults per architecture.
+        target_parameters: names of parameters to adapt that are no layer's weight: the experts of mixture-of-experts
+            models, e.g. ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"].
         exclude_modules: module names or a regular expression to leave out.
         sorsa_dropout: dropout probability on the input of the change, in [0, 1).
         fan_in_fan_out: True when the targeted layers store their weight as (in, out), as transformers' Conv1D does.
         modules_to_save: further modules that are trained in full and saved with the adapter.
+        trainable_token_indices: rows of the embedding that are trained in full; a list, or {embedding's name: list}.
+        ensure_weight_tying: where the model ties its output layer to its embedding and one of them is in
+            target_modules or modules_to_save, adapt or train both as one.
         layers_to_transform: layer index or indices to adapt; None adapts all.
         layers_pattern: name of the layer list, needed only where `layers_to_transform` cannot find it.
         rank_pattern: {module name or regular expression: rank} where the rank differs from `r`.
@@ -64,6 +69,9 @@ class SORSAConfig(PeftConfig):
         default=None,
         metadata={"help": "Module names, a regular expression, 'all-linear', or None for PEFT's defaults."},
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters that are no layer's weight, such as stacks of experts."}
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Module names or a regular expression to leave out."}
     )
@@ -73,6 +81,12 @@ class SORSAConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained in full and saved with the adapter."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Rows of the embedding that are trained in full."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Adapt or train tied embeddings and output layers as one."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Layer index or indices to adapt; None adapts all."}
@@ -104,6 +118,10 @@ class SORSAConfig(PeftConfig):
         default=None,
         metadata={"help": "Filled in: how the adapted base weights were stored when the adapter was made."},
     )
+    lora_layouts: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Filled in: how adapted layers that are not linear are exported to LoRA."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +133,9 @@ class SORSAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
+        if self.ensure_weight_tying:  # PEFT fills these in when it finds tied modules
+            self.modules_to_tie: Any = None
+            self.target_modules_to_tie: Any = None
         self._check_rank()
         self._check_layer_selection()
         self._check_choices()
@@ -165,6 +186,12 @@ class SORSAConfig(PeftConfig):
             raise SORSAConfigError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
                 f"Got layers_pattern={self.layers_pattern!r} alone: add the layer indices or drop the pattern."
+            )
+
+        if isinstance(self.target_parameters, str):
+            raise SORSAConfigError(
+                f"target_parameters is the string {self.target_parameters!r}; expected a list of names such as "
+                '["mlp.experts.down_proj"]. PEFT matches no regular expression here.'
             )
 
     def _check_choices(self) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
 from .errors import IncompleteAdapterError, RankError
+from .lora_layouts import lora_tensors, outer_name
 from .lowrank import Parts
 from .outputs import appearing_whole, refuse_occupied
 
@@ -95,6 +96,7 @@ def export_lora(
         IncompleteAdapterError: the files are damaged, or do not belong together.
         OutputExistsError: the output exists and is not an empty directory.
         RankError: rank is no integer >= 1.
+        UnsupportedLayerError: LoRA computes something else on an adapted layer, such as a grouped convolution.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise RankError(f"rank is {rank!r}; expected an integer >= 1, or None for the exact LoRA of rank 2r.")
@@ -108,8 +110,11 @@ def export_lora(
         full = 2 * max(ranks.values())
         lora_rank = full if rank is None else min(rank, full)
         for name, own_rank in ranks.items():
-            A, B, layer = _convert(file, name, own_rank, lora_rank)
-            tensors |= {f"{ROOT}{name}.lora_A.weight": A, f"{ROOT}{name}.lora_B.weight": B}
+            L, R, layer = _convert(file, name, own_rank, lora_rank)
+            tensors |= lora_tensors(f"{ROOT}{name}.", config.lora_layouts.get(name), L, R)
+            for other, layout in config.lora_layouts.items():
+                if layout == ["tied", name]:
+                    tensors |= lora_tensors(f"{ROOT}{other}.", None, R, L)
             layers.append(layer)
         tensors |= {name: file.get_tensor(name) for name in carried}
     error = _total_error(layers)
@@ -128,7 +133,7 @@ def export_lora(
 def balance(L: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The pair with column norms alike, scaled by powers of two: L R^T stays what it is, bit for bit, short of
     underflow."""
-    ratio = R.double().norm(dim=0) / L.double().norm(dim=0)
+    ratio = R.double().norm(dim=-2, keepdim=True) / L.double().norm(dim=-2, keepdim=True)
     exponent = ratio.log2().div(2).round()
     scale = torch.where(exponent.isfinite(), exponent, 0.0).exp2().to(L.dtype)
     return L * scale, R / scale
@@ -150,8 +155,8 @@ def truncate(L: torch.Tensor, R: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     Q1, T1 = torch.linalg.qr(L.double())
     Q2, T2 = torch.linalg.qr(R.double())
     U, S, Vh = torch.linalg.svd(T1 @ T2.mT, full_matrices=False)
-    root = S[:rank].sqrt()
-    return ((Q1 @ U[:, :rank]) * root).to(L.dtype), ((Q2 @ Vh[:rank].mT) * root).to(R.dtype), S
+    root = S[..., None, :rank].sqrt()
+    return ((Q1 @ U[..., :rank]) * root).to(L.dtype), ((Q2 @ Vh[..., :rank, :].mT) * root).to(R.dtype), S
 
 
 def _norm(L: torch.Tensor, R: torch.Tensor) -> float:
@@ -161,7 +166,7 @@ def _norm(L: torch.Tensor, R: torch.Tensor) -> float:
 
 
 def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, ExportedLayer]:
-    """lora_A (rank x in) and lora_B (out x rank) of a layer."""
+    """L (out x rank) and R (in x rank) of a layer's LoRA, or stacks of them."""
     prefix = f"{ROOT}{layer}.sorsa_factors."
     L, R = Parts(*(file.get_tensor(prefix + name).float() for name in Parts._fields)).pair()
     if not (L.isfinite().all() and R.isfinite().all()):
@@ -172,12 +177,12 @@ def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Ten
     norm, error = _norm(L, R), 0.0
     if rank < 2 * own_rank:
         L, R, S = truncate(L, R, rank)
-        error = float(S[rank:].norm()) / norm if norm else 0.0
+        error = float(S[..., rank:].norm()) / norm if norm else 0.0
     else:
         L, R = balance(L, R)
-    kept = L.shape[1]
-    L, R = (torch.nn.functional.pad(part, (0, rank - part.shape[1])) for part in (L, R))
-    return R.mT.contiguous(), L.contiguous(), ExportedLayer(layer, kept, norm, error)
+    kept = L.shape[-1]
+    L, R = (torch.nn.functional.pad(part, (0, rank - kept)) for part in (L, R))
+    return L, R, ExportedLayer(layer, kept, norm, error)
 
 
 def _total_error(layers: list[ExportedLayer]) -> float:
@@ -191,15 +196,19 @@ def _total_error(layers: list[ExportedLayer]) -> float:
 def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfig:
     """The LoRA's configuration: no option beyond what PEFT's LoRA knows, and the shortest honest target_modules."""
     targets: Any = config.target_modules
-    if not isinstance(targets, set) or config.exclude_modules or config.layers_to_transform is not None:
-        targets = layers
+    kinds = {name: layout[0] for name, layout in config.lora_layouts.items()}
+    tied = [name for name, kind in kinds.items() if kind == "tied"]
+    if not isinstance(targets, set) or config.exclude_modules or config.layers_to_transform is not None or tied:
+        targets = {outer_name(name) for name in layers if kinds.get(name) != "parameter"} | set(tied)
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=config.sorsa_dropout,
         target_modules=[],
         fan_in_fan_out=config.fan_in_fan_out,
+        target_parameters=sorted(config.target_parameters) if config.target_parameters else None,
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,

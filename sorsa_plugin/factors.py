@@ -40,6 +40,8 @@ def launched_on_many() -> bool:
 class SORSAFactors(nn.Module):
     """Offsets and frozen factors of one adapter on one weight (out x in) at rank r; all fp32.
 
+    For a stack of weights, `stack` is their number, and every shape below begins with it.
+
     Attributes:
         dU, dS, dV: trainable offsets, (out x r), (r), (in x r); zero at init.
         U0, S0, V0: frozen initial factors of the same shapes.
@@ -54,22 +56,30 @@ class SORSAFactors(nn.Module):
     V0: torch.Tensor
     fingerprint: torch.Tensor
 
-    def __init__(self, out_features: int, in_features: int, rank: int, device: torch.device | str | None) -> None:
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        rank: int,
+        device: torch.device | str | None,
+        stack: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        shapes = {"U": (out_features, rank), "S": (rank,), "V": (in_features, rank)}
+        shapes = {"U": (*stack, out_features, rank), "S": (*stack, rank), "V": (*stack, in_features, rank)}
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
         for part, shape in shapes.items():
             setattr(self, f"d{part}", nn.Parameter(torch.zeros(shape, **options)))
+        options["device"] = self.dU.device  # PEFT's low_cpu_mem_usage moves new parameters to the meta device
         for part, shape in shapes.items():
             self.register_buffer(f"{part}0", torch.zeros(shape, **options))
-        self.register_buffer("fingerprint", torch.zeros(out_features, **options))
+        self.register_buffer("fingerprint", torch.zeros((*stack, out_features), **options))
         self.base_checked = False
         if launched_on_many():
             self.freeze_as_parameters()
 
     @property
     def rank(self) -> int:
-        return self.S0.shape[0]
+        return self.S0.shape[-1]
 
     @property
     def pending(self) -> bool:
@@ -128,7 +138,7 @@ class SORSAFactors(nn.Module):
         self.S0.copy_(1 + torch.rand_like(self.S0))
         for name in OFFSETS:
             offset = getattr(self, name)
-            offset.copy_(torch.randn_like(offset) * (0.5 if name == "dS" else offset.shape[0] ** -0.5))
+            offset.copy_(torch.randn_like(offset) * (0.5 if name == "dS" else offset.shape[-2] ** -0.5))
 
     def get(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """U (out x r), S (r), V (in x r), differentiable with respect to the offsets."""

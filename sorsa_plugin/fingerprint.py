@@ -39,8 +39,8 @@ def probe(length: int, device: torch.device) -> torch.Tensor:
 
 @full_precision()
 def fingerprint(matrix: torch.Tensor) -> torch.Tensor:
-    """W p in fp32 (out) for a matrix W (out x in)."""
-    return matrix.detach().float() @ probe(matrix.shape[1], matrix.device)
+    """W p in fp32 (out) for a matrix W (out x in), or of each matrix of a stack."""
+    return matrix.detach().float() @ probe(matrix.shape[-1], matrix.device)
 
 
 def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, storage: str, name: str) -> None:

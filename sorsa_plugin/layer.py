@@ -22,7 +22,9 @@ from .errors import RankError
 from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
+from .offloading import with_base_weight
 from .precision import full_precision
+from .read_through import ReadThrough
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -31,11 +33,11 @@ live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
 """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
 
 
-class SORSALayer(Foldable, BaseTunerLayer):
+class SORSALayer(Foldable, ReadThrough, BaseTunerLayer):
     """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
 
     A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
-    change joins the output.
+    change joins the output. A weight can also be a stack of matrices (experts): shapes then begin with their number.
 
     Args:
         base_layer: the module to adapt; kept, called and never copied.
@@ -48,6 +50,9 @@ class SORSALayer(Foldable, BaseTunerLayer):
         merged: bool
 
         def get_base_layer(self) -> Any: ...
+
+    parameter_name = "weight"
+    """The base module's attribute that is adapted."""
 
     adapter_layer_names = ("sorsa_factors",)
     other_param_names = ("sorsa_dropout", "configs")
@@ -62,14 +67,18 @@ class SORSALayer(Foldable, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
-        self._unmerged_weight: torch.Tensor | None = None
-        self.out_features, self.in_features = self.base_matrix().shape
+        self._original: list[torch.Tensor] = []  # the weight while merged; in a list, so that it is not registered
+        *self.stack, self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         live_layers.add(self)
+
+    def base_weight(self) -> torch.Tensor:
+        """The base weight as the base module holds it."""
+        return getattr(self.get_base_layer(), self.parameter_name)
 
     @abstractmethod
     def base_matrix(self) -> torch.Tensor:
@@ -79,8 +88,13 @@ class SORSALayer(Foldable, BaseTunerLayer):
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         """A change (out x in) in the shape of the base weight."""
 
+    def lora_layout(self) -> tuple[Any, ...] | None:
+        """What `lora_layouts.py` needs to know of the layer, as adapter_config.json keeps it; None: it is linear."""
+        return None
+
     # -- adapters ---------------------------------------------------------------------------------------------------
 
+    @with_base_weight
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
         """Add an adapter of the given rank, still without values: `initialise` gives it some, or a file does.
 
@@ -90,21 +104,24 @@ class SORSALayer(Foldable, BaseTunerLayer):
         """
         self.refuse_beside_folded(adapter_name)
         matrix = self.base_matrix()
-        if rank > min(matrix.shape):
+        limit = min(matrix.shape[-2:])
+        if rank > limit:
             raise RankError(
                 f"The rank of {self.name} is {rank}, but its weight of shape {tuple(matrix.shape)} has only "
-                f"{min(matrix.shape)} singular triplets. Lower r to at most {min(matrix.shape)}, give the module an "
+                f"{limit} singular triplets. Lower r to at most {limit}, give the module an "
                 "entry in rank_pattern, or exclude it."
             )
         # a config that an adapter here already has (TRL adds its "ref" so) announces a copy of it, not another file
         shared = any(config is other for other in self.configs.values())
         device = torch.device("meta") if config.factors_from_file and not shared else matrix.device
-        self.sorsa_factors[adapter_name] = SORSAFactors(self.out_features, self.in_features, rank, device)
+        size = (self.out_features, self.in_features, rank)
+        self.sorsa_factors[adapter_name] = SORSAFactors(*size, device, tuple(self.stack))
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.configs[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    @with_base_weight
     def initialise(self, adapter_name: str) -> None:
         """Fill a new adapter: clone a sibling's factors where they are the same triplets, else factorise the weight.
 
@@ -125,18 +142,17 @@ class SORSALayer(Foldable, BaseTunerLayer):
         donor = self._donor(factors.rank, config, excluding=adapter_name)
         if donor is not None:
             rank = factors.rank
-            triplets = Triplets(donor.U0[:, :rank], donor.S0[:rank], donor.V0[:, :rank])
+            triplets = Triplets(donor.U0[..., :rank], donor.S0[..., :rank], donor.V0[..., :rank])
             factors.set_initial(triplets, donor.fingerprint)
         else:
-            triplets = factorise(
-                matrix,
-                factors.rank,
-                svd=config.svd,
-                seed=config.svd_seed,
-                energy=config.resolved_svd_energy,
-                name=self.name,
-            )
-            factors.set_initial(triplets, fingerprint(matrix))
+            factors.set_initial(self._factorise(matrix, factors.rank, config), fingerprint(matrix))
+
+    def _factorise(self, matrix: torch.Tensor, rank: int, config: SORSAConfig) -> Triplets:
+        options: Any = {"svd": config.svd, "seed": config.svd_seed, "energy": config.resolved_svd_energy}
+        if matrix.ndim == 2:
+            return factorise(matrix, rank, **options, name=self.name)
+        each = [factorise(expert, rank, **options, name=f"{self.name}[{i}]") for i, expert in enumerate(matrix)]
+        return Triplets(*(torch.stack(parts) for parts in zip(*each, strict=True)))
 
     def _donor(self, rank: int, config: SORSAConfig, excluding: str | None = None) -> SORSAFactors | None:
         """A sibling whose first `rank` triplets are the ones a factorisation with this config would give."""
@@ -188,6 +204,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
             self.check_base(adapter_name)
         return factors
 
+    @with_base_weight
     def check_base(self, adapter_name: str) -> None:
         """Compare the adapter's fingerprint with the base weight; deferred while the weight is on the meta device,
         sharded, or merged.
@@ -200,7 +217,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
         sharded = hasattr(matrix, "device_mesh")  # outside FSDP2's forward
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
-        storage = storage_of(self.get_base_layer().weight)
+        storage = storage_of(self.base_weight())
         with intact_weight(self):
             check(factors.fingerprint, self.base_matrix(), config.base_storage, storage, self.name)
         factors.base_checked = True
@@ -231,8 +248,9 @@ class SORSALayer(Foldable, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter, and never cast it: PEFT's own also rounds to the base's dtype."""
-        if adapter_name in self.sorsa_factors and not self.factors(adapter_name).pending:
-            self.sorsa_factors[adapter_name].to(device or self.base_matrix().device)
+        target = device or self.base_matrix().device
+        if adapter_name in self.sorsa_factors and not self.factors(adapter_name).pending and target.type != "meta":
+            self.sorsa_factors[adapter_name].to(target)
 
     @full_precision()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -258,8 +276,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
         if not names:
             return
-        weight = self.get_base_layer().weight
-        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
+        original = self._original[0] if self._original else self.base_weight()
         base = original if self.folded is None else self.folded.intact.to(original.device)
         total = base.to(torch.promote_types(base.dtype, torch.float32))
         for name in [*self.merged_adapters, *names]:
@@ -268,8 +285,8 @@ class SORSALayer(Foldable, BaseTunerLayer):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
                 )
-        self._unmerged_weight = original
-        weight.data = total.to(original.dtype)
+        self._original = [original]
+        self._set_base_weight(nn.Parameter(total.to(original.dtype), requires_grad=original.requires_grad))
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -278,13 +295,16 @@ class SORSALayer(Foldable, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        assert self._unmerged_weight is not None
-        weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight.device)
-        self._unmerged_weight = None
+        weight = self._original.pop()
+        weight.data = weight.data.to(self.base_weight().device)
+        self._set_base_weight(weight)
         self.merged_adapters.clear()
         if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
             refold(self)
+
+    def _set_base_weight(self, weight: torch.Tensor) -> None:
+        """Another tensor as the base weight; a module that shares the first one (tied embeddings) keeps that."""
+        setattr(self.get_base_layer(), self.parameter_name, weight)
 
     def unmerge_if_disabled(self) -> None:
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""

@@ -41,9 +41,10 @@ class Parts(NamedTuple):
 
     def pair(self) -> Pair:
         """L (out x 2r) and R (in x 2r), in the factors' dtype: formed in fp32, cast by whoever multiplies."""
-        S = self.S0 + self.dS
-        L = torch.cat((self.dU * S, self.U0), dim=1)
-        R = torch.cat((self.V0 + self.dV, torch.addcmul(self.V0 * self.dS, self.dV, S)), dim=1)
+        dS = self.dS.unsqueeze(-2)  # for stacks of matrices
+        S = self.S0.unsqueeze(-2) + dS
+        L = torch.cat((self.dU * S, self.U0), dim=-1)
+        R = torch.cat((self.V0 + self.dV, torch.addcmul(self.V0 * dS, self.dV, S)), dim=-1)
         return L, R
 
 

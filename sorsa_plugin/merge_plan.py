@@ -13,7 +13,7 @@ import torch
 from .adapter_files import ROOT
 from .base_files import empty_model
 from .errors import BaseFilesError
-from .linear import PLAIN_DTYPES
+from .layers.linear import PLAIN_DTYPES
 from .stored_weights import StoredWeights
 
 IN_MEMORY = (

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -20,6 +21,9 @@ from .factors import OFFSETS
 from .fingerprint import storage_of
 from .folding import fold_model, intact_weight
 from .layer import SORSALayer
+from .layers.attention import leave_fused_encoders
+from .layers.parameter import ParamWrapper
+from .layers.tied import tied_layer
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
 from .plugins import manager
@@ -50,10 +54,16 @@ class SORSAModel(BaseTuner):
             DecompositionError: a weight holds NaN, or does not converge on any device.
         """
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_fused_encoders(model)
         layers = [layer for layer in sorsa_layers(model) if adapter_name in layer.sorsa_factors]
         config = self.peft_config[adapter_name]
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
+            config.lora_layouts = {
+                name: list(layout)
+                for name, layer in model.named_modules()
+                if isinstance(layer, SORSALayer) and adapter_name in layer.configs and (layout := layer.lora_layout())
+            }
         fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
         slow = config.init_weights and any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
         for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
@@ -119,6 +129,45 @@ class SORSAModel(BaseTuner):
         with mixed_batch(self.model, adapter_names, copies_per_row(kwargs)):
             yield
 
+    def _check_new_adapter_config(self, config: SORSAConfig) -> None:
+        """PEFT's checks, and one of LoRA's.
+
+        Raises:
+            ValueError: another adapter has other target_parameters, so that their wrappers would nest differently.
+        """
+        super()._check_new_adapter_config(config)
+        targets = set(config.target_parameters or [])
+        for name, other in self.peft_config.items():
+            others = set(getattr(other, "target_parameters", None) or [])
+            if other is not config and targets and others and targets != others:
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(targets)} for the new adapter and {sorted(others)} for adapter "
+                    f"'{name}'."
+                )
+
+    # LoRA's in name only: they read fields that this config has too
+    _prepare_adapter_config = LoraModel._prepare_adapter_config
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+    _add_targets_to_tie = LoraModel._add_targets_to_tie
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of its base module, or back. PEFT's own also moves the adapter to the base weight's
+        device, which for an offloaded weight is the meta device; ours is made where it belongs."""
+        setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the sum of two changes has twice the rank and is no adapter of this method.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A weighted combination of SORSA adapters is no SORSA adapter: its factors would not be orthonormal. "
+            "Activate several adapters at once with base_model.set_adapter([...]), or export them with export_lora() "
+            "and combine the LoRAs."
+        )
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.
 
@@ -142,10 +191,16 @@ class SORSAModel(BaseTuner):
     ) -> None:
         key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
         rank = peft_config.rank_pattern.get(key, peft_config.r)
-        if isinstance(target, SORSALayer):
+        adapted = isinstance(target, SORSALayer) and parameter_name in (None, target.parameter_name)
+        if isinstance(target, SORSALayer) and adapted:
             target.update_layer(adapter_name, rank, peft_config)
             return
-        layer = self._create_new_module(peft_config, target, current_key)
+        if parameter_name is not None:
+            layer: SORSALayer = ParamWrapper(target, current_key, parameter_name)
+        elif self._check_tied_module_exists(peft_config, current_key):
+            layer = tied_layer(target, current_key, self.model.get_input_embeddings())
+        else:
+            layer = self._create_new_module(peft_config, target, current_key)
         layer.update_layer(adapter_name, rank, peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
@@ -157,7 +212,8 @@ class SORSAModel(BaseTuner):
         if layer_class is None:
             raise UnsupportedLayerError(
                 f"Target module {name} of type {type(base).__name__} is not supported by SORSA; unquantised "
-                "nn.Linear and transformers' Conv1D are, and what plug-ins add. Narrow target_modules, or add it to "
+                "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
+                "nn.MultiheadAttention (as a whole) are, and what plug-ins add. Narrow target_modules, or add it to "
                 "exclude_modules."
             )
         stored_in_out = isinstance(base, Conv1D)
@@ -192,5 +248,5 @@ class SORSAModel(BaseTuner):
 
 
 def _common_storage(layers: list[SORSALayer]) -> str | None:
-    kinds = {storage_of(layer.get_base_layer().weight) for layer in layers}
+    kinds = {storage_of(layer.base_weight()) for layer in layers}
     return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else None

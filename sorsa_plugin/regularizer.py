@@ -26,11 +26,20 @@ BATCH_ELEMENTS = 2**23
 
 
 class Factor(NamedTuple):
-    """One orthonormal factor P = initial + offset (rows x r) of one adapter."""
+    """One orthonormal factor P = initial + offset (rows x r) of one adapter, or a stack of them (E x rows x r)."""
 
     name: str
     initial: torch.Tensor
     offset: nn.Parameter
+
+    @property
+    def matrices(self) -> int:
+        """How many factors P this is."""
+        return self.offset.shape[0] if self.offset.ndim == 3 else 1
+
+    def names(self) -> list[str]:
+        """The name of each of them."""
+        return [self.name] if self.offset.ndim == 2 else [f"{self.name}[{i}]" for i in range(self.matrices)]
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,7 +87,7 @@ def model_factors(model: nn.Module) -> list[Factor]:
 
 class Batch(NamedTuple):
     """Factors of one shape and what the regularizer needs of them, stacked: P (n x rows x r; the rows that this process
-    holds) and E = P^T P - I (n x r x r)."""
+    holds) and E = P^T P - I (n x r x r). A stack of experts is n of them by itself."""
 
     factors: list[Factor]
     label: Any
@@ -97,9 +106,9 @@ class Batch(NamedTuple):
         """Add P E of every factor to its target (rows x r), where it has one."""
         present = [i for i, target in enumerate(targets) if target is not None]
         if present:
-            products = (self.P @ self.E).unbind()
-            found: list[Any] = [targets[i] for i in present]
-            torch._foreach_add_([local_part(target) for target in found], [products[i] for i in present])
+            products = (self.P @ self.E).chunk(len(targets))
+            found: list[Any] = [local_part(target) for i in present if (target := targets[i]) is not None]
+            torch._foreach_add_(found, [products[i].view_as(target) for i, target in zip(present, found, strict=True)])
 
 
 @torch.no_grad()
@@ -135,22 +144,23 @@ def _alike(factors: list[Factor], labels: Sequence[Hashable]) -> Iterator[tuple[
 def _batch(factors: list[Factor], label: Hashable) -> Batch:
     """The Gram matrices of some factors' local rows, before I is subtracted; three launches for all of them."""
     initial = [local_part(factor.initial) for factor in factors]
-    P = torch.stack(torch._foreach_add(initial, [local_part(factor.offset) for factor in factors]))
+    P = torch.stack(torch._foreach_add(initial, [local_part(factor.offset) for factor in factors])).flatten(0, -3)
     return Batch(factors, label, P, P.mT @ P)
 
 
 @torch.no_grad()
 def gaps(model: nn.Module) -> dict[str, float]:
-    """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`)."""
+    """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`, and `[i]` in a stack of experts)."""
     return gaps_by_name(model_factors(model))
 
 
 def gaps_by_name(factors: list[Factor]) -> dict[str, float]:
     """gap(P) of some factors, in their order."""
-    found = {}
+    found: dict[str, float] = {}
     for batch in deviations(factors):
-        found.update({factor.name: gap for factor, gap in zip(batch.factors, batch.gaps().tolist(), strict=True)})
-    return {factor.name: found[factor.name] for factor in factors}
+        names = [name for factor in batch.factors for name in factor.names()]
+        found.update(zip(names, batch.gaps().tolist(), strict=True))
+    return {name: found[name] for factor in factors for name in factor.names()}
 
 
 def orthonormality(model: nn.Module) -> torch.Tensor:
@@ -163,7 +173,7 @@ def orthonormality(model: nn.Module) -> torch.Tensor:
         NoAdaptedLayersError: the model has no trained SORSA adapter.
     """
     factors = model_factors(model)
-    return torch.stack([_Gap.apply(factor.initial + factor.offset) for factor in factors]).mean()
+    return torch.cat([_Gap.apply(factor.initial + factor.offset).reshape(-1) for factor in factors]).mean()
 
 
 class _Gap(torch.autograd.Function):
@@ -171,8 +181,8 @@ class _Gap(torch.autograd.Function):
     @full_precision()
     def forward(ctx: Any, P: torch.Tensor) -> torch.Tensor:
         E = P.mT @ P
-        E.diagonal().sub_(1.0)
-        norm = E.norm()
+        E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        norm = torch.linalg.vector_norm(E, dim=(-2, -1))
         ctx.save_for_backward(P, E, norm)
         return norm
 
@@ -181,7 +191,7 @@ class _Gap(torch.autograd.Function):
     @full_precision()
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         P, E, norm = ctx.saved_tensors
-        return upstream * 2.0 * (P @ (E / norm.clamp_min(floor(P.shape[1]))))
+        return 2.0 * (P @ (E * (upstream / norm.clamp_min(floor(P.shape[-1])))[..., None, None]))
 
 
 def _summed_over_shards(batches: list[Batch]) -> list[Batch]:
@@ -190,10 +200,11 @@ def _summed_over_shards(batches: list[Batch]) -> list[Batch]:
     for batch in batches:
         offset: Any = batch.factors[0].offset
         placements = getattr(offset, "placements", ())
-        if any(p.is_shard() and not p.is_shard(0) for p in placements):
+        if any(p.is_shard() and (not p.is_shard(0) or offset.ndim == 3) for p in placements):
             raise AttachError(
-                f"{batch.factors[0].name} is sharded as {placements}; expected row shards (FSDP2's Shard(0)). "
-                "Tensor-parallel plans over SORSA factors are not supported: keep them out of the plan."
+                f"{batch.factors[0].name} of shape {tuple(offset.shape)} is sharded as {placements}; expected row "
+                "shards (FSDP2's Shard(0)) of a matrix. Tensor-parallel plans over SORSA factors, and sharded stacks "
+                "of experts, are not supported: keep them out of the plan, or train them with DDP."
             )
         dims = tuple(i for i, p in enumerate(placements) if p.is_shard(0))
         if dims:

@@ -12,8 +12,13 @@ os.environ.update(
     CUDA_VISIBLE_DEVICES="",
 )
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import peft
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import sorsa_plugin  # noqa: F401  (registers SORSA with PEFT)
@@ -52,3 +57,23 @@ def llama() -> LlamaForCausalLM:
 def tokens() -> torch.Tensor:
     """Two rows of random tokens for `tiny_llama`."""
     return torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def refused(record_property: Callable[[str, object], None]) -> Callable[..., AbstractContextManager[None]]:
+    """`pytest.raises`, which also keeps the message with the test's result, for docs/support.md."""
+
+    @contextmanager
+    def raises(error: type[Exception], match: str) -> Iterator[None]:
+        with pytest.raises(error, match=match) as caught:
+            yield
+        record_property("refused", str(caught.value))
+
+    return raises
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _versions(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Versions in the file of --junit-xml, for docs/support.md."""
+    for package in (peft, torch, transformers):
+        record_testsuite_property(package.__name__, package.__version__)

@@ -64,6 +64,8 @@ def perturb(model: nn.Module, adapter: str = "default", scale: float = 0.1, seed
     """Move every factor of an adapter by about `scale` relative, as training would (offsets of every kind)."""
     generator = torch.Generator().manual_seed(seed)
     for layer in sorsa_layers(model):
+        if adapter not in layer.sorsa_factors:  # tied layers use another layer's
+            continue
         factors = layer.factors(adapter)
         for name in ("dU", "dS", "dV"):
             offset = getattr(factors, name)

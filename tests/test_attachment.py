@@ -16,8 +16,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from sorsa_plugin import SORSAConfig, attach, gaps
-from sorsa_plugin.attachment import ETA_MAX
 from sorsa_plugin.errors import AttachError, NoAdaptedLayersError
+from sorsa_plugin.peak_rate import ETA_MAX
 from sorsa_plugin.regularizer import sorsa_layers
 
 LR = 1e-3

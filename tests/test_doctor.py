@@ -62,7 +62,7 @@ def test_here_everything_is_in_order():
     diagnosis = examine()
     assert diagnosis.healthy
     assert diagnosis.registered
-    assert {"sorsa_plugin.linear", "sorsa_plugin.commands", "quickstart"} <= set(diagnosis.plugins)
+    assert {"sorsa_plugin.layers.linear", "sorsa_plugin.commands", "quickstart"} <= set(diagnosis.plugins)
     assert diagnosis.broken == {}
     assert diagnosis.device.startswith("cpu" if not torch.accelerator.is_available() else "1 x")
 

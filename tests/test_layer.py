@@ -415,7 +415,7 @@ def test_a_right_fan_in_fan_out_does_not_warn(kind):
 
 
 @pytest.mark.parametrize(
-    "module", [nn.Conv2d(3, 4, 3), nn.Embedding(8, 4), nn.LayerNorm(4)], ids=lambda m: type(m).__name__
+    "module", [nn.ConvTranspose2d(3, 4, 3), nn.EmbeddingBag(8, 4), nn.LayerNorm(4)], ids=lambda m: type(m).__name__
 )
 def test_an_unsupported_module_is_an_error_that_names_it_its_type_and_the_way_out(module):
     message = rf"Target module proj of type {type(module).__name__} is not supported .*exclude_modules"

@@ -318,15 +318,18 @@ def test_unload_returns_the_untouched_base_model(merged_first):
     assert_same_tensors(snapshot(unloaded), before)
 
 
-def test_merging_a_layer_merges_its_weight_where_it_is_shared(tokens):
+def test_merging_a_layer_leaves_a_module_that_shares_its_weight_as_it_is(tokens):
     base = tiny_llama()
     base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
     model = get_peft_model(base, SORSAConfig(r=3, target_modules=r".*layers\.0\.mlp\.up_proj"))
     perturb(model)
     layer = sorsa_layers(model)[0]
-    before = digest(model)
-    model.merge_adapter()
+    before, logits = digest(model), model(tokens).logits
     shared = model.base_model.model.model.layers[1].mlp.up_proj.weight
-    assert shared is layer.get_base_layer().weight
+    untouched = shared.clone()
+    model.merge_adapter()
+    assert torch.equal(model.base_model.model.model.layers[1].mlp.up_proj.weight, untouched)
+    torch.testing.assert_close(model(tokens).logits, logits, rtol=0, atol=1e-6)  # |logits| < 1: a few roundings
     model.unmerge_adapter()
     assert digest(model) == before
+    assert layer.get_base_layer().weight is shared

@@ -34,7 +34,7 @@ from sorsa_plugin import (
 from sorsa_plugin.adapters import AdapterOptions
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import AdapterOptionsError, AttachError, PluginError, UnsupportedLayerError
-from sorsa_plugin.linear import SORSALinear
+from sorsa_plugin.layers.linear import SORSALinear
 from sorsa_plugin.plugins import manager
 
 

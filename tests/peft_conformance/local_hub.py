@@ -64,12 +64,17 @@ T5 = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 TWO_LABELS = {**SIZES, "num_labels": 2}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": ("Gemma3TextConfig", {**GROUPED, "head_dim": 8}),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("MistralConfig", GROUPED),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2Config", GPT),
+    "peft-internal-testing/opt-125m": (  # tests count its layers and know its width
+        "OPTConfig",
+        {**OPT, "hidden_size": 768, "word_embed_proj_dim": 768, "num_hidden_layers": 12, "ffn_dim": 64},
+    ),
     "peft-internal-testing/tiny-dummy-qwen2": ("Qwen2Config", GROUPED),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": ("BartConfig", BART),
     "peft-internal-testing/tiny-random-BertForSequenceClassification": ("BertConfig", TWO_LABELS),
@@ -82,6 +87,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": ("RobertaConfig", TWO_LABELS),
     "peft-internal-testing/tiny-random-RobertaModel": ("RobertaConfig", SIZES),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": ("T5Config", T5),
+    "trl-internal-testing/tiny-GptOssForCausalLM": ("GptOssConfig", {**GROUPED, "head_dim": 8, **EXPERTS}),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        {**GROUPED, "head_dim": 8, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 1, **EXPERTS},
+    ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("LlamaConfig", {**GROUPED, "num_labels": 2}),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("LlamaConfig", GROUPED),
 }

@@ -1,6 +1,7 @@
 """Run the installed PEFT's own tests for `SORSAConfig`; exit code 0 when nothing failed that was not expected to.
 
     python tests/peft_conformance/run.py [-k NAME and other pytest arguments]
+    python tests/peft_conformance/run.py --borrowed    the survey of `borrowed.py`
 
 PEFT's source distribution on PyPI holds its tests. It is fetched with pip, once per version, into `.peft_conformance/`
 of this clone (or PEFT_CONFORMANCE_CACHE).
@@ -40,7 +41,12 @@ def main() -> int:
     cache.mkdir(parents=True, exist_ok=True)
     source = fetch_tests(cache)
     sys.path.insert(0, str(ROOT / "tests"))
-    from peft_conformance.cases import FILES
+    from peft_conformance.cases import BORROWED_FILES, FILES
+
+    arguments = sys.argv[1:]
+    borrowed = "--borrowed" in arguments
+    if borrowed:
+        arguments.remove("--borrowed")
 
     environment = {
         **os.environ,
@@ -52,9 +58,10 @@ def main() -> int:
     }
     nothing_of_ours = ["--rootdir", str(source), "-c", os.devnull, "-p", "no:cacheprovider"]
     output = ["-q", "-W", "ignore", "--tb=short", "-rfExX"]
-    files = [str(source / "tests" / file) for file in FILES]
-    command = [sys.executable, "-m", "pytest", "-p", "peft_conformance.plugin", *nothing_of_ours, *output, *files]
-    return subprocess.run([*command, *sys.argv[1:]], cwd=source, env=environment).returncode
+    plugin = "peft_conformance.borrowed" if borrowed else "peft_conformance.plugin"
+    files = [str(source / "tests" / file) for file in (BORROWED_FILES if borrowed else FILES)]
+    command = [sys.executable, "-m", "pytest", "-p", plugin, *nothing_of_ours, *output, *files]
+    return subprocess.run([*command, *arguments], cwd=source, env=environment).returncode
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SchedulerType
 
 from sorsa_plugin import gaps
-from sorsa_plugin.attachment import ETA_MAX
+from sorsa_plugin.peak_rate import ETA_MAX
 from sorsa_plugin.regularizer import sorsa_layers
 from sorsa_transformers import SORSACallback
 

@@ -1,0 +1,59 @@
+"""The linear kinds: nn.Linear and transformers' Conv1D."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from ..hookspecs import hookimpl
+from ..layer import SORSALayer
+from ..lowrank import add_low_rank
+from .additive import AdditiveLayer
+from .transposed import TransposedLayer
+
+if TYPE_CHECKING:
+    from ..config import SORSAConfig
+
+
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class SORSALinear(AdditiveLayer):
+    """SORSA on nn.Linear: W is stored (out x in), x is (... x in) and y is (... x out)."""
+
+    foldable = True
+
+    def base_matrix(self) -> torch.Tensor:
+        return self.get_base_layer().weight
+
+    def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        return delta
+
+    def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        return add_low_rank(y, self.sorsa_dropout[adapter_name](x), self.ready_factors(adapter_name).parts())
+
+
+class SORSAConv1DLinear(TransposedLayer, SORSALinear):
+    """SORSA on transformers' Conv1D (GPT-2): W is stored (in x out).
+
+    "Linear" is in the name because PEFT knows by it what "all-linear" means on a model that is adapted already.
+    """
+
+
+@hookimpl
+def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
+    """The kinds of this file: nn.Linear and transformers' Conv1D, subclasses of theirs included.
+
+    Not nn.MultiheadAttention's out_proj: the attention reads its weight and never calls it (see `attention.py`). Not
+    quantised linears: what they store is no matrix (bitsandbytes' are subclasses of nn.Linear).
+    """
+    if isinstance(target, Conv1D):
+        return SORSAConv1DLinear
+    if not isinstance(target, nn.Linear) or isinstance(target, NonDynamicallyQuantizableLinear):
+        return None
+    quantised = target.weight.dtype not in PLAIN_DTYPES or type(target).__module__.startswith("bitsandbytes")
+    return None if quantised else SORSALinear

@@ -1,0 +1,55 @@
+"""Where PEFT's LoRA keeps a pair L, R of each layer kind: tensor names and shapes; knows no file.
+
+A kind says in `lora_layout`, by way of adapter_config.json, which of these it is: nothing for linear layers,
+["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding] or ["unsupported", what it is].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .errors import UnsupportedLayerError
+
+
+def lora_tensors(
+    prefix: str, layout: Sequence[Any] | None, L: torch.Tensor, R: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """LoRA's tensors of one layer.
+
+    Args:
+        prefix: the layer's name in the file, with a dot at the end.
+        layout: as above; None for a linear layer.
+        L: (out x rank), or a stack of them.
+        R: (in x rank), alike.
+
+    Raises:
+        UnsupportedLayerError: LoRA computes something else on such a layer.
+    """
+    kind, *details = layout or ["linear"]
+    A, B = R.mT, L
+    names = ("lora_A.weight", "lora_B.weight")
+    if kind == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B")
+    elif kind == "convolution":
+        A, B = A.reshape(-1, *details), B.reshape(*B.shape, *(1,) * (len(details) - 1))
+    elif kind == "parameter" and A.ndim == 3:  # experts: A stacked along the rank, B with the expert's index last
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    elif kind == "unsupported":
+        raise UnsupportedLayerError(
+            f"{prefix.removesuffix('.')} is {details[0]}; expected layers that LoRA computes alike. Merge the adapter "
+            "into the base model instead, with merge_and_unload()."
+        )
+    return {prefix + name: tensor.contiguous() for name, tensor in zip(names, (A, B), strict=True)}
+
+
+def outer_name(layer: str) -> str:
+    """The name of a layer's target: a parameter's wrappers and an attention's output layer are inside of others."""
+    return layer.split(".base_layer", 1)[0]
+
+
+def pattern_name(layer: str, layout: Sequence[Any] | None) -> str:
+    """The name that `rank_pattern` is matched with: a parameter's own."""
+    return layout[1] if layout and layout[0] == "parameter" else outer_name(layer)
