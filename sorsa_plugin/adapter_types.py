@@ -23,7 +23,7 @@ NEEDS_A_CALL = {
 }
 """Methods and LoRA initialisations that are another method without a call that only Python code can make."""
 
-NOT_OPTIONS = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "base_storage")
+NOT_OPTIONS = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "base_storage", "lora_layouts")
 """Fields of PEFT configs that are filled in, not given."""
 
 

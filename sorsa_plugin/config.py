@@ -11,6 +11,7 @@ from peft.utils import PeftType
 
 from .decomposition import DEFAULT_ENERGY
 from .errors import SORSAConfigError
+from .lora_options import refuse_lora_options
 
 SvdMethod = Literal["auto", "exact", "randomized"]
 RegUpdate = Literal["coupled", "decoupled"]
@@ -122,6 +123,11 @@ class SORSAConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Filled in: how adapted layers that are not linear are exported to LoRA."},
     )
+
+    def __new__(cls, *args: Any, **options: Any) -> SORSAConfig:
+        """Where LoraConfig was changed to SORSAConfig and nothing else, say what to do about the rest."""
+        refuse_lora_options(options, cls)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

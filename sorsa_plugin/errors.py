@@ -11,6 +11,10 @@ class SORSAConfigError(SORSAError, ValueError):
     """An option of `SORSAConfig` has a value that cannot be honoured."""
 
 
+class LoraOptionError(SORSAConfigError, TypeError):
+    """An option that LoraConfig has and `SORSAConfig` has not; a TypeError, as any unknown option is."""
+
+
 class RankError(SORSAConfigError):
     """The rank does not fit the weight it is asked for."""
 
