@@ -1,11 +1,12 @@
-"""Fine-tune any causal language model with SORSA and the Hugging Face Trainer.
+"""Fine-tune any causal language model with SORSA, or another method by one word, and the Hugging Face Trainer.
 
     python examples/hf_trainer.py --model PATH_OR_HUB_ID --data FILE_OR_HUB_ID --output runs/my-run
+    python examples/hf_trainer.py ... --adapter lora --lr 2e-4
 
 The data is jsonl, json or parquet, or a hub data set, with one of
     {"prompt": ..., "completion": ...}      {"question": ..., "answer": ...}      {"instruction": ..., "output": ...}
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
-Run it again with --resume after an interruption. What differs from a LoRA script is marked with (1) to (4).
+Run it again with --resume after an interruption. What differs from a LoRA script is marked with (1) to (3).
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import math
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
-from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,8 +26,8 @@ from transformers import (
     set_seed,
 )
 
-from sorsa_plugin import SORSAConfig, gaps  # (1) importing it makes SORSA a PEFT type
-from sorsa_transformers import SORSACallback, last_complete_checkpoint
+from sorsa_plugin import gaps, setup_adapter
+from sorsa_transformers import last_complete_checkpoint
 from sorsa_transformers.data import encode_all
 
 
@@ -36,10 +36,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="directory or hub id of a causal language model")
     parser.add_argument("--data", required=True, help="jsonl, json or parquet file, or hub id of a data set")
     parser.add_argument("--output", default="runs/hf_trainer", type=Path)
+    parser.add_argument("--adapter", default="sorsa", help="sorsa, lora, pissa, dora, ..., full")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--target-modules", default="all-linear", help="all-linear, or names separated by commas")
     parser.add_argument("--lr", type=float, default=3e-5)
-    parser.add_argument("--gamma", type=float, help="rate of the orthonormal regularizer; default: the method's")
+    parser.add_argument("--gamma", type=float, help="rate of SORSA's orthonormal regularizer; default: the method's")
     parser.add_argument("--batch", type=int, default=8, help="examples per device and step")
     parser.add_argument("--accumulation", type=int, default=1, help="gradient accumulation steps")
     parser.add_argument("--epochs", type=float, default=1.0)
@@ -79,14 +80,18 @@ def main() -> None:
     train, evaluation = encoded[: len(encoded) - held_out], encoded[len(encoded) - held_out :]
 
     names = options.target_modules
-    config = SORSAConfig(  # (2) instead of LoraConfig: no alpha, and a learning rate ten times smaller
-        r=options.rank,
-        target_modules=names if names == "all-linear" else names.split(","),
-        gamma=options.gamma,
-        task_type="CAUSAL_LM",
+    setup = setup_adapter(  # (1) one word for the method; SORSA has no alpha, and a learning rate ten times smaller
+        {
+            "adapter": options.adapter,
+            "r": options.rank,
+            "target_modules": names if names == "all-linear" else names.split(","),
+            "task_type": "CAUSAL_LM",
+            "sorsa": {"gamma": options.gamma},
+        }
     )
-    model = get_peft_model(model, config)
-    model.print_trainable_parameters()
+    model = setup.wrap(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"{options.adapter}: {trained:,} trainable parameters")
 
     arguments = TrainingArguments(
         str(options.output),
@@ -115,22 +120,24 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
-    trainer.add_callback(SORSACallback(trainer))  # (3) optional: logs the gaps; the regularizer attaches itself
+    setup.add_callbacks(trainer)  # (2) what the method needs during training; SORSA's logs the gaps
     before = trainer.evaluate()["eval_loss"] if held_out else math.nan
-    checkpoint = last_complete_checkpoint(options.output) if options.resume else None  # (4) never a half-written one
+    checkpoint = last_complete_checkpoint(options.output) if options.resume else None  # (3) never a half-written one
     result = trainer.train(resume_from_checkpoint=checkpoint)
     after = trainer.evaluate()["eval_loss"] if held_out else math.nan
     trainer.save_model(str(options.output / "adapter"))
 
-    final_gaps = gaps(model).values()
+    final_gaps = gaps(model).values() if options.adapter == "sorsa" else []
     summary = {
+        "adapter": options.adapter,
+        "trainable": trained,
         "examples": len(train),
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "eval_loss_before": before,
         "eval_loss_after": after,
-        "gap_mean": sum(final_gaps) / len(final_gaps),
-        "gap_max": max(final_gaps),
+        "gap_mean": sum(final_gaps) / len(final_gaps) if final_gaps else None,
+        "gap_max": max(final_gaps, default=None),
         "seconds": result.metrics["train_runtime"],
     }
     (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

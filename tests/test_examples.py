@@ -58,6 +58,40 @@ def test_hf_trainer_lowers_the_loss_on_the_embedded_base(rows, tmp_path):
     assert PeftConfig.from_pretrained(str(tmp_path / "run" / "adapter")).r == 8
 
 
+@pytest.mark.slow
+def test_hf_trainer_trains_other_methods_by_one_word(tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", gsm8k_like(40))
+    options = ["--model", BASE, "--data", data, "--rank", 4, "--max-steps", 2, "--max-length", 64]
+    for adapter in ("lora", "full"):
+        run_script("hf_trainer.py", *options, "--adapter", adapter, "--output", tmp_path / adapter)
+        summary = json.loads((tmp_path / adapter / "summary.json").read_text())
+        assert (summary["adapter"], summary["gap_mean"]) == (adapter, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["sorsa", "lora"])
+def test_trl_sft_as_it_stands(adapter, tmp_path):
+    run_script("trl_sft.py", "--adapter", adapter, "--max-steps", 3, "--output", tmp_path)
+    assert PeftConfig.from_pretrained(str(tmp_path)).peft_type.value == adapter.upper()
+
+
+@pytest.mark.slow
+def test_trl_dpo_as_it_stands(tmp_path):
+    output = run_script("trl_dpo.py", "--max-steps", 2, "--output", tmp_path)
+    assert "first DPO loss 0.6931472" in output
+    assert PeftConfig.from_pretrained(str(tmp_path)).peft_type.value == "SORSA"
+
+
+@pytest.mark.slow
+def test_compare_methods_measures_every_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    options = ["--max_steps", 3, "--eval_steps", 3, "--logging_steps", 1, "--save_strategy", "no"]
+    run_script("compare_methods.py", "--methods", "sorsa", "full", "--output", tmp_path, *options)
+    found = json.loads((tmp_path / "comparison.json").read_text())
+    assert found["sorsa"]["trainable"] < found["full"]["trainable"]
+    assert all(row["step_ms"] > 0 and row["peak_mib"] > 0 for row in found.values())
+
+
 def test_hf_trainer_runs_on_a_random_model_and_resumes(tmp_path):
     base = tmp_path / "base"
     tokenizer = AutoTokenizer.from_pretrained(BASE)

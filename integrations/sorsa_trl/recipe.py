@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ class RecipeParser(TrlParser):
         self.typed: dict[str, Any] = {}
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        self.from_file = config
+        self.from_file = deepcopy(config)  # the dataclasses replace what is in lists
         ours = {*block_names(), *VOCABULARY, *SPELLINGS, *VARIANTS, "lora_target_linear"} - set(self.fields)
         rest = {key: value for key, value in config.items() if key not in ours}
         if isinstance(rest.get("adapter_options"), Mapping):

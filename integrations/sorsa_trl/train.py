@@ -7,6 +7,7 @@ resolved recipe written beside the checkpoints, and resuming from the last compl
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,17 @@ LAST = ("true", "last", "auto", "latest")
 """Values of resume_from_checkpoint that mean the last complete one."""
 
 
-def train(recipe: Recipe) -> Any:
+def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     """Train, save to output_dir, push where asked; returns the trainer.
+
+    Args:
+        recipe: what to train.
+        callbacks: Trainer callbacks beside those of the adapter.
 
     Raises:
         AdapterOptionsError: the recipe names no model or data, or an option that cannot be honoured.
     """
+    from transformers import set_seed
     from trl import DPOTrainer, SFTTrainer, get_quantization_config
 
     script, training, model = recipe.script, recipe.training, recipe.model
@@ -44,6 +50,7 @@ def train(recipe: Recipe) -> Any:
         "trust_remote_code": getattr(training, "trust_remote_code", False),
         **(training.model_init_kwargs or {}),
     }
+    set_seed(training.seed)  # TRL 1.9 draws LoRA's random factors before its trainer does this
     data = load_data(script, recipe.datasets)
     evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
     trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[recipe.command](
@@ -53,6 +60,7 @@ def train(recipe: Recipe) -> Any:
         eval_dataset=split(data, script.dataset_test_split) if evaluates else None,
         quantization_config=get_quantization_config(model),
         peft_config=setup.peft_config,
+        callbacks=list(callbacks),
     )
     setup.add_callbacks(trainer)
     if script.ignore_bias_buffers:  # as TRL's dpo.py: DDP cannot broadcast boolean buffers

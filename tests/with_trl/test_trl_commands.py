@@ -1,0 +1,271 @@
+"""`sorsa sft` and `sorsa dpo`: the very recipes of `trl sft` and `trl dpo`, and one word for the method."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, get_peft_config
+
+from sorsa_plugin import setup_adapter
+from sorsa_plugin.errors import AdapterOptionsError
+from sorsa_quickstart.answering import BASE
+from sorsa_trl.launch import _without
+from sorsa_trl.recipe import RecipeParser
+from sorsa_trl.train import checkpoint_to_resume, main, train
+
+ROOT = Path(__file__).parents[2]
+GSM8K = ROOT / "examples" / "data" / "gsm8k" / "train.jsonl"
+PREFERENCES = ROOT / "examples" / "data" / "gsm8k_preferences.jsonl"
+ON_CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
+TYPES = {"sorsa": "SORSA", "lora": "LORA", "pissa": "LORA", "dora": "LORA", "miss": "MISS", "full": None}
+
+
+def recipe(path: Path, **changes: Any) -> Path:
+    options = {
+        "model_name_or_path": str(BASE),
+        "dataset_name": str(GSM8K),
+        "output_dir": str(path.parent / "run"),
+        "adapter": "sorsa",
+        "r": 4,
+        "target_modules": ["q_proj", "v_proj"],
+        "sorsa": {"gamma": 0.01},
+        "learning_rate": 2e-3,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "max_length": 128,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "bf16": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | changes
+    path.write_text(yaml.safe_dump({key: value for key, value in options.items() if value is not None}))
+    return path
+
+
+def run(command: str, *arguments: Any) -> Any:
+    """The command without its launcher, in this process."""
+    return train(RecipeParser(command).parse([str(argument) for argument in arguments]))
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def mean_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
+    batches = [tokenizer(row["prompt"] + row["completion"], return_tensors="pt") for row in rows]
+    return sum(float(model(**batch, labels=batch["input_ids"]).loss) for batch in batches) / len(rows)
+
+
+@pytest.mark.parametrize(
+    "method", [name if name == "sorsa" else pytest.param(name, marks=pytest.mark.slow) for name in TYPES]
+)
+def test_one_word_switches_the_method(method, tmp_path):
+    """In a subprocess, through `accelerate launch`, on GSM8K's rows; what is saved reloads with plain PEFT."""
+    path = recipe(tmp_path / "recipe.yaml", adapter=method, max_steps=8, target_modules="all-linear")
+    command = [sys.executable, "-c", "from sorsa_plugin.cli import main; main()", "sft", "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    directory = tmp_path / "run"
+    if TYPES[method] is None:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    else:
+        saved = json.loads((directory / "adapter_config.json").read_text())
+        assert saved["peft_type"] == TYPES[method]
+        assert (saved.get("use_dora", False), saved.get("init_lora_weights") == "pissa") == (
+            method == "dora",
+            method == "pissa",
+        )
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), directory)
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    rows = [json.loads(line) for line in GSM8K.read_text().splitlines()[:8]]
+    trained, untrained = (mean_loss(each.eval(), tokenizer, rows) for each in (model, base))
+    assert trained < untrained
+    assert ("sorsa/gap_mean" in done.stdout) == (method == "sorsa")
+    assert yaml.safe_load((directory / "recipe.yaml").read_text())["adapter"] == method
+
+
+def test_a_recipe_of_trl_runs_with_one_line_added(tmp_path, caplog):
+    """LoRA keys, a mixture of data sets and packing; without the line it is TRL's own LoRA."""
+    trls = {
+        "adapter": None, "r": None, "target_modules": None, "sorsa": None, "dataset_name": None,
+        "use_peft": True, "lora_r": 6, "lora_alpha": 12, "lora_dropout": 0.0,
+        "lora_target_modules": ["q_proj", "k_proj"],
+        "datasets": [
+            {"path": "json", "data_files": str(GSM8K), "split": "train[:40]"},
+            {"path": str(GSM8K), "split": "train[40:60]", "columns": ["prompt", "completion"]},
+        ],
+        "test_split_size": 0.2, "eval_strategy": "steps", "eval_steps": 2, "packing": True, "max_steps": 2,
+    }  # fmt: skip
+    path = recipe(tmp_path / "recipe.yaml", **trls)
+    unchanged = RecipeParser("sft").parse(["--config", str(path)])
+    theirs = get_peft_config(unchanged.model).to_dict()
+    assert setup_adapter(unchanged.adapter).peft_config.to_dict() == theirs
+
+    path.write_text(path.read_text() + "adapter: sorsa\n")
+    caplog.set_level(logging.WARNING)
+    trainer = run("sft", "--config", path)
+    config = trainer.model.peft_config["default"]
+    assert (config.peft_type.value, config.r, set(config.target_modules)) == ("SORSA", 6, {"q_proj", "k_proj"})
+    assert "alpha: 12 is not used by sorsa." in caplog.text
+    assert len([entry for entry in trainer.state.log_history if "eval_loss" in entry]) == 1
+    assert trainer.args.packing
+
+
+def test_what_trl_leaves_out_is_trls_default_for_lora_and_the_methods_own_for_others():
+    def config(*arguments):
+        return setup_adapter(RecipeParser("sft").parse([*ON_CPU, *arguments]).adapter).peft_config
+
+    assert config("--use_peft").to_dict() == get_peft_config(ModelConfig(use_peft=True)).to_dict()
+    assert config("--adapter", "lora").to_dict() == get_peft_config(ModelConfig(use_peft=True)).to_dict()
+    assert (config("--adapter", "dora").lora_alpha, config("--adapter", "dora").lora_dropout) == (32, 0.05)
+    assert (config("--adapter", "sorsa").r, config("--adapter", "sorsa").sorsa_dropout) == (16, 0.0)
+    assert config() is None
+    assert config("--adapter", "full", "--use_peft") is None
+    assert config("--adapter", "sorsa", "--lora_r", "3").r == 3
+    assert config("--adapter", "lora", "--use_dora").use_dora
+    with pytest.raises(AdapterOptionsError, match="use_dora asks for 'dora' and adapter is 'sorsa'"):
+        config("--adapter", "sorsa", "--use_dora")
+
+
+def test_the_command_line_overrides_the_recipe_and_the_resolved_recipe_runs_again(tmp_path):
+    path = recipe(tmp_path / "recipe.yaml", seed=3)
+    first = run(
+        "sft", "--config", path, "--adapter", "lora", "--max_steps", "2", "--target_modules", "q_proj", "k_proj"
+    )
+    config = first.model.peft_config["default"]
+    assert (config.peft_type.value, first.state.global_step) == ("LORA", 2)
+    assert config.target_modules == {"q_proj", "k_proj"}
+    written = tmp_path / "run" / "recipe.yaml"
+    again = tmp_path / "again"
+    run("sft", "--config", written, "--output_dir", again)
+    saved = [load_file(directory / "adapter_model.safetensors") for directory in (tmp_path / "run", again)]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+    assert yaml.safe_load(written.read_text())["sorsa"] == {"gamma": 0.01}  # waits for its word
+
+
+def test_an_interrupted_run_resumes_from_the_last_complete_checkpoint(tmp_path):
+    whole = run("sft", "--config", recipe(tmp_path / "a.yaml", output_dir=str(tmp_path / "a"), max_steps=4))
+    saving = {"output_dir": str(tmp_path / "b"), "save_strategy": "steps", "save_steps": 1, "save_only_model": False}
+    path = recipe(tmp_path / "b.yaml", max_steps=4, **saving)
+    run("sft", "--config", path)
+    for step in (4, 3):  # as if it had been killed while saving the third
+        (tmp_path / "b" / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    resumed = run("sft", "--config", path, "--resume_from_checkpoint", "true")
+    assert losses(resumed) == losses(whole)  # the first two read back, the others bit-equal
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("b", "a"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(AdapterOptionsError, match=r"checkpoint-9, which is no complete checkpoint; the last complete"):
+        run("sft", "--config", path, "--resume_from_checkpoint", tmp_path / "b" / "checkpoint-9")
+
+
+def test_resuming_where_there_is_nothing_yet_starts_from_the_beginning(tmp_path, caplog):
+    line = [*ON_CPU, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"]
+    assert checkpoint_to_resume(RecipeParser("sft").parse(line).training) is None
+    assert "There is no complete checkpoint in" in caplog.text
+
+
+def test_dpo_of_preferences(tmp_path):
+    trainer = run(
+        "dpo", "--config", recipe(tmp_path / "recipe.yaml", dataset_name=str(PREFERENCES), learning_rate=2e-4)
+    )
+    assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-7)
+    assert losses(trainer)[-1] != losses(trainer)[0]
+    assert PeftConfig.from_pretrained(str(tmp_path / "run")).peft_type.value == "SORSA"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "directory", "saved to disk"])
+def test_local_data_of_every_kind(kind, tmp_path):
+    data = load_dataset("json", data_files=str(GSM8K))["train"].select(range(16))
+    target = tmp_path / "data"
+    if kind == "saved to disk":
+        from datasets import DatasetDict
+
+        DatasetDict({"train": data}).save_to_disk(str(target))
+    elif kind == "directory":
+        target.mkdir()
+        data.to_json(target / "train.jsonl")
+    else:
+        target = tmp_path / f"data.{kind}"
+        getattr(data, f"to_{kind}")(target)
+    trainer = run("sft", "--config", recipe(tmp_path / "recipe.yaml", dataset_name=str(target), max_steps=1))
+    assert losses(trainer)[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter": "sorza"}, r"adapter is 'sorza'; .* Did you mean 'sorsa'\?"),
+        (
+            {"adaptor": "sorsa"},
+            r"'adaptor' is an option neither of `sorsa sft` nor of `accelerate launch`. Did you mean 'adapter",
+        ),
+        ({"sorsa": {"gama": 1}}, r"'gama' is no option of sorsa; .* Did you mean 'gamma'\?"),
+        ({"model_name_or_path": None}, "No model: give model_name_or_path"),
+        ({"dataset_name": None}, "No data: give dataset_name"),
+        ({"eval_strategy": "steps", "eval_steps": 1}, "The data has the splits train; expected 'test'"),
+        ({"lora_r": 8}, "r is 4 and lora_r is 8|lora_r is 8 and r is 4"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_cannot_run_is_a_sentence(changes, message, tmp_path, capsys):
+    path = recipe(tmp_path / "recipe.yaml", **changes)
+    with pytest.raises(AdapterOptionsError, match=message):
+        run("sft", "--config", path)
+    assert main(["sft", "--config", str(path)]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("Error: ")
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+def test_errors_come_from_the_command_before_anything_is_launched(tmp_path):
+    path = recipe(tmp_path / "recipe.yaml", adapter="sorza")
+    command = [sys.executable, "-c", "from sorsa_plugin.cli import main; main()", "sft", "--config", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "Error: adapter is 'sorza'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_arguments_for_the_launcher_are_told_from_those_of_the_training():
+    line = ["--num_processes", "2", "--max_steps", "2", *ON_CPU, "--mixed_precision", "no"]
+    parsed = RecipeParser("sft").parse(line)
+    assert parsed.from_command_line == ["--num_processes", "2", "--mixed_precision", "no"]
+    assert _without(line, parsed.from_command_line) == ["--max_steps", "2", *ON_CPU]
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_the_recipes_in_examples_run_as_they_stand(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = ROOT / "examples" / "recipes" / f"{name}.yaml"
+    trainer = run(
+        name,
+        "--config",
+        path,
+        "--max_steps",
+        3,
+        "--logging_steps",
+        1,
+        "--output_dir",
+        tmp_path,
+        "--save_strategy",
+        "no",
+    )
+    assert trainer.model.peft_config["default"].peft_type.value == "SORSA"
+    assert len(losses(trainer)) == 3
+    assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-7) or losses(trainer)[-1] < losses(trainer)[0]
