@@ -18,7 +18,16 @@ from .recipe import ADAPTER, make_config
 REGULARIZER = ("gamma", "reg_update", "reg_schedule")
 """Options that a run which continues an adapter may change."""
 
-SHAPE = ("r", "target_modules", "exclude_modules", "rank_pattern", "layers_to_transform", "modules_to_save")
+SHAPE = (
+    "r",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "rank_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "trainable_token_indices",
+)
 """Options that a saved adapter has for good."""
 
 
@@ -73,7 +82,8 @@ def _follow(recipe: SORSAConfig, saved: SORSAConfig, block: dict[str, Any], dire
         for name in REGULARIZER:
             setattr(saved, name, getattr(recipe, name))
     saved.sorsa_dropout = recipe.sorsa_dropout
-    differing = [name for name in SHAPE if (getattr(recipe, name) or None) != (getattr(saved, name) or None)]
+    pairs = {name: (getattr(saved, name, None) or None, getattr(recipe, name, None) or None) for name in SHAPE}
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differing:
-        listed = ", ".join(f"{name} {getattr(saved, name)!r}, not {getattr(recipe, name)!r}" for name in differing)
+        listed = ", ".join(f"{name} {kept!r}, not {asked!r}" for name, (kept, asked) in differing.items())
         say("The adapter in %s keeps what it was made with: %s.", directory, listed)

@@ -14,7 +14,7 @@ from sorsa_transformers import SORSACallback
 
 from .checkpoints import choose_checkpoint, save_adapter_alone
 from .loading import load, new_config
-from .recipe import ADAPTER
+from .recipe import ADAPTER, refuse_continued_preferences
 
 
 class SORSAPlugin(BasePlugin):
@@ -40,6 +40,10 @@ class SORSAPlugin(BasePlugin):
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER)]
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if cfg.adapter == ADAPTER and self.trains:
+            refuse_continued_preferences(cfg)
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
         """The model with the adapter and its config; with `config_only` (DPO and KTO, whose trainer makes the

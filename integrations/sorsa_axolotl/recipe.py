@@ -18,11 +18,15 @@ HONOURED = (
     "lora_exclude_modules",
     "lora_modules_to_save",
     "lora_rank_pattern",
+    "lora_target_parameters",
     "peft_layers_to_transform",
     "peft_layers_pattern",
+    "peft_trainable_token_indices",
 )
-"""Axolotl's keys that go to `setup_adapter` as they are; lora_target_linear and lora_fan_in_fan_out go in translation.
-"""
+"""Axolotl's keys that go to `setup_adapter` as they are; it refuses those that `SORSAConfig` has no field for."""
+
+OWN = {"lora_fan_in_fan_out": "fan_in_fan_out", "peft_ensure_weight_tying": "ensure_weight_tying"}
+"""Axolotl's flags that are fields of `SORSAConfig` and of few other methods."""
 
 REFUSED = {
     "peft_use_dora": "DoRA is another method",
@@ -30,10 +34,7 @@ REFUSED = {
     "peft_init_lora_weights": "SORSA starts from the singular triplets; how they are found is svd, in the sorsa block",
     "peft.loftq_config": "LoftQ is an initialisation of LoRA on a quantised base",
     "peft_layer_replication": "layers that share a weight cannot be factorised one by one",
-    "peft_trainable_token_indices": "SORSA trains no single tokens; lora_modules_to_save trains whole embeddings",
-    "peft_ensure_weight_tying": "it ties the adapters of tied weights, which SORSA does not",
     "lora_alpha_pattern": "SORSA has no scale",
-    "lora_target_parameters": "SORSA adapts modules, not the parameters of a mixture's experts",
     "lora_mlp_kernel": "the kernel computes LoRA's forward",
     "lora_qkv_kernel": "the kernel computes LoRA's forward",
     "lora_o_kernel": "the kernel computes LoRA's forward",
@@ -59,28 +60,38 @@ def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
         AdapterOptionsError: there are lines that SORSA cannot honour, all of which are named; or it is inference
             without a saved adapter.
     """
-    found = {name: (value, why) for name, why in REFUSED.items() if _asks(value := _look_up(recipe, name))}
-    if recipe.get("peft_init_lora_weights") is True:
-        found.pop("peft_init_lora_weights", None)
-    if recipe.get("peft_autocast_adapter_dtype") is False:
-        found["peft_autocast_adapter_dtype"] = (False, "16 bits round SORSA's steps away; its offsets train in fp32")
-    if (recipe.get("fsdp") or recipe.get("fsdp_config")) and str(_fsdp_version(recipe)) != "2":
-        found["fsdp_version"] = (_fsdp_version(recipe), "FSDP1 is not supported; set fsdp_version: 2")
-    loading_only = recipe.get("inference") or recipe.get("merge_lora")
-    if recipe.get("lora_model_dir") and recipe.get("rl") in ("dpo", "ipo", "kto") and not loading_only:
-        found["lora_model_dir"] = (
-            recipe["lora_model_dir"],
-            f"Axolotl starts rl: {recipe['rl']} from a new adapter and would ignore it. Merge it first (axolotl "
-            "merge-lora) and give the result as base_model",
-        )
     if recipe.get("inference") and not recipe.get("lora_model_dir"):
         raise AdapterOptionsError(
             "lora_model_dir is not set, so inference would run with a new adapter, which answers as the base model "
             f"does. Add --lora-model-dir={recipe.get('output_dir')}, or where the adapter was saved."
         )
-    if found:
-        lines = (f"{name} is {_shown(value)}: {why}. Delete the line {name}." for name, (value, why) in found.items())
+    found = {name: (value, why) for name, why in REFUSED.items() if _asks(value := _look_up(recipe, name))}
+    if recipe.get("peft_init_lora_weights") is True:
+        found.pop("peft_init_lora_weights", None)
+    if recipe.get("peft_autocast_adapter_dtype") is False:
+        found["peft_autocast_adapter_dtype"] = (False, "16 bits round SORSA's steps away; its offsets train in fp32")
+    lines = [f"{name} is {_shown(value)}: {why}. Delete the line {name}." for name, (value, why) in found.items()]
+    if (recipe.get("fsdp") or recipe.get("fsdp_config")) and str(_fsdp_version(recipe)) != "2":
+        lines.append(f"fsdp_version is {_fsdp_version(recipe)}: FSDP1 is not supported. Set fsdp_version: 2.")
+    if lines:
         raise AdapterOptionsError("adapter: sorsa cannot honour this recipe.\n" + "\n".join(lines))
+
+
+def refuse_continued_preferences(recipe: Mapping[str, Any]) -> None:
+    """Check a recipe that is about to train.
+
+    Not part of its validation: `axolotl merge-lora` first validates as if it were to train, and there lora_model_dir
+    is right.
+
+    Raises:
+        AdapterOptionsError: preference tuning would ignore the saved adapter.
+    """
+    if recipe.get("lora_model_dir") and recipe.get("rl") in ("dpo", "ipo", "kto"):
+        raise AdapterOptionsError(
+            f"lora_model_dir is {recipe['lora_model_dir']!r} and Axolotl starts rl: {recipe['rl']} from a new adapter, "
+            "so it would be ignored. Merge it first (axolotl merge-lora), give the result as base_model, and delete "
+            "the line lora_model_dir."
+        )
 
 
 def merge_with_peft(recipe: dict[str, Any]) -> None:
@@ -130,8 +141,7 @@ def make_config(recipe: Mapping[str, Any], linear_names: list[str], task_type: s
             )
         options["lora_target_modules"] = sorted({*listed, *linear_names})
     options[ADAPTER] = dict(recipe.get(ADAPTER) or {})
-    if recipe.get("lora_fan_in_fan_out"):
-        options[ADAPTER]["fan_in_fan_out"] = True
+    options[ADAPTER] |= {field: True for key, field in OWN.items() if recipe.get(key)}
     config = setup_adapter({**options, "adapter": ADAPTER, "task_type": task_type}).peft_config
     assert isinstance(config, SORSAConfig)
     return config

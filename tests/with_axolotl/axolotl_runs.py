@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 BASE = ROOT / "integrations" / "sorsa_quickstart" / "base"
-GSM8K = ROOT / "examples" / "data" / "gsm8k.jsonl"
+GSM8K = ROOT / "examples" / "data" / "gsm8k" / "train.jsonl"
 PREFERENCES = ROOT / "examples" / "data" / "gsm8k_preferences.jsonl"
+
+METRICS = ("sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma")
 
 LORA_RECIPE = f"""\
 base_model: {BASE}
@@ -102,7 +106,13 @@ def recipe(**changes: Any) -> dict[str, Any]:
 
 
 def axolotl(
-    command: str, text: str | dict[str, Any], output: Path, *options: str, stdin: str = "", path: Path | None = None
+    command: str,
+    text: str | dict[str, Any],
+    output: Path,
+    *options: str,
+    stdin: str = "",
+    path: Sequence[Path] = (),
+    processes: int = 1,
 ) -> Run:
     """Run `axolotl <command>` on a recipe; checks that the base model's files stay as they were.
 
@@ -110,33 +120,46 @@ def axolotl(
         text: the recipe, YAML or parsed.
         output: its output_dir; the recipe is written beside it.
         path: goes first on the process's PYTHONPATH.
+        processes: of torchrun, on CPUs, where it is more than one.
     """
     written = output.parent / f"{output.name}.{command}.yaml"
     written.write_text(text if isinstance(text, str) else yaml.safe_dump(text))
     places = [f"--output-dir={output}", f"--dataset-prepared-path={output.parent / 'prepared'}"]
-    launcher = [] if command == "preprocess" or "--launcher" in options else ["--launcher", "python"]
+    launcher = ["--launcher", "python"] if command in ("train", "inference") else []
+    if processes > 1:
+        path = [HERE / "two_cpus", HERE.parent / "distributed"]
+        launcher = ["--launcher", "torchrun", "--", "--standalone", f"--nproc_per_node={processes}"]
     before = hashes(BASE)
     result = subprocess.run(
-        [sys.executable, "-m", "axolotl.cli.main", command, str(written), *places, *launcher, *options],
+        [sys.executable, "-m", "axolotl.cli.main", command, str(written), *places, *options, *launcher],
         input=stdin,
         capture_output=True,
         text=True,
         cwd=output.parent,
-        env=environment(path),
+        env=environment(*path),
     )
     assert hashes(BASE) == before
     return Run(written, output, result.stdout + result.stderr, result.returncode)
 
 
-def trained(text: str | dict[str, Any], output: Path, *options: str) -> Run:
-    run = axolotl("train", text, output, *options)
+def trained(text: str | dict[str, Any], output: Path, *options: str, processes: int = 1) -> Run:
+    run = axolotl("train", text, output, *options, processes=processes)
     assert run.returncode == 0, run.log[-4000:]
     return run
 
 
-def environment(path: Path | None = None) -> dict[str, str]:
-    places = [*([str(path)] if path else []), str(Path(__file__).parent)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+def assert_the_same_end(run: Run, whole: Run, start: int) -> None:
+    """That a run resumed at step `start` is, from there, bit for bit one that was not interrupted."""
+    for name, tensor in whole.adapter.items():
+        assert torch.equal(run.adapter[name], tensor), name
+    for key in ("loss", "grad_norm", *METRICS):
+        expected = {step: value for step, value in whole.logged(key).items() if step > start}
+        assert {step: value for step, value in run.logged(key).items() if step > start} == expected
+
+
+def environment(*path: Path) -> dict[str, str]:
+    places = os.pathsep.join(map(str, [*path, HERE]))
+    return {**os.environ, "PYTHONPATH": places, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def hashes(directory: Path) -> dict[str, str]:
@@ -147,6 +170,14 @@ def base_model(dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(BASE, dtype=dtype)
+
+
+def base_logits() -> torch.Tensor:
+    """What the base model answers without an adapter."""
+    from probe_plugin import INPUT_IDS
+
+    with torch.no_grad():
+        return base_model().eval()(input_ids=INPUT_IDS).logits
 
 
 def plain_peft_logits(adapter: Path) -> torch.Tensor:

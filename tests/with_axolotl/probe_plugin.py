@@ -29,6 +29,8 @@ class ProbePlugin(BasePlugin):
         return []
 
     def post_train(self, cfg: Any, model: Any) -> None:
+        if cfg.world_size > 1:
+            return
         directory = Path(cfg.output_dir)
         if (directory / "probe.json").exists():  # Axolotl calls this twice; the first model is the trainer's
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +25,8 @@ from pydantic import ValidationError
 from sorsa_axolotl.checkpoints import choose_checkpoint, save_adapter_alone
 from sorsa_axolotl.plugin import SORSAPlugin
 from sorsa_axolotl.recipe import REFUSED
-from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError
+from sorsa_plugin import SORSAConfig
+from sorsa_plugin.errors import AdapterOptionsError, ForeignAdapterError, IncompleteAdapterError
 
 pytestmark = pytest.mark.axolotl
 
@@ -54,10 +57,7 @@ ASKING: dict[str, Any] = {
     "peft_init_lora_weights": "pissa",
     "peft": {"loftq_config": {"loftq_bits": 4}},
     "peft_layer_replication": [[0, 2], [1, 3]],
-    "peft_trainable_token_indices": [1, 2],
-    "peft_ensure_weight_tying": True,
     "lora_alpha_pattern": {"q_proj": 32},
-    "lora_target_parameters": ["experts.gate_up_proj"],
     "lora_mlp_kernel": True,
     "lora_qkv_kernel": True,
     "lora_o_kernel": True,
@@ -107,11 +107,32 @@ def test_keys_that_are_off_or_lora_defaults_pass() -> None:
     validated(peft_use_dora=False, peft_init_lora_weights=True, lora_mlp_kernel=False, load_in_8bit=False)
 
 
-def test_preference_tuning_on_a_saved_adapter_is_refused_with_the_way_that_works() -> None:
-    data = [{"path": "rows.jsonl", "ds_type": "json", "split": "train", "type": "chatml.intel"}]
-    message = refusal(rl="dpo", lora_model_dir="adapter", datasets=data, val_set_size=0, eval_steps=None)
-    assert "Axolotl starts rl: dpo from a new adapter and would ignore it" in message
-    assert "axolotl merge-lora" in message
+@pytest.mark.parametrize("rl", ["dpo", "ipo", "kto"])
+def test_preference_tuning_on_a_saved_adapter_is_refused_with_the_way_that_works(rl: str) -> None:
+    cfg = {"adapter": "sorsa", "rl": rl, "lora_model_dir": "adapter"}
+    training, merging = SORSAPlugin(), SORSAPlugin()
+    training.register(cfg)
+    with pytest.raises(AdapterOptionsError, match=f"starts rl: {rl} from a new adapter.*axolotl merge-lora"):
+        training.pre_model_load(DictDefault(cfg))
+    merging.register(cfg | {"merge_lora": True})
+    merging.pre_model_load(DictDefault(cfg))
+
+
+FURTHER = {
+    "lora_target_parameters": ("target_parameters", ["experts.gate_up_proj"]),
+    "peft_trainable_token_indices": ("trainable_token_indices", [1, 2]),
+    "peft_ensure_weight_tying": ("ensure_weight_tying", True),
+}
+
+
+@pytest.mark.parametrize("key", FURTHER)
+def test_what_the_config_has_a_field_for_reaches_it_and_what_it_lacks_is_refused(key: str) -> None:
+    field, value = FURTHER[key]
+    if field in {item.name for item in dataclasses.fields(SORSAConfig)}:
+        _, config = SORSAPlugin().load_adapter(base_model(), validated(**{key: value}), config_only=True)
+        assert getattr(config, field) == value
+    else:
+        assert re.search(f"{field}.* no (such )?option", refusal(**{key: value}))
 
 
 def test_inference_without_a_saved_adapter_is_refused() -> None:
@@ -129,7 +150,9 @@ def test_merging_goes_through_peft_and_the_method_for_lora_tensors_is_refused() 
 
 def test_fsdp_1_is_refused_and_fsdp_2_is_not() -> None:
     sharding = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    assert "set fsdp_version: 2" in refusal(fsdp_config=sharding, fsdp_version=1)
+    assert "fsdp_version is 1: FSDP1 is not supported. Set fsdp_version: 2." in refusal(
+        fsdp_config=sharding, fsdp_version=1
+    )
     validated(fsdp_config=sharding, fsdp_version=2)
 
 
@@ -233,7 +256,7 @@ def test_resuming_from_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> No
 
 def test_a_broken_installation_stops_the_command_with_the_pip_command(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['sorsa_transformers'] = None\n")
-    run = axolotl("preprocess", recipe(), tmp_path / "out", path=tmp_path)
+    run = axolotl("preprocess", recipe(), tmp_path / "out", path=[tmp_path])
     assert run.returncode != 0
     assert "BrokenInstallationError" in run.log.strip().splitlines()[-1]
     assert "Run: pip install --upgrade 'sorsa-plugin[axolotl]'" in run.log.strip().splitlines()[-1]

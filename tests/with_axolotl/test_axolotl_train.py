@@ -11,11 +11,19 @@ import torch
 
 pytest.importorskip("axolotl")
 
-from axolotl_runs import GSM8K, LORA_RECIPE, SORSA_RECIPE, Run, plain_peft_logits, recipe, trained
+from axolotl_runs import (
+    GSM8K,
+    LORA_RECIPE,
+    METRICS,
+    SORSA_RECIPE,
+    Run,
+    assert_the_same_end,
+    plain_peft_logits,
+    recipe,
+    trained,
+)
 
 pytestmark = pytest.mark.axolotl
-
-METRICS = ("sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma")
 
 
 def test_one_word_and_the_plugin_switch_a_recipe_from_lora_to_sorsa(lora_run: Run, sorsa_run: Run) -> None:
@@ -66,14 +74,6 @@ def test_the_saved_adapter_answers_in_plain_peft_as_the_trained_model_did(sorsa_
     card = (sorsa_run.output / "README.md").read_text()
     assert "## SORSA adapter" in card
     assert "See axolotl config" in card
-
-
-def assert_the_same_end(run: Run, whole: Run, start: int) -> None:
-    for name, tensor in whole.adapter.items():
-        assert torch.equal(run.adapter[name], tensor), name
-    for key in ("loss", "grad_norm", *METRICS):
-        expected = {step: value for step, value in whole.logged(key).items() if step > start}
-        assert {step: value for step, value in run.logged(key).items() if step > start} == expected
 
 
 def test_auto_resume_skips_a_checkpoint_that_was_cut_off_and_ends_bit_equal(sorsa_run: Run, runs: Path) -> None:
