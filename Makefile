@@ -2,39 +2,40 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+AXOLOTL := .venv-axolotl
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding
+SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
+	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
+RESULTS := runs/support
 PIP := -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest support-table test-all bench lint format clean
+.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
+	support-table bench lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
 
 test: $(VENV)/tests  ## the fast tests, on the latest versions
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not distributed" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not distributed and not axolotl" $(ARGS)
 
 test-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow and not distributed" $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow and not distributed and not axolotl" $(ARGS)
 
 test-distributed: $(VENV)/tests  ## DDP and FSDP2 on two CPU processes
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m distributed $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "distributed and not axolotl" $(ARGS)
 
 test-slow: $(VENV)/tests  ## the wheel in a clean environment, the quickstart, real pretrained weights
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow and not axolotl" $(ARGS)
 
 test-peft: $(VENV)/tests  ## PEFT's own test suite for SORSAConfig, on the latest versions
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py $(ARGS)
 
 test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py $(ARGS)
-
-RESULTS := runs/support
-SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
-	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
 
 support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the results of tests; failures are written there
 	mkdir -p $(RESULTS)
@@ -44,7 +45,10 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --borrowed --junit-xml=$(CURDIR)/$(RESULTS)/lora.xml
 	$(VENV)/bin/python tests/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > docs/support.md
 
-test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed  ## what CI runs
+test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)
+	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(ARGS)
+
+test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
 
 bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
 	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
@@ -60,7 +64,7 @@ format: $(VENV)/tests
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .peft_conformance build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(AXOLOTL) .peft_conformance build dist *.egg-info
 
 $(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -80,4 +84,9 @@ $(OLDEST)/tests: pyproject.toml constraints-oldest.txt tests/oracles.txt
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python $(PIP) -c constraints-oldest.txt -e ".[test]"
 	$(OLDEST)/bin/python $(PIP) --no-deps -r tests/oracles.txt
+	touch $@
+
+$(AXOLOTL)/tests: pyproject.toml constraints-axolotl.txt
+	$(PYTHON) -m venv $(AXOLOTL)
+	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl]" pytest
 	touch $@

@@ -1,0 +1,73 @@
+"""What the plug-in adds to Axolotl's configuration schema, and the checks that run before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sorsa_plugin.adapters import nearest
+from sorsa_plugin.config import RegSchedule, RegUpdate, SvdMethod
+
+from .recipe import ADAPTER, check_config, merge_with_peft, refuse_unhonoured
+
+
+class SORSABlock(BaseModel):
+    """The recipe's `sorsa:` block: the options of `SORSAConfig` for which Axolotl has no key of its own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    gamma: float | None = Field(
+        default=None,
+        description="Learning rate of the orthonormal regularizer; 0 turns it off. Default: 4e-4, decoupled 0.1.",
+    )
+    reg_update: RegUpdate | None = Field(
+        default=None,
+        description="'coupled' (default) joins the gradient; 'decoupled' acts after the step.",
+    )
+    reg_schedule: RegSchedule | None = Field(
+        default=None, description="Decoupled only: 'lr' (default) follows the learning rate's schedule, or 'constant'."
+    )
+    svd: SvdMethod | None = Field(
+        default=None, description="How weights are factorised: 'auto' (default), 'exact' or 'randomized'."
+    )
+    svd_seed: int | None = Field(default=None, description="Seed of the randomized factorisation. Default: 0.")
+    svd_energy: float | None = Field(
+        default=None, description="Share of the best triplets' energy where it stops. Default: 0.998."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def name_the_nearest(cls, block: Any) -> Any:
+        known = list(cls.model_fields)
+        for name in block if isinstance(block, dict) else ():
+            if name not in known:
+                raise ValueError(
+                    f"{name!r} is no option of the sorsa block; expected {', '.join(known)}.{nearest(name, known)} "
+                    "Rank, targets and dropout are Axolotl's own keys: lora_r, lora_target_modules, lora_dropout, ..."
+                )
+        return block
+
+
+class SORSAArgs(BaseModel):
+    """Mixed into Axolotl's schema; checks nothing unless the recipe says `adapter: sorsa`."""
+
+    sorsa: SORSABlock | None = Field(default=None, description="Options of `adapter: sorsa`.")
+    lora_exclude_modules: str | list[str] | None = Field(
+        default=None,
+        description="Modules to leave out. Axolotl's loader reads this key, its schema of 0.19 lacks it and drops it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_sorsa_keys(cls, recipe: Any) -> Any:
+        if isinstance(recipe, dict) and recipe.get("adapter") == ADAPTER:
+            refuse_unhonoured(recipe)
+            merge_with_peft(recipe)
+        return recipe
+
+    @model_validator(mode="after")
+    def check_sorsa_values(self) -> SORSAArgs:
+        if getattr(self, "adapter", None) == ADAPTER:
+            check_config({**self.__dict__, "sorsa": self.sorsa.model_dump(exclude_none=True) if self.sorsa else {}})
+        return self

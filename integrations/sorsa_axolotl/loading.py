@@ -1,0 +1,89 @@
+"""Puts the adapter on Axolotl's model: a new one, or a saved one to train on, to ask or to merge."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from axolotl.loaders.adapter import find_all_linear_names
+from peft import PeftModel, get_peft_model
+
+from sorsa_plugin import SORSAConfig
+from sorsa_plugin.adapter_files import read_config
+from sorsa_plugin.attachment import say
+
+from .recipe import ADAPTER, make_config
+
+REGULARIZER = ("gamma", "reg_update", "reg_schedule")
+"""Options that a run which continues an adapter may change."""
+
+SHAPE = (
+    "r",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "rank_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+"""Options that a saved adapter has for good."""
+
+
+def load(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConfig]:
+    """The model with the adapter that the recipe says; a saved one where it has `lora_model_dir`.
+
+    Args:
+        model, cfg: Axolotl's.
+        trains: False to ask it or to merge it.
+
+    Raises:
+        ForeignAdapterError, IncompleteAdapterError, BaseMismatchError: `lora_model_dir` does not fit.
+    """
+    if cfg.lora_model_dir:
+        adapted, config = load_saved(model, cfg, trains)
+    else:
+        config = new_config(model, cfg)
+        adapted = get_peft_model(model, config)
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        adapted.print_trainable_parameters()
+    return adapted, config
+
+
+def new_config(model: Any, cfg: Any) -> SORSAConfig:
+    """The config of a new adapter for this model."""
+    return make_config(cfg, find_all_linear_names(model), task_type(model))
+
+
+def load_saved(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConfig]:
+    """A saved adapter; what the recipe says about the regularizer replaces what the adapter was saved with."""
+    directory = Path(cfg.lora_model_dir)
+    config = read_config(directory) if directory.is_dir() else SORSAConfig.from_pretrained(cfg.lora_model_dir)
+    if trains:
+        _follow(new_config(model, cfg), config, dict(cfg.get(ADAPTER) or {}), cfg.lora_model_dir)
+    placement = {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}} if cfg.lora_on_cpu else {}
+    adapted = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trains, config=config, **placement)
+    return adapted, config
+
+
+def task_type(model: Any) -> str:
+    """PEFT's task type, by the class of the model's head."""
+    name = type(model).__name__
+    return next((kind for word, kind in HEADS.items() if word in name), "CAUSAL_LM")
+
+
+HEADS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"}
+
+
+def _follow(recipe: SORSAConfig, saved: SORSAConfig, block: dict[str, Any], directory: str) -> None:
+    """Give a saved config the recipe's regularizer and dropout, and say what else of the recipe it cannot follow."""
+    if set(block) & set(REGULARIZER):
+        for name in REGULARIZER:
+            setattr(saved, name, getattr(recipe, name))
+    saved.sorsa_dropout = recipe.sorsa_dropout
+    pairs = {name: (getattr(saved, name) or None, getattr(recipe, name) or None) for name in SHAPE}
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if differing:
+        listed = ", ".join(f"{name} {kept!r}, not {asked!r}" for name, (kept, asked) in differing.items())
+        say("The adapter in %s keeps what it was made with: %s.", directory, listed)

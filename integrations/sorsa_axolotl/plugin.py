@@ -1,0 +1,69 @@
+"""`SORSAPlugin`: where Axolotl calls this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from peft.utils import CONFIG_NAME
+
+from sorsa_plugin.adapter_files import read_config
+from sorsa_plugin.model_card import complete_model_card
+from sorsa_transformers import SORSACallback
+
+from .checkpoints import choose_checkpoint, save_adapter_alone
+from .loading import load, new_config
+from .recipe import ADAPTER, refuse_continued_preferences
+
+
+class SORSAPlugin(BasePlugin):
+    """Adds `adapter: sorsa` to Axolotl; does nothing to recipes with another adapter.
+
+    plugins:
+      - sorsa_axolotl.SORSAPlugin
+    adapter: sorsa
+    lora_r: 16
+    sorsa:
+      gamma: 4.0e-4
+    """
+
+    trains = True
+
+    def register(self, cfg: Any) -> None:
+        """Keeps what the command put into the unparsed configuration: the schema drops `inference`, and the loader is
+        not told."""
+        self.trains = not (cfg.get("inference") or cfg.get("merge_lora"))
+
+    def get_input_args(self) -> str:
+        return "sorsa_axolotl.args.SORSAArgs"
+
+    def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
+        return [AdapterCapabilities(name=ADAPTER)]
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if cfg.adapter == ADAPTER and self.trains:
+            refuse_continued_preferences(cfg)
+
+    def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
+        """The model with the adapter and its config; with `config_only` (DPO and KTO, whose trainer makes the
+        adapter) the config alone."""
+        if cfg.adapter != ADAPTER:
+            return None
+        if config_only:
+            return None, new_config(model, cfg)
+        return load(model, cfg, trains=self.trains and not inference)
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        """The regularizer's control and its metrics, in Axolotl's log and every reporter."""
+        return [SORSACallback(trainer)] if cfg.adapter == ADAPTER else []
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        if cfg.adapter == ADAPTER:
+            choose_checkpoint(cfg)
+            save_adapter_alone(trainer.model)
+
+    def post_train(self, cfg: Any, model: Any) -> None:
+        """Called before and after the final save: Axolotl writes a model card over the adapter's."""
+        if cfg.adapter == ADAPTER and cfg.local_rank == 0 and (Path(cfg.output_dir) / CONFIG_NAME).is_file():
+            complete_model_card(cfg.output_dir, read_config(Path(cfg.output_dir)))

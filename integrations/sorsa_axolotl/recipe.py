@@ -1,0 +1,171 @@
+"""What an Axolotl recipe says about its adapter, in this package's words; refuses what SORSA cannot honour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sorsa_plugin import SORSAConfig, setup_adapter
+from sorsa_plugin.errors import AdapterOptionsError
+
+ADAPTER = "sorsa"
+
+HONOURED = (
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
+    "lora_exclude_modules",
+    "lora_modules_to_save",
+    "lora_rank_pattern",
+    "lora_target_parameters",
+    "peft_layers_to_transform",
+    "peft_layers_pattern",
+    "peft_trainable_token_indices",
+)
+"""Axolotl's keys that go to `setup_adapter` as they are."""
+
+OWN = {"lora_fan_in_fan_out": "fan_in_fan_out", "peft_ensure_weight_tying": "ensure_weight_tying"}
+"""Axolotl's flags that are fields of `SORSAConfig` and of few other methods."""
+
+REFUSED = {
+    "peft_use_dora": "DoRA is another method",
+    "peft_use_rslora": "rsLoRA is a scale for LoRA, and SORSA has no scale",
+    "peft_init_lora_weights": "SORSA starts from the singular triplets; how they are found is svd, in the sorsa block",
+    "peft.loftq_config": "LoftQ is an initialisation of LoRA on a quantised base",
+    "peft_layer_replication": "layers that share a weight cannot be factorised one by one",
+    "lora_alpha_pattern": "SORSA has no scale",
+    "lora_mlp_kernel": "the kernel computes LoRA's forward",
+    "lora_qkv_kernel": "the kernel computes LoRA's forward",
+    "lora_o_kernel": "the kernel computes LoRA's forward",
+    "lora_embedding_kernel": "the kernel computes LoRA's forward",
+    "loraplus_lr_ratio": "it is a learning rate for lora_B, which SORSA does not have",
+    "relora": "ReLoRA merges and restarts LoRA",
+    "qlora_sharded_model_loading": "it is for adapter: qlora",
+    "load_in_8bit": "Axolotl quantises for adapter: lora only, and would ignore the line",
+    "load_in_4bit": "Axolotl quantises for adapter: qlora only, and would ignore the line",
+    "gptq": "SORSA needs the singular values of an unquantised base",
+    "qat": "the change that SORSA trains would not be quantised with the weight",
+    "flash_attn_fuse_mlp": "it replaces the linear layers that are adapted",
+    "trl.vllm_lora_sync": "vLLM takes LoRA files only; without the line TRL sends the merged weights",
+    "deepspeed": "the regularizer is not delivered under DeepSpeed yet; FSDP2 is the way to shard (fsdp_version: 2)",
+}
+"""Keys that would change nothing, or another method than SORSA; by dotted name, with the reason."""
+
+
+def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
+    """Check the keys of an unparsed recipe with `adapter: sorsa`.
+
+    Raises:
+        AdapterOptionsError: there are lines that SORSA cannot honour, all of which are named; or it is inference
+            without a saved adapter.
+    """
+    if recipe.get("inference") and not recipe.get("lora_model_dir"):
+        raise AdapterOptionsError(
+            "lora_model_dir is not set, so inference would run with a new adapter, which answers as the base model "
+            f"does. Add --lora-model-dir={recipe.get('output_dir')}, or where the adapter was saved."
+        )
+    found = {name: (value, why) for name, why in REFUSED.items() if _asks(value := _look_up(recipe, name))}
+    if recipe.get("peft_init_lora_weights") is True:
+        found.pop("peft_init_lora_weights", None)
+    if recipe.get("peft_autocast_adapter_dtype") is False:
+        found["peft_autocast_adapter_dtype"] = (False, "16 bits round SORSA's steps away; its offsets train in fp32")
+    lines = [f"{name} is {_shown(value)}: {why}. Delete the line {name}." for name, (value, why) in found.items()]
+    if (recipe.get("fsdp") or recipe.get("fsdp_config")) and str(_fsdp_version(recipe)) != "2":
+        lines.append(f"fsdp_version is {_fsdp_version(recipe)}: FSDP1 is not supported. Set fsdp_version: 2.")
+    if lines:
+        raise AdapterOptionsError("adapter: sorsa cannot honour this recipe.\n" + "\n".join(lines))
+
+
+def refuse_continued_preferences(recipe: Mapping[str, Any]) -> None:
+    """Check a recipe that is about to train.
+
+    Not part of its validation: `axolotl merge-lora` first validates as if it were to train, and there lora_model_dir
+    is right.
+
+    Raises:
+        AdapterOptionsError: preference tuning would ignore the saved adapter.
+    """
+    if recipe.get("lora_model_dir") and recipe.get("rl") in ("dpo", "ipo", "kto"):
+        raise AdapterOptionsError(
+            f"lora_model_dir is {recipe['lora_model_dir']!r} and Axolotl starts rl: {recipe['rl']} from a new adapter, "
+            "so it would be ignored. Merge it first (axolotl merge-lora), give the result as base_model, and delete "
+            "the line lora_model_dir."
+        )
+
+
+def merge_with_peft(recipe: dict[str, Any]) -> None:
+    """Have `axolotl merge-lora` merge through PEFT: its default method knows only tensors called lora_A and lora_B.
+
+    Raises:
+        AdapterOptionsError: the recipe asks for that method.
+    """
+    if recipe.get("merge_method") not in (None, "legacy"):
+        raise AdapterOptionsError(
+            f"merge_method is {recipe['merge_method']!r}, which reads only LoRA's tensors; expected 'legacy'. Delete "
+            "the line merge_method; where the model does not fit into memory, run: sorsa merge --base "
+            f"{recipe.get('base_model')} --adapter {recipe.get('lora_model_dir') or recipe.get('output_dir')} -o merged"
+        )
+    recipe["merge_method"] = "legacy"
+
+
+def check_config(recipe: Mapping[str, Any]) -> None:
+    """Build the adapter's config as it will be built, so that its errors come before the base model is loaded.
+
+    Raises:
+        AdapterOptionsError, SORSAConfigError: an option has a value that cannot be honoured.
+    """
+    said_later = {key: value for key, value in recipe.items() if key != "lora_alpha"}
+    make_config(said_later, linear_names=["every_linear"], task_type="CAUSAL_LM")
+
+
+def make_config(recipe: Mapping[str, Any], linear_names: list[str], task_type: str) -> SORSAConfig:
+    """The adapter's config; says that lora_alpha is not used where the recipe has it.
+
+    Args:
+        recipe: Axolotl's configuration, validated.
+        linear_names: what `lora_target_linear` stands for in the model.
+        task_type: PEFT's task type.
+
+    Raises:
+        AdapterOptionsError, SORSAConfigError: an option has a value that cannot be honoured.
+    """
+    given = {key: _plain(recipe.get(key)) for key in HONOURED}
+    options = {key: value for key, value in given.items() if value not in (None, [], {})}
+    if recipe.get("lora_target_linear"):
+        listed = options.get("lora_target_modules", [])
+        if isinstance(listed, str):
+            raise AdapterOptionsError(
+                f"lora_target_linear is set and lora_target_modules is the expression {listed!r}; expected a list "
+                "beside lora_target_linear. Delete one of the two lines."
+            )
+        options["lora_target_modules"] = sorted({*listed, *linear_names})
+    options[ADAPTER] = dict(recipe.get(ADAPTER) or {})
+    options[ADAPTER] |= {field: True for key, field in OWN.items() if recipe.get(key)}
+    config = setup_adapter({**options, "adapter": ADAPTER, "task_type": task_type}).peft_config
+    assert isinstance(config, SORSAConfig)
+    return config
+
+
+def _look_up(recipe: Mapping[str, Any], dotted: str) -> Any:
+    value: Any = recipe
+    for name in dotted.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return value
+
+
+def _asks(value: Any) -> bool:
+    return value is not None and value is not False and value not in ([], {}, "")
+
+
+def _fsdp_version(recipe: Mapping[str, Any]) -> Any:
+    return recipe.get("fsdp_version") or _look_up(recipe, "fsdp_config.fsdp_version") or 1
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    """Axolotl's mapping type would be written into the adapter's files as what it is."""
+    return dict(value) if isinstance(value, Mapping) else value
