@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from support import perturb
-from trl import DPOTrainer, SFTTrainer
-from trl_runs import EXAMPLES, adapter_tensors, build, logged, sorsa_config
+from trl import DPOTrainer, SFTConfig, SFTTrainer
+from trl_runs import EXAMPLES, adapter_tensors, build, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
 from sorsa_plugin.factors import OFFSETS
@@ -95,10 +97,6 @@ def test_sft_options_that_touch_the_model(changes, tmp_path):
     if "assistant_only_loss" in changes:
         rows, tokenizer.chat_template = CHATS, TEMPLATE
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    from datasets import Dataset
-    from trl import SFTConfig
-    from trl_runs import options
-
     trainer = SFTTrainer(
         model,
         args=SFTConfig(**options(tmp_path, **changes)),
@@ -128,3 +126,68 @@ def test_modules_to_save_are_trained_saved_and_loaded(tmp_path):
     inputs = tokenizer("Tom had 3", return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits)
+
+
+def reload_and_compare(trainer, directory, base, tokens):
+    """The saved adapter on the base with the new vocabulary gives the trained model's logits, bit for bit."""
+    trainer.save_model(str(directory))
+    loaded = PeftModel.from_pretrained(base, directory)
+    inputs = {"input_ids": torch.tensor([tokens])}
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**inputs).logits, trainer.model.eval()(**inputs).logits)
+
+
+def untied_base():
+    """The embedded architecture with an output layer of its own, random weights: TRL 1.16 reads the output layer's
+    bias, which PEFT's wrapper around tied new tokens does not have, with LoRA neither."""
+    base, tokenizer = load_base()
+    base.config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    return type(base)(base.config), tokenizer
+
+
+def test_new_tokens_are_trained_beside_sorsa(tmp_path):
+    base, tokenizer = untied_base()
+    tokenizer.add_tokens(["<think>"])
+    new = tokenizer.convert_tokens_to_ids("<think>")
+    base.resize_token_embeddings(len(tokenizer))
+    resized = copy.deepcopy(base)
+    rows = [{**row, "completion": "<think>" + row["completion"]} for row in EXAMPLES]
+    trainer = SFTTrainer(
+        base,
+        args=SFTConfig(**options(tmp_path / "run")),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=sorsa_config(trainable_token_indices={"embed_tokens": [new]}),
+    )
+    trainer.train()
+    merged = copy.deepcopy(trainer.model).merge_and_unload().get_input_embeddings().weight
+    original = resized.get_input_embeddings().weight
+    assert not torch.equal(merged[new], original[new])
+    others = torch.arange(len(original)) != new
+    assert torch.equal(merged[others], original[others])
+    reload_and_compare(trainer, tmp_path / "adapter", resized, [5, new, 7])
+
+
+def test_the_tokens_of_a_cloned_chat_template_are_trained_beside_sorsa(tmp_path):
+    """TRL adds them to the vocabulary and to the config's trainable_token_indices by itself."""
+    model, template = untied_base()
+    base = copy.deepcopy(model)
+    template.add_tokens(["<|turn|>"], special_tokens=True)
+    template.chat_template = "{% for m in messages %}<|turn|>{{ m['content'] }}{% endfor %}"
+    template.save_pretrained(tmp_path / "template")
+    trainer = build(
+        SFTTrainer,
+        tmp_path / "run",
+        sorsa_config(modules_to_save=["lm_head"]),
+        model=model,
+        rows=CHATS,
+        chat_template_path=str(tmp_path / "template"),
+        eval_strategy="no",
+    )
+    trainer.train()
+    tokens = trainer.model.peft_config["default"].trainable_token_indices["embed_tokens"]
+    assert template.convert_tokens_to_ids("<|turn|>") in tokens
+    base.resize_token_embeddings(trainer.model.get_input_embeddings().weight.shape[0])
+    # the new rows of the embedding start anew here; what was trained of them is in the adapter
+    reload_and_compare(trainer, tmp_path / "adapter", base, [5, tokens[0], 7])
