@@ -25,7 +25,7 @@ from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
 from .errors import IncompleteAdapterError, RankError
 from .lora_layouts import lora_tensors, outer_name
-from .lowrank import Parts
+from .lowrank import Parts, change_norm
 from .outputs import appearing_whole, refuse_occupied
 
 logger = logging.getLogger(__name__)
@@ -159,12 +159,6 @@ def truncate(L: torch.Tensor, R: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     return ((Q1 @ U[..., :rank]) * root).to(L.dtype), ((Q2 @ Vh[..., :rank, :].mT) * root).to(R.dtype), S
 
 
-def _norm(L: torch.Tensor, R: torch.Tensor) -> float:
-    """||L R^T||_F in float64, from the two Gram matrices."""
-    L, R = L.double(), R.double()
-    return math.sqrt(max(0.0, float(((L.mT @ L) * (R.mT @ R)).sum())))
-
-
 def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, ExportedLayer]:
     """L (out x rank) and R (in x rank) of a layer's LoRA, or stacks of them."""
     prefix = f"{ROOT}{layer}.sorsa_factors."
@@ -174,7 +168,7 @@ def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Ten
             f"The factors of {layer} hold NaN or infinity; expected finite numbers. The training run diverged or the "
             "file was damaged: export an earlier checkpoint."
         )
-    norm, error = _norm(L, R), 0.0
+    norm, error = change_norm(L, R), 0.0
     if rank < 2 * own_rank:
         L, R, S = truncate(L, R, rank)
         error = float(S[..., rank:].norm()) / norm if norm else 0.0

@@ -49,7 +49,7 @@ class Parts(NamedTuple):
 
 
 def change_norm(L: torch.Tensor, R: torch.Tensor) -> float:
-    """||L R^T||_F in float64, from the two Gram matrices; L (out x k), R (in x k)."""
+    """||L R^T||_F in float64, from the two Gram matrices; L (out x k) and R (in x k), or stacks of them."""
     L, R = L.double(), R.double()
     return float(((L.mT @ L) * (R.mT @ R)).sum().clamp_min(0.0).sqrt())
 
