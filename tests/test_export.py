@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from sorsa_plugin import SORSAConfig, SORSAError, export_lora, save_adapter
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, OutputExistsError, RankError
+from sorsa_plugin.lowrank import Parts
 from sorsa_plugin.regularizer import sorsa_layers
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -171,12 +172,8 @@ def test_the_product_is_the_change_bit_for_bit(served, case):
     source, lora = load_file(directory / "sorsa" / FILE), load_file(directory / "lora" / FILE)
     for exported in served[case]["report"].layers:
         prefix = f"base_model.model.{exported.name}"
-        factors = {
-            part: source[f"{prefix}.sorsa_factors.{part}"].float() for part in ("dU", "dS", "dV", "U0", "S0", "V0")
-        }
-        S = factors["S0"] + factors["dS"]
-        L = torch.cat((factors["dU"] * S, factors["U0"]), dim=1)
-        R = torch.cat((factors["V0"] + factors["dV"], factors["V0"] * factors["dS"] + factors["dV"] * S), dim=1)
+        # the pair that the layer computes with; that it is U S V^T - U0 S0 V0^T, tests/test_lowrank.py shows
+        L, R = Parts(*(source[f"{prefix}.sorsa_factors.{part}"].float() for part in Parts._fields)).pair()
         A, B = lora[f"{prefix}.lora_A.weight"], lora[f"{prefix}.lora_B.weight"]
         columns, found = B.shape[1], torch.zeros(())
         expected = torch.zeros(())
