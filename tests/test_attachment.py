@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from support import adapt, inputs, make_base, only_layer, perturb
+from tiny_llama import tiny_llama
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import PeftModel, get_peft_model
+from tiny_llama import tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

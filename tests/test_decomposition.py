@@ -6,10 +6,10 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, captured_energy, decomposition, factorise
 from sorsa_plugin.errors import DecompositionError, RankError, SORSAConfigError

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_llama
 from peft import PeftConfig
+from tiny_llama import tiny_llama
 from transformers import AutoTokenizer
 
 from sorsa_quickstart.answering import BASE

@@ -12,10 +12,10 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import SHAPES, adapt, make_base, only_layer, perturb, refuse_to_factorise
+from tiny_llama import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 

@@ -6,11 +6,11 @@ import logging
 
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from support import perturb
+from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import PeftModel, get_peft_model
 from support import (
     KINDS,
@@ -24,6 +23,7 @@ from support import (
     perturb,
     snapshot,
 )
+from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, gaps
 from sorsa_plugin.errors import BaseMismatchError

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from conftest import tiny_llama
 from peft import PeftModel, get_peft_model
 from support import adapt, assert_same_tensors, inputs, make_base, only_layer, snapshot
+from tiny_llama import tiny_llama
 from torch import nn
 
 from sorsa_plugin import SORSAConfig

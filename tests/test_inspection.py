@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import perturb, refuse_to_factorise
+from tiny_llama import tiny_llama
 from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, save_adapter

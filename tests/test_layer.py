@@ -9,7 +9,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, get_peft_model
@@ -28,6 +27,7 @@ from support import (
     perturb,
     snapshot,
 )
+from tiny_llama import tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

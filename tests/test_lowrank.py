@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import get_peft_model
 from support import ROUNDOFF, adapt, inputs, make_base, only_layer, paper_forward, perturb
+from tiny_llama import tiny_llama
 from torch import nn
 
 from sorsa_plugin import SORSAConfig, holding_pairs

@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import get_peft_model
 from support import (
     KINDS,
@@ -25,6 +24,7 @@ from support import (
     perturb,
     snapshot,
 )
+from tiny_llama import tiny_llama
 from torch import nn
 
 from sorsa_plugin import SORSAConfig

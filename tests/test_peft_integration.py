@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,
@@ -19,6 +18,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from support import assert_same_tensors, perturb, refuse_to_factorise, snapshot
+from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM
 
 from sorsa_plugin import SORSAConfig, SORSAModel, save_adapter

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import PeftModel, get_peft_model
 from support import perturb
+from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, attach, factorise, gaps, orthonormality
 from sorsa_plugin.errors import RankError, SORSAConfigError

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from support import ROUNDOFF, perturb
+from tiny_llama import tiny_llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_llama
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import assert_same_tensors, perturb, refuse_to_factorise
+from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, save_adapter
 from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError, RankError

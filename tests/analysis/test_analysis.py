@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import perturb
+from tiny_llama import tiny_llama, token_batches
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import (
     HRAConfig,
     IA3Config,
@@ -22,6 +21,7 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 from support import perturb
+from tiny_llama import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sorsa_plugin import SORSAConfig

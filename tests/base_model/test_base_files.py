@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import tiny_llama
+from tiny_llama import tiny_llama
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
 from peft import PeftModel, get_peft_model
 from support import refuse_to_factorise
 from test_base_files import tied_llama, tiny_gpt2, tiny_llava, tiny_mixtral
+from tiny_llama import tiny_llama, token_batches
 from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Trainer, TrainingArguments
 from typer.testing import CliRunner
 

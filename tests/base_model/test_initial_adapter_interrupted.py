@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama
 
 import sorsa_plugin.initial_adapter
 import sorsa_plugin.layer

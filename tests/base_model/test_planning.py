@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import get_peft_model
 from test_base_files import tied_llama, tiny_gpt2, tiny_mixtral
+from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 

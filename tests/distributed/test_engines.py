@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny_llama import tiny_llama
 
 pytestmark = pytest.mark.distributed
 

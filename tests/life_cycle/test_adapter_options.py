@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from support import assert_same_tensors, perturb, snapshot
+from tiny_llama import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorsa_plugin import SORSAConfig

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from conftest import tiny_llama
 from peft import PeftModel, get_peft_model
 from support import perturb
+from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, pipeline
 
 from sorsa_plugin import SORSAConfig

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
 from merge_cases import (
     CONFIG,
     FILE,
@@ -27,6 +26,7 @@ from merge_cases import (
 )
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny_llama import tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

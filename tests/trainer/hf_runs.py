@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import tiny_llama, token_batches
 from peft import PeftModel, get_peft_model
 from support import perturb
+from tiny_llama import tiny_llama, token_batches
 from transformers import Trainer, TrainingArguments
 
 from sorsa_plugin import SORSAConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
 from hf_runs import adapted, attachment_of, make_trainer
+from tiny_llama import tiny_llama
 from transformers import Trainer, TrainerCallback
 
 from sorsa_plugin import gaps

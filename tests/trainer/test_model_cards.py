@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import tiny_llama, token_batches
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from tiny_llama import tiny_llama, token_batches
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

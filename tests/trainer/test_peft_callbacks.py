@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
 from peft import get_peft_model
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from tiny_llama import tiny_llama, token_batches
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama, token_batches
 from hf_runs import attachment_of, make_trainer
 from peft import PeftModel, get_peft_model
 from support import perturb
+from tiny_llama import tiny_llama, token_batches
 from torch import nn
 from transformers import LlamaForCausalLM
 
