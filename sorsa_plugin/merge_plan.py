@@ -90,8 +90,8 @@ def _check_stored(weights: MergedWeights, parameter: str) -> None:
 def _refuse_tied_conversions(stored: StoredWeights, parameter: str, tied: list[str]) -> None:
     if tied != [parameter]:
         raise BaseFilesError(
-            f"{parameter} is tied to {', '.join(name for name in tied if name != parameter)}, and transformers makes it "
-            f"from {', '.join(stored.sources(parameter)[:3])}; expected one or the other. {IN_MEMORY}"
+            f"{' and '.join(tied)} are tied, and transformers makes them from "
+            f"{', '.join(stored.sources(parameter)[:3])}; expected one or the other. {IN_MEMORY}"
         )
 
 

@@ -1,7 +1,7 @@
-"""The new values of the parameters that an adapter changes, one at a time; knows neither shards nor what they are tied to.
+"""The new values of the parameters that an adapter changes, one at a time; knows no shard.
 
-Each layer merges by itself, on an otherwise empty model: the arithmetic, the order in which a kind stores its weight and
-the check of the fingerprint are those of `merge_and_unload`.
+Each layer merges by itself, on an otherwise empty model: the arithmetic, the order in which a kind stores its weight
+and the check of the fingerprint are those of `merge_and_unload`.
 """
 
 from __future__ import annotations
