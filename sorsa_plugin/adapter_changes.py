@@ -9,16 +9,13 @@ from typing import NamedTuple
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from .adapter_files import ROOT
+from .adapter_files import ROOT, TRAINED_TOKENS
 from .config import SORSAConfig
 from .empty_adapter import ADAPTER, adapt_empty
 from .errors import IncompleteAdapterError
 from .layer import SORSALayer
 from .layers.tied import TiedLayer
 from .model import SORSAModel
-
-TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
-"""How the rows of `trainable_token_indices` are named in the file: the embedding's name, and this."""
 
 
 class Change(NamedTuple):
