@@ -6,16 +6,16 @@ import warnings
 from copy import deepcopy
 from typing import NamedTuple
 
-from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from .adapter_files import ROOT, TRAINED_TOKENS
+from .adapter_files import ROOT
 from .config import SORSAConfig
 from .empty_adapter import ADAPTER, adapt_empty
 from .errors import IncompleteAdapterError
 from .layer import SORSALayer
 from .layers.tied import TiedLayer
 from .model import SORSAModel
+from .trained_tokens import TRAINED_TOKENS, trained_tokens
 
 
 class Change(NamedTuple):
@@ -94,16 +94,13 @@ def _trained_tokens(model: PreTrainedModel, config: SORSAConfig, carried: list[s
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*tied")
         adapted = adapt_empty(deepcopy(model), config).get_base_model()
-    wrappers = {name: module for name, module in adapted.named_modules() if isinstance(module, TrainableTokensWrapper)}
-    names = {id(wrapper.token_adapter): name for name, wrapper in wrappers.items()}
     found = {}
-    for name, wrapper in wrappers.items():
-        owner = wrapper.token_adapter.tied_adapter or wrapper.token_adapter
-        rows = f"{ROOT}{names[id(owner)]}{TRAINED_TOKENS}"
+    for name, (owner, tokens) in trained_tokens(adapted).items():
+        rows = f"{ROOT}{owner}{TRAINED_TOKENS}"
         if rows not in carried:
             raise IncompleteAdapterError(
                 f"The adapter file has no {rows}, which trainable_token_indices in its adapter_config.json announces. "
                 "The two belong to different adapters: take both from the original run again."
             )
-        found[f"{name}.weight"] = Change(rows=rows, tokens=tuple(owner.token_indices[ADAPTER]))
+        found[f"{name}.weight"] = Change(rows=rows, tokens=tokens)
     return found

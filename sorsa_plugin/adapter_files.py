@@ -24,9 +24,6 @@ from .lora_layouts import outer_name, pattern_name
 ROOT = "base_model.model."
 FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
 
-TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"
-"""How the rows of `trainable_token_indices` are named: the embedding's name, and this."""
-
 
 def read_config(source: Path) -> SORSAConfig:
     """The adapter's configuration.

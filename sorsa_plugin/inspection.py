@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .adapter_files import ROOT, TRAINED_TOKENS, open_tensors, read_config, survey
+from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
 from .factors import FROZEN, OFFSETS
 from .json_values import json_values
 from .lora_layouts import base_name
 from .lowrank import Parts, change_norm
 from .regularizer import Factor, gaps_by_name
+from .trained_tokens import TRAINED_TOKENS
 
 
 @dataclass(frozen=True)
