@@ -79,7 +79,7 @@ def _show(plan: Plan, work: str) -> None:
 
     page = console()
     layers = Table(title=f"SORSA on {plan.model} ({plan.dtype})", title_justify="left")
-    for name in ("layers", "module", "out x in", "rank"):
+    for name in ("matrices", "module", "out x in", "rank"):
         layers.add_column(name, justify="left" if name == "module" else "right")
     for group in plan.groups:
         layers.add_row(str(group.count), group.kind, f"{group.shape[0]} x {group.shape[1]}", str(group.rank))
