@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.utils import WeakFileLock
@@ -33,9 +33,9 @@ from .fingerprint import fingerprint
 from .json_values import json_values
 from .layer import SORSALayer
 from .outputs import appearing_whole, refuse_occupied
-from .regularizer import sorsa_layers
 from .stored_weights import StoredWeights
 from .tensor_file import TensorFile
+from .trained_tokens import TRAINED_TOKENS, trained_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -98,37 +98,60 @@ def init_adapter(
     model = adapt_empty(empty, config, revision)
     config = model.peft_config[ADAPTER]
     layout = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    layers = list(sorsa_layers(model))
-    for parameter in [*_whole_modules(layout).values(), *(name for layer in layers for name in _parameters(layer))]:
+    layers = _layers(model)
+    carried = _carried(model, layout)
+    for parameter in [*(entry.parameter for entry in carried), *(layer.parameter_path for layer in layers.values())]:
         weights.sources(parameter)  # now rather than after hours
     with appearing_whole(output, kept_as=_key(files, config, layout)) as directory, _only_writer(directory):
         _reopen(directory, layers)
-        size, resumed = _write_tensors(directory, layout, layers, weights, progress)
+        size, resumed = _write_tensors(directory, layout, layers, carried, weights, progress)
         _complete(directory, model, config)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return InitReport(output, tuple(layer.name for layer in layers), resumed, trainable, size)
+    return InitReport(output, tuple(layer.name for layer in layers.values()), resumed, trainable, size)
 
 
-def _whole_modules(layout: dict[str, Any]) -> dict[str, str]:
-    """{name in the adapter: parameter} of modules_to_save, and of embeddings that PEFT saves with an adapter."""
+def _layers(model: PeftModel) -> dict[str, SORSALayer]:
+    """The layers with factors of their own, under their names in the file."""
+    modules = model.get_base_model().named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, SORSALayer) and ADAPTER in layer.sorsa_factors}
+
+
+class Carried(NamedTuple):
+    """A tensor of the adapter that is none of a layer's: a parameter of the base, or rows of it."""
+
+    name: str
+    parameter: str
+    rows: tuple[int, ...] | None = None
+
+
+def _carried(model: PeftModel, layout: dict[str, Any]) -> list[Carried]:
+    """modules_to_save, embeddings that PEFT saves with an adapter, and trained tokens."""
+    trained = trained_tokens(model.get_base_model())
+    rows = {f"{ROOT}{name}{TRAINED_TOKENS}": (f"{name}.weight", tokens) for name, (_, tokens) in trained.items()}
     names = [name for name in layout if ".sorsa_factors." not in name]
-    return {name: name.removeprefix(ROOT).replace(".base_layer.", ".") for name in names}
+    return [Carried(name, *rows.get(name, (name.removeprefix(ROOT).replace(".base_layer.", "."),))) for name in names]
 
 
 def _write_tensors(
-    directory: Path, layout: dict[str, Any], layers: list[SORSALayer], weights: StoredWeights, progress: bool
+    directory: Path,
+    layout: dict[str, Any],
+    layers: dict[str, SORSALayer],
+    carried: list[Carried],
+    weights: StoredWeights,
+    progress: bool,
 ) -> tuple[int, int]:
     """The size of the file, and the number of layers that an earlier run had finished."""
     with TensorFile(directory / UNFINISHED, layout) as file:
         resumed = _write_factors(file, layers, weights, directory / FINISHED_LAYERS, progress)
-        for name, parameter in _whole_modules(layout).items():
-            file.write(name, weights.read(parameter))
+        for name, parameter, rows in carried:
+            value = weights.read(parameter)
+            file.write(name, (value if rows is None else value[list(rows)]).to(layout[name].dtype))
         file.flush()
     return (directory / UNFINISHED).stat().st_size, resumed
 
 
 def _write_factors(
-    file: TensorFile, layers: list[SORSALayer], weights: StoredWeights, journal: Path, progress: bool
+    file: TensorFile, layers: dict[str, SORSALayer], weights: StoredWeights, journal: Path, progress: bool
 ) -> int:
     """Factorise what the journal does not name; the number of layers that it does."""
     text = journal.read_text(encoding="utf-8") if journal.exists() else ""
@@ -138,8 +161,8 @@ def _write_factors(
         logger.warning("Continuing an interrupted run: %d of %d layers are done.", len(finished), len(layers))
     resumed = 0
     with journal.open("a", encoding="utf-8") as log:
-        for layer in tqdm(layers, desc="SORSA: singular triplets", unit="layer", disable=not progress):
-            prefix = f"{ROOT}{layer.name}.sorsa_factors."
+        for name, layer in tqdm(layers.items(), desc="SORSA: singular triplets", unit="layer", disable=not progress):
+            prefix = f"{ROOT}{name}.sorsa_factors."
             _fill(layer, weights)
             now = fingerprint(layer.base_matrix())
             if layer.name in finished and torch.equal(file.read(prefix + "fingerprint"), now):
@@ -147,8 +170,8 @@ def _write_factors(
             else:
                 layer.factors(ADAPTER).to_empty(device="cpu")
                 layer.initialise(ADAPTER)
-                for name in FROZEN:
-                    file.write(prefix + name, getattr(layer.factors(ADAPTER), name))
+                for part in FROZEN:
+                    file.write(prefix + part, getattr(layer.factors(ADAPTER), part))
                 file.flush()  # before the journal says so
                 log.write(f"\n{layer.name}\n")
                 log.flush()
@@ -156,16 +179,10 @@ def _write_factors(
     return resumed
 
 
-def _parameters(layer: SORSALayer) -> dict[str, str]:
-    """{name in the model: name in the base module} of a layer's own weights."""
-    return {f"{layer.name}.{name}": name for name, _ in layer.get_base_layer().named_parameters(recurse=False)}
-
-
 def _fill(layer: SORSALayer, weights: StoredWeights) -> None:
-    """Give the base module of a layer on the meta device its parameters."""
-    for parameter, name in _parameters(layer).items():
-        value = nn.Parameter(weights.read(parameter), requires_grad=False)
-        layer.get_base_layer().register_parameter(name, value)
+    """Give the base module of a layer on the meta device the parameter that the layer adapts."""
+    value = nn.Parameter(weights.read(layer.parameter_path), requires_grad=False)
+    setattr(layer.get_base_layer(), layer.parameter_name, value)
 
 
 def _empty(layer: SORSALayer) -> None:
@@ -186,12 +203,13 @@ def _complete(directory: Path, model: PeftModel, config: SORSAConfig) -> None:
     (directory / FINISHED_LAYERS).unlink()
 
 
-def _reopen(directory: Path, layers: list[SORSALayer]) -> None:
+def _reopen(directory: Path, layers: dict[str, SORSALayer]) -> None:
     """Undo the last steps of a run that was killed during them."""
     whole = directory / SAFETENSORS_WEIGHTS_NAME
     if whole.exists():
         whole.rename(directory / UNFINISHED)
-        (directory / FINISHED_LAYERS).write_text("".join(f"{layer.name}\n" for layer in layers), encoding="utf-8")
+        names = "".join(f"{layer.name}\n" for layer in layers.values())
+        (directory / FINISHED_LAYERS).write_text(names, encoding="utf-8")
 
 
 def _key(files: BaseFiles, config: SORSAConfig, layout: dict[str, torch.Tensor]) -> str:

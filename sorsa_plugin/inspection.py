@@ -15,20 +15,25 @@ from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
 from .factors import FROZEN, OFFSETS
 from .json_values import json_values
+from .lora_layouts import base_name
 from .lowrank import Parts, change_norm
 from .regularizer import Factor, gaps_by_name
+from .trained_tokens import TRAINED_TOKENS
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted layer; norms are Frobenius norms."""
+    """One adapted layer; norms are Frobenius norms, of a stack of matrices (experts) over all of them."""
 
     name: str
+    """In the base model: a module, or a parameter that is no module's weight."""
+    matrices: int
+    """How many matrices (out x in) the weight is a stack of; 1 for all but experts."""
     out_features: int
     in_features: int
     rank: int
     gap_U: float
-    """||U^T U - I||, 0 for orthonormal columns."""
+    """||U^T U - I||, 0 for orthonormal columns; the largest of a stack's."""
     gap_V: float
     S_min: float
     S_max: float
@@ -57,16 +62,19 @@ class AdapterSummary:
     dtypes: tuple[str, ...]
     """How the factors are stored."""
     trainable: int
-    """Number of trained values, without those of modules_to_save."""
+    """Number of trained values, without those of modules_to_save and of trained tokens."""
     carried: tuple[str, ...]
     """Tensors held in whole: those of modules_to_save, and embeddings that PEFT saved."""
+    trained_tokens: dict[str, int]
+    """{embedding: number of rows that were trained in full} of trainable_token_indices."""
     bytes: int
     """Size of adapter_model.safetensors."""
 
     def to_json(self) -> dict[str, Any]:
         """The same in JSON's types; numbers that are not finite are None."""
         config = self.config.to_dict() | {"resolved_gamma": self.config.resolved_gamma}
-        summary = {name: getattr(self, name) for name in ("directory", "dtypes", "trainable", "carried", "bytes")}
+        names = ("directory", "dtypes", "trainable", "carried", "trained_tokens", "bytes")
+        summary = {name: getattr(self, name) for name in names}
         return json_values({**summary, "config": config, "layers": [asdict(layer) for layer in self.layers]})
 
 
@@ -86,9 +94,17 @@ def inspect_adapter(adapter_dir: str | PathLike[str]) -> AdapterSummary:
             tensors = {part: file.get_tensor(prefix + part) for part in (*OFFSETS, *FROZEN)}
             dtypes |= {str(tensors[part].dtype).removeprefix("torch.") for part in OFFSETS}
             trainable += sum(tensors[part].numel() for part in OFFSETS)
-            layers.append(_summarise(name, rank, {part: tensor.float() for part, tensor in tensors.items()}))
+            shown = base_name(name, config.lora_layouts.get(name))
+            layers.append(_summarise(shown, rank, {part: tensor.float() for part, tensor in tensors.items()}))
+        whole = tuple(name for name in carried if not name.endswith(TRAINED_TOKENS))
+        rows = [name for name in carried if name not in whole]
+        tokens = {_embedding(name): file.get_slice(name).get_shape()[0] for name in rows}
     size = (source / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-    return AdapterSummary(source, config, tuple(layers), tuple(sorted(dtypes)), trainable, tuple(carried), size)
+    return AdapterSummary(source, config, tuple(layers), tuple(sorted(dtypes)), trainable, whole, tokens, size)
+
+
+def _embedding(name: str) -> str:
+    return name.removeprefix(ROOT).removesuffix(TRAINED_TOKENS)
 
 
 def _summarise(name: str, rank: int, tensors: dict[str, torch.Tensor]) -> LayerSummary:
@@ -97,13 +113,15 @@ def _summarise(name: str, rank: int, tensors: dict[str, torch.Tensor]) -> LayerS
         Factor("U", parts.U0, torch.nn.Parameter(parts.dU)),
         Factor("V", parts.V0, torch.nn.Parameter(parts.dV)),
     ]
-    gap_U, gap_V = gaps_by_name(factors).values()
+    gaps = gaps_by_name(factors)
+    gap_U, gap_V = (float(torch.tensor([gaps[name] for name in factor.names()]).max()) for factor in factors)
     S, start = parts.S0 + parts.dS, float(parts.S0.norm())
     change = change_norm(*parts.pair())
     return LayerSummary(
         name,
-        out_features=parts.U0.shape[0],
-        in_features=parts.V0.shape[0],
+        matrices=factors[0].matrices,
+        out_features=parts.U0.shape[-2],
+        in_features=parts.V0.shape[-2],
         rank=rank,
         gap_U=gap_U,
         gap_V=gap_V,

@@ -80,6 +80,11 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         """The base weight as the base module holds it."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
+    @property
+    def parameter_path(self) -> str:
+        """The dotted name of the adapted parameter in the base model."""
+        return f"{self.name}.{self.parameter_name}"
+
     @abstractmethod
     def base_matrix(self) -> torch.Tensor:
         """The base weight as a matrix (out x in), a view where possible, in its own dtype and on its own device."""

@@ -50,6 +50,11 @@ def outer_name(layer: str) -> str:
     return layer.split(".base_layer", 1)[0]
 
 
+def base_name(layer: str, layout: Sequence[Any] | None) -> str:
+    """What a layer adapts, under its name in the base model: a module, or a parameter."""
+    return layout[1] if layout and layout[0] == "parameter" else layer.replace(".base_layer", "")
+
+
 def pattern_name(layer: str, layout: Sequence[Any] | None) -> str:
     """The name that `rank_pattern` is matched with: a parameter's own."""
     return layout[1] if layout and layout[0] == "parameter" else outer_name(layer)

@@ -6,29 +6,18 @@ from collections.abc import Callable
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
-from .adapter_files import ROOT
 from .base_files import empty_model
 from .errors import BaseFilesError
 from .layers.linear import PLAIN_DTYPES
+from .merged_weights import MergedWeights
 from .stored_weights import StoredWeights
 
 IN_MEMORY = (
     "Merge in memory instead: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(directory)."
 )
-
-
-def whole_parameters(carried: list[str]) -> dict[str, str]:
-    """{parameter: its name in the adapter file} of what the file holds in whole, under the names PEFT saves it by."""
-    parameters: dict[str, str] = {}
-    for name in carried:
-        parameter = name.removeprefix(ROOT).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if ".original_module." not in parameter:
-            parameters.setdefault(parameter, name)
-    return parameters
 
 
 @dataclass(frozen=True)
@@ -42,30 +31,24 @@ class MergePlan:
     untied: list[str]
 
 
-def plan_merge(
-    stored: StoredWeights,
-    adapted: list[str],
-    whole: dict[str, str],
-    tensors: Any,
-    make: Callable[[str], torch.Tensor],
-) -> MergePlan:
+def plan_merge(weights: MergedWeights) -> MergePlan:
     """Which tensors to write anew, each found exactly once.
 
-    Args:
-        stored: the base's tensors.
-        adapted: parameters that a SORSA layer changes.
-        whole: {parameter: name in the adapter file} of those that the adapter holds in whole.
-        tensors: the adapter file.
-        make: makes the new tensor of a parameter.
+    Raises:
+        BaseFilesError: the base does not store a changed parameter in a way that it could be written again.
     """
-    plan = MergePlan({}, {}, [])
-    for parameter in dict.fromkeys((*adapted, *whole)):
-        _check_stored(stored, parameter, whole.get(parameter), tensors)
+    plan, stored = MergePlan({}, {}, []), weights.stored
+    for parameter in weights.changes:
+        _check_stored(weights, parameter)
         tied = _tied_together(stored, parameter)
         if parameter in plan.untied:
             continue
-        if tied == [parameter] or _alike(tied, adapted, whole, tensors):
-            plan.values[stored.key(parameter)] = partial(make, parameter)
+        if stored.made_together(parameter):
+            _refuse_tied_conversions(stored, parameter, tied)
+            plan.values.update({key: partial(weights.part, parameter, key) for key in stored.sources(parameter)})
+            continue
+        if weights.alike(tied):
+            plan.values[stored.key(parameter)] = partial(weights.value, parameter)
             continue
         plan.untied.extend(tied)
         for member in tied:
@@ -73,27 +56,42 @@ def plan_merge(
             if stored.stored_as(member) != member:
                 plan.added[member] = key
                 key = member
-            if member in adapted or member in whole:
-                plan.values[key] = partial(make, member)
+            if member in weights.changes:
+                plan.values[key] = partial(weights.value, member)
     return plan
 
 
-def _check_stored(stored: StoredWeights, parameter: str, carried: str | None, tensors: Any) -> None:
+def _check_stored(weights: MergedWeights, parameter: str) -> None:
+    stored, change = weights.stored, weights.changes[parameter]
     try:
-        key = stored.key(parameter)
+        sources, together = stored.sources(parameter), stored.made_together(parameter)
+        if together:
+            stored.split(together)  # now rather than halfway
     except BaseFilesError as error:
         raise BaseFilesError(f"{error} The adapter changes it, so it cannot be merged here. {IN_MEMORY}") from error
-    header = stored.files.headers[key]
-    if header.dtype not in PLAIN_DTYPES and parameter.endswith(".weight"):
-        raise BaseFilesError(
-            f"{key} is stored as {header.dtype}; expected fp32, bf16 or fp16. Give the unquantised base model."
-        )
-    shape = list(stored.parameters[parameter].shape) if carried is None else tensors.get_slice(carried).get_shape()
+    headers = {key: stored.files.headers[key] for key in sources}
+    for key, header in headers.items():
+        if header.dtype not in PLAIN_DTYPES and (change.layer or parameter.endswith(".weight")):
+            raise BaseFilesError(
+                f"{key} is stored as {header.dtype}; expected fp32, bf16 or fp16. Give the unquantised base model."
+            )
+    header = together[parameter] if together else headers[sources[0]]
+    shape = list(stored.parameters[parameter].shape)
+    if change.whole is not None:
+        shape = weights.tensors.get_slice(change.whole).get_shape()
     if list(header.shape) != shape:
         raise BaseFilesError(
-            f"{key} has shape {tuple(header.shape)} in the base model; the adapter needs {tuple(shape)}. If the "
+            f"{sources[0]} has shape {tuple(header.shape)} in the base model; the adapter needs {tuple(shape)}. If the "
             "vocabulary was resized for training, resize the base model likewise and save it, or give the base model "
             "that the adapter was trained on."
+        )
+
+
+def _refuse_tied_conversions(stored: StoredWeights, parameter: str, tied: list[str]) -> None:
+    if tied != [parameter]:
+        raise BaseFilesError(
+            f"{' and '.join(tied)} are tied, and transformers makes them from "
+            f"{', '.join(stored.sources(parameter)[:3])}; expected one or the other. {IN_MEMORY}"
         )
 
 
@@ -101,14 +99,6 @@ def _tied_together(stored: StoredWeights, parameter: str) -> list[str]:
     """A parameter and all that are tied to it."""
     root = stored.tied.get(parameter, parameter)
     return sorted({parameter, root, *(target for target, source in stored.tied.items() if source == root)})
-
-
-def _alike(tied: list[str], adapted: list[str], whole: dict[str, str], tensors: Any) -> bool:
-    """Whether tied parameters have the same values still: all are replaced by the same ones."""
-    if any(member in adapted or member not in whole for member in tied):
-        return False
-    first, *others = (tensors.get_tensor(whole[member]) for member in tied)
-    return all(torch.equal(first, other) for other in others)
 
 
 def refuse_what_stays_tied(stored: StoredWeights, plan: MergePlan) -> None:

@@ -6,9 +6,10 @@ estimates and say so: activations, and the time of the factorisation.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -21,9 +22,11 @@ from .config import SORSAConfig
 from .decomposition import factorise, working_device
 from .empty_adapter import ADAPTER, adapt_empty
 from .errors import SORSAConfigError
-from .factors import FROZEN
+from .factors import FROZEN, SORSAFactors
+from .layers.lending import LendingLayer
 from .regularizer import sorsa_layers
 from .tensor_file import file_header
+from .trained_tokens import TRAINED_TOKENS
 
 ENGINES = ("ddp", "fsdp2", "zero3")
 OPTIMIZER_STATE = {"adamw": 2.0, "adamw_8bit": 0.5, "sgd": 0.0}
@@ -38,14 +41,17 @@ UNIT_SIDE = 4096
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Adapted layers that are alike."""
+    """Adapted matrices that are alike."""
 
     kind: str
-    """Last part of the modules' names."""
+    """Last part of the modules' or parameters' names."""
     shape: tuple[int, int]
     """(out, in)"""
     rank: int
     count: int
+    """Every expert counts."""
+    lent: bool = False
+    """Whether the layer computes with its changed weight, which is then kept for backward (`layers/lending.py`)."""
 
 
 @dataclass(frozen=True)
@@ -135,13 +141,12 @@ def plan(
     layout = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
     seconds, basis = estimate_init(groups, config, unit_seconds)
     activations = estimate_activations(model_config, groups, empty.dtype, batch, length, checkpointing)
-    frozen = [parameter for parameter in adapted.parameters() if not parameter.requires_grad]
     base = [parameter for name, parameter in adapted.named_parameters() if ".sorsa_factors." not in name]
     return Plan(
         model=str(model),
         dtype=str(empty.dtype).removeprefix("torch."),
         base_parameters=sum(parameter.numel() for parameter in base) - _copies(adapted),
-        stacked_parameters=sum(parameter.numel() for parameter in frozen if parameter.ndim == 3),
+        stacked_parameters=_stacked(adapted),
         trainable_parameters=sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad),
         adapter_bytes=file_header(layout)[2],
         groups=groups,
@@ -196,7 +201,7 @@ def estimate_activations(
     17 numbers per token and hidden unit for each block (Korthikanti et al., 2022, arXiv 2205.05198, equation 2: 34
     bytes at 16 bits, without the attention matrix, which fused attention does not keep), r per token for each adapted
     layer, and the logits, twice in the model's dtype and twice in fp32. With checkpointing one number per block, and
-    one block in full.
+    one block in full. Layers that compute with their changed weight keep that instead of r per token.
     """
     text = model_config.get_text_config()
     width, blocks, vocabulary = (
@@ -205,9 +210,10 @@ def estimate_activations(
     if not width or not blocks:
         return None
     tokens, size = batch * length, dtype.itemsize
-    full = 17 * width * size * blocks + sum(group.count * group.rank for group in groups) * size
+    full = 17 * width * size * blocks + sum(group.count * group.rank for group in groups if not group.lent) * size
     kept = width * size * blocks + full // blocks if checkpointing else full
-    return tokens * (kept + (vocabulary or 0) * (2 * size + 8))
+    lent = sum(group.count * group.shape[0] * group.shape[1] for group in groups if group.lent) * size
+    return tokens * (kept + (vocabulary or 0) * (2 * size + 8)) + (lent // blocks if checkpointing else lent)
 
 
 def estimate_init(groups: tuple[LayerGroup, ...], config: SORSAConfig, unit_seconds: float | None) -> tuple[float, str]:
@@ -247,17 +253,29 @@ def _seconds(group: LayerGroup, svd: str) -> float:
 
 
 def _groups(model: PeftModel) -> tuple[LayerGroup, ...]:
-    found = Counter(
-        (layer.name.rpartition(".")[2], layer.out_features, layer.in_features, layer.factors(ADAPTER).rank)
-        for layer in sorsa_layers(model)
-    )
-    return tuple(LayerGroup(kind, (out, inner), rank, n) for (kind, out, inner, rank), n in found.items())
+    found: Counter[LayerGroup] = Counter()
+    for layer in sorsa_layers(model):
+        if ADAPTER in layer.sorsa_factors:  # tied layers use another's
+            shape = (layer.out_features, layer.in_features)
+            kind, rank = layer.name.rpartition(".")[2], layer.factors(ADAPTER).rank
+            found[LayerGroup(kind, shape, rank, 0, isinstance(layer, LendingLayer))] += math.prod(layer.stack)
+    return tuple(replace(group, count=count) for group, count in found.items())
+
+
+def _stacked(model: PeftModel) -> int:
+    """Parameters in stacks of matrices that neither carry an adapter nor train; a kernel is none, nor is a position."""
+    adapted = {id(layer.base_weight()) for layer in sorsa_layers(model)}
+    modules = [module for module in model.modules() if not isinstance(module, (nn.Conv1d, SORSAFactors))]
+    own = [parameter for module in modules for parameter in module.parameters(recurse=False)]
+    frozen = [p for p in own if not p.requires_grad and id(p) not in adapted]
+    return sum(parameter.numel() for parameter in frozen if parameter.ndim == 3 and len(parameter) > 1)
 
 
 def _copies(model: PeftModel) -> int:
-    """Parameters of modules_to_save, which are there twice."""
+    """Parameters of modules_to_save and rows of trained tokens, which are there twice."""
     names = dict(model.named_parameters())
-    return sum(p.numel() for name, p in names.items() if f".modules_to_save.{ADAPTER}." in name)
+    twice = (f".modules_to_save.{ADAPTER}.", f"{TRAINED_TOKENS}.{ADAPTER}")
+    return sum(p.numel() for name, p in names.items() if any(part in name for part in twice))
 
 
 def _check(gpus: int, engine: str, batch: int, length: int, optimizer: str, unit_seconds: float | None) -> None:

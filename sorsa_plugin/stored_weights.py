@@ -5,6 +5,7 @@
     weights.module_weight_key("model.layers.0.mlp.up_proj")  # the stored tensor that is this module's weight
     weights.sources("model.layers.0.mlp.experts.down_proj")  # all stored tensors that a parameter is made of
     weights.read("model.layers.0.mlp.up_proj.weight")        # the parameter, as from_pretrained gives it
+    weights.split({"model.layers.0.mlp.experts.down_proj": new})  # the stored tensors that make new values
 
 transformers renames, fuses, splits and transposes tensors of some architectures while it loads them
 (`conversion_mapping.py`), adds or drops the base model's prefix, and ties weights that are stored once.
@@ -13,17 +14,24 @@ transformers renames, fuses, splits and transposes tensors of some architectures
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from .errors import BaseFilesError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
     from .base_files import BaseFiles
@@ -66,7 +74,7 @@ class StoredWeights:
 
     def _match(self) -> None:
         """The first half of transformers' `convert_and_load_state_dict_in_model`."""
-        rules = get_model_conversion_mapping(self.model)
+        rules = self._rules = get_model_conversion_mapping(self.model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -114,6 +122,12 @@ class StoredWeights:
             return [self._plain[name]]
         return [key for keys in self._made[name].takes.values() for key in keys]
 
+    def made_together(self, parameter: str) -> dict[str, torch.Tensor]:
+        """{name: tensor on the meta device} of all parameters that transformers converts from the stored tensors of
+        this one; empty where it converts nothing."""
+        recipe = self._made.get(self.stored_as(parameter) or "")
+        return recipe.convert(self.files.headers.__getitem__, self.model) if recipe else {}
+
     def key(self, parameter: str) -> str:
         """The name of the one stored tensor that is this parameter.
 
@@ -138,15 +152,54 @@ class StoredWeights:
         Raises:
             BaseFilesError: it is not stored, or not in the model's shape.
         """
-        name = self.stored_as(parameter)
         expected = self.parameters[parameter]
-        if name in self._made:
-            value = self._made[name].convert(self.files.tensor, self.model)[name]
-        else:
-            value = self.files.tensor(self.sources(parameter)[0])
+        value = self.as_stored(parameter)
         if value.shape != expected.shape:
             raise BaseFilesError(
                 f"{parameter} is stored with shape {tuple(value.shape)}; {type(self.model).__name__} expects "
                 f"{tuple(expected.shape)}. config.json and the weights belong to different models."
             )
         return value.to(expected.dtype).contiguous()
+
+    def as_stored(self, parameter: str) -> torch.Tensor:
+        """The parameter, converted, in the dtype and shape that are stored.
+
+        Raises:
+            BaseFilesError: it is not stored.
+        """
+        name = self.stored_as(parameter)
+        if name in self._made:
+            return self._made[name].convert(self.files.tensor, self.model)[name]
+        return self.files.tensor(self.sources(parameter)[0])
+
+    def split(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{stored name: tensor} from which transformers would make these values.
+
+        Args:
+            values: {parameter: value} of all that are `made_together`; on the meta device, to learn whether it works.
+
+        Raises:
+            BaseFilesError: transformers cannot undo the conversion, bit for bit.
+        """
+        first, *_ = values
+        sources, prefix = self.sources(first), f"{self.model.base_model_prefix}."
+        self.model._weight_conversions = [rule for rule in self._rules if rule.was_used()]  # as from_pretrained does
+        found = revert_weight_conversion(self.model, dict(values))
+        parts = {}
+        for name, part in found.items():  # that prefix is no rule of transformers: see rename_source_key
+            spellings = (name, prefix + name, name.removeprefix(prefix))
+            parts[next((key for key in spellings if key in sources), name)] = part.contiguous()
+        headers = self.files.headers
+        same = parts.keys() == set(sources) and all(
+            (part.shape, part.dtype) == (headers[key].shape, headers[key].dtype) for key, part in parts.items()
+        )
+        made = self._made[first].convert(parts.__getitem__, self.model) if same else {}
+        if made.keys() != values.keys() or not all(
+            value.is_meta or torch.allclose(made[name], value, rtol=0, atol=0, equal_nan=True)
+            for name, value in values.items()
+        ):
+            raise BaseFilesError(
+                f"transformers makes {first} from {', '.join(sources[:3])}{' and so on' if len(sources) > 3 else ''}, "
+                "and cannot take it apart into these again."
+            )
+        return parts

@@ -9,6 +9,7 @@ not taken for training.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from copy import deepcopy
 from os import PathLike
@@ -31,10 +32,19 @@ from .errors import ForeignAdapterError, IncompleteAdapterError
 from .layer import SORSALayer
 from .spectra import product_condition
 from .stored_weights import StoredWeights
+from .trained_tokens import TRAINED_TOKENS
 
 logger = logging.getLogger(__name__)
 
-NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
+NARROWING = (
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
 """Options that choose modules in a model; here the module is chosen already."""
 
 
@@ -143,10 +153,15 @@ class AdapterWeights:
         self._config = _read_any_config(path)
         self._keys: dict[str, list[str]] = {}
         self._replaced: dict[str, str] = {}
+        self._rows: dict[str, str] = {}
         with open_tensors(path) as file:
             for key in file.keys():  # noqa: SIM118
                 self._place(key)
-        self.modules = [name for name in base.with_weight if name in self._keys or name in self._replaced]
+        for name, layout in getattr(self._config, "lora_layouts", {}).items():
+            if layout[0] == "tied":  # its weight is the embedding's, adapted there
+                self._replaced.pop(name, None)
+        found = {*self._keys, *self._replaced, *self._rows}
+        self.modules = [name for name in base.with_weight if name in found]
         if getattr(self._config, "init_lora_weights", None) not in (None, True, False, "pissa", "olora", "gaussian"):
             logger.warning(
                 "%s was initialised by init_lora_weights=%r, which PEFT repeats here on fp32 weights; where it is not "
@@ -162,9 +177,18 @@ class AdapterWeights:
             if module in self._base.with_weight and key.startswith(ROOT):
                 if rest in ("weight", "base_layer.weight"):
                     self._replaced[module] = key
+                elif f".{rest}" == TRAINED_TOKENS:
+                    self._rows[module] = key
                 elif rest not in ("bias", "base_layer.bias"):
                     self._keys.setdefault(module, []).append(key)
                 return
+        owner = re.split(r"\.(?:sorsa|lora)_", key.removeprefix(ROOT))[0].replace(".base_layer", "")
+        if owner in dict(self._base.model.named_modules()):
+            raise ForeignAdapterError(
+                f"{self._path} holds {key}, of a parameter that is no module's own weight (experts, or an "
+                "nn.MultiheadAttention); expected adapters on modules, whose weights are compared here. Use "
+                "`sorsa inspect` for the gaps, singular values and changes of such a SORSA adapter."
+            )
         raise ForeignAdapterError(
             f"{self._path} holds {key}, which belongs to no module of {type(self._base.model).__name__}. Its base is "
             "another model, or its layers share tensors: then merge it with PEFT, save the model, and give that."
@@ -178,8 +202,7 @@ class AdapterWeights:
             BaseMismatchError: a SORSA adapter was made from another weight.
         """
         if module not in self._keys:
-            with open_tensors(self._path) as file:
-                return Trained(file.get_tensor(self._replaced[module]).float())
+            return Trained(self._carried(module))
         with open_tensors(self._path) as file:
             tensors = {key: file.get_tensor(key) for key in self._keys[module]}
         model = self._one_layer(module)
@@ -199,6 +222,17 @@ class AdapterWeights:
         merged = model.merge_and_unload().get_submodule(module)
         return Trained(merged.weight.detach(), before, after)
 
+    def _carried(self, module: str) -> torch.Tensor:
+        """The weight of a module that the file holds in whole, or some rows of."""
+        with open_tensors(self._path) as file:
+            if module in self._replaced:
+                return file.get_tensor(self._replaced[module]).float()
+            rows = file.get_tensor(self._rows[module]).float()
+        tokens = self._config.trainable_token_indices
+        if isinstance(tokens, dict):
+            tokens = next(of_name for name, of_name in tokens.items() if f".{module}".endswith(f".{name}"))
+        return self._base.read(module).index_copy(0, torch.tensor(tokens), rows)
+
     def _one_layer(self, module: str) -> PeftModel:
         """PEFT's model with this adapter, still untrained, on a model that holds the one module, under its name."""
         config = deepcopy(self._config)
@@ -213,7 +247,10 @@ class AdapterWeights:
             child = nn.Module()
             parent.add_module(name, child)
             parent = child
-        parent.add_module(last, self._base.module(module))
+        base: Any = self._base.module(module)
+        if module in self._replaced:  # PEFT saves the embeddings that it adapts
+            base.weight.data = self._carried(module)
+        parent.add_module(last, base)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a model without config, and options that were adjusted above
             return get_peft_model(root, config, adapter_name=ADAPTER)

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import perturb, refuse_to_factorise
 from tiny_llama import tiny_llama
+from transformers import MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, save_adapter
@@ -66,6 +67,71 @@ def test_every_number_is_that_of_the_tensors(saved, monkeypatch):
     assert summary.carried == ("base_model.model.lm_head.weight",)
     assert summary.bytes == (saved[0] / FILE).stat().st_size
     assert summary.dtypes == ("float32",)
+
+
+def tiny_mixtral():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=4, num_local_experts=3))
+
+
+def test_a_stack_of_experts_is_one_layer_with_its_largest_gap_and_norms_over_all(tmp_path):
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = get_peft_model(tiny_mixtral(), SORSAConfig(r=2, target_modules=[], target_parameters=names))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    summary = inspect_adapter(tmp_path)
+    layers = {layer.name: layer for layer in sorsa_layers(model)}
+    assert {layer.name for layer in summary.layers} == set(layers) == {f"model.layers.0.{name}" for name in names}
+    for found in summary.layers:
+        layer = layers[found.name]
+        U, S, V = (part.detach().double() for part in layer.get_factors())
+        eye, S0 = torch.eye(2, dtype=torch.float64), layer.factors("default").S0.double()
+        assert (found.matrices, found.out_features, found.in_features) == tuple(layer.base_matrix().shape)
+        assert found.gap_U == pytest.approx(max(float((P.T @ P - eye).norm()) for P in U), rel=1e-5)
+        assert found.gap_V == pytest.approx(max(float((P.T @ P - eye).norm()) for P in V), rel=1e-5)
+        assert (found.S_min, found.S_max) == pytest.approx((float(S.min()), float(S.max())), rel=1e-5)
+        change = layer.get_delta_weight("default").detach().double().norm()
+        assert (found.change, found.relative_change) == pytest.approx(
+            (float(change), float(change / S0.norm())), rel=1e-5
+        )
+        assert found.relative_dS == pytest.approx(float((S - S0).norm() / S0.norm()), rel=1e-5)
+        assert found.fingerprint == pytest.approx(float(fingerprint(layer.base_matrix()).norm()), rel=1e-5)
+    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path)])
+    assert "3 x 96 x 32" in run.output
+    with torch.no_grad():
+        next(iter(layers.values())).factors("default").dU[1, 0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    assert sum(not layer.finite for layer in inspect_adapter(tmp_path).layers) == 1
+
+
+def test_attentions_tied_layers_and_trained_tokens_are_listed_by_their_names_in_the_base(tmp_path):
+    base = torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2))
+    get_peft_model(base, SORSAConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path / "attention")
+    shapes = {
+        x.name: (x.matrices, x.out_features, x.in_features) for x in inspect_adapter(tmp_path / "attention").layers
+    }
+    assert shapes == {"0": (1, 24, 8), "0.out_proj": (1, 8, 8)}
+
+    base = tiny_llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    config = SORSAConfig(r=2, target_modules=["lm_head"], ensure_weight_tying=True)
+    get_peft_model(base, config).save_pretrained(tmp_path / "tied")
+    assert [(x.name, x.out_features, x.in_features) for x in inspect_adapter(tmp_path / "tied").layers] == [
+        ("model.embed_tokens", 32, 64)
+    ]
+    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path / "tied")])
+    assert "lm_head to model.embed_tokens" in run.output
+
+    tokens = {"embed_tokens": [3, 7], "lm_head": [5]}
+    config = SORSAConfig(r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "tokens")
+    summary = inspect_adapter(tmp_path / "tokens")
+    assert summary.trained_tokens == {"model.embed_tokens": 2, "lm_head": 1}
+    assert summary.carried == ()
+    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path / "tokens")])
+    assert "2 rows of model.embed_tokens" in run.output
 
 
 def test_an_untrained_adapter_has_no_change_and_no_gap(tmp_path):

@@ -36,12 +36,16 @@ def _print(summary: AdapterSummary) -> None:
     facts = Table.grid(padding=(0, 2))
     schedule = f", {config.resolved_reg_schedule}" if config.reg_update == "decoupled" else ""
     stored = f"stored as {config.base_storage}" if config.base_storage else "storage unknown"
+    tied = [f"{name} to {layout[1]}" for name, layout in config.lora_layouts.items() if layout[0] == "tied"]
+    tokens = [f"{count} rows of {name}" for name, count in summary.trained_tokens.items()]
     for name, value in {
         "base": f"{config.base_model_name_or_path or 'not named'}, {stored}",
         "rank": f"{config.r}" + (f", {config.rank_pattern}" if config.rank_pattern else ""),
         "regularizer": f"gamma {config.resolved_gamma:g}, {config.reg_update}{schedule}",
         "layers": f"{len(layers)}, {summary.trainable:,} trained values",
+        "tied layers": ", ".join(tied) or "none",
         "whole tensors": ", ".join(summary.carried) or "none",
+        "trained tokens": ", ".join(tokens) or "none",
         "file": f"{size(summary.bytes)}, factors in {', '.join(summary.dtypes)}",
         "gap": f"mean {sum(x.gap_U + x.gap_V for x in layers) / (2 * len(layers)):.3g}, "
         f"largest {max(max(x.gap_U, x.gap_V) for x in layers):.3g}",
@@ -49,14 +53,17 @@ def _print(summary: AdapterSummary) -> None:
         "fingerprint": f"{sum(x.fingerprint**2 for x in layers) ** 0.5:.5g} (norm over all layers)",
     }.items():
         facts.add_row(name, value)
-    table = Table(caption="gap: ||P'P - I||; S: smallest..largest; dS: ||dS|| / ||S0||; change: ||L R'||", box=SIMPLE)
+    table = Table(
+        caption="gap: ||P'P - I||, of experts the largest; S: range; dS: ||dS|| / ||S0||; change: ||L R'||",
+        box=SIMPLE,
+    )
     table.add_column("layer", overflow="fold", min_width=12)
     for heading in ("out x in", "r", "gap U", "gap V", "S", "dS", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for x in layers:
         table.add_row(
             x.name,
-            f"{x.out_features} x {x.in_features}",
+            f"{x.matrices} x " * (x.matrices > 1) + f"{x.out_features} x {x.in_features}",
             str(x.rank),
             f"{x.gap_U:.2g}",
             f"{x.gap_V:.2g}",

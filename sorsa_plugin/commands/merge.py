@@ -26,6 +26,8 @@ def merge(
     typer.echo(f"Merged {len(report.merged)} layers into {report.output}: {shards} of weights, {size(report.bytes)}.")
     if report.replaced:
         typer.echo(f"Replaced {len(report.replaced)} tensors that the adapter holds in whole.")
+    if report.with_trained_tokens:
+        typer.echo(f"Replaced the rows of trained tokens in {', '.join(report.with_trained_tokens)}.")
     if report.untied:
         typer.echo(f"No longer tied, because only one of them was adapted: {', '.join(report.untied)}.")
     if report.left_out:

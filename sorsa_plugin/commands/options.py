@@ -21,7 +21,13 @@ Base = Annotated[str, typer.Option("--base", help="Directory of the base model, 
 Revision = Annotated[str | None, typer.Option(help="Revision of the base model on the hub.")]
 Rank = Annotated[int, typer.Option("--rank", "-r", help="Singular triplets trained per weight.")]
 Targets = Annotated[
-    str, typer.Option("--target-modules", help='Names, comma-separated, a regular expression, or "all-linear".')
+    str, typer.Option("--target-modules", help='Names, comma-separated, a regular expression, "all-linear", or "".')
+]
+TargetParameters = Annotated[
+    str | None,
+    typer.Option(
+        "--target-parameters", help="Parameters that are no layer's weight, comma-separated: mlp.experts.down_proj."
+    ),
 ]
 Excluded = Annotated[str | None, typer.Option("--exclude-modules", help="Names or a regular expression to leave out.")]
 Layers = Annotated[str | None, typer.Option("--layers", help="Layer indices to adapt, comma-separated; default: all.")]
@@ -49,6 +55,7 @@ def sorsa_config(
     rank_pattern: list[str] | None,
     modules_to_save: str | None,
     task_type: str,
+    target_parameters: str | None = None,
     **others: Any,
 ) -> SORSAConfig:
     """The config that the options describe.
@@ -61,6 +68,7 @@ def sorsa_config(
     return SORSAConfig(
         r=rank,
         target_modules=names_or_expression(target_modules),
+        target_parameters=_parts(target_parameters) or None,
         exclude_modules=names_or_expression(exclude_modules) if exclude_modules else None,
         layers_to_transform=[_integer(part, "--layers") for part in _parts(layers)] if layers else None,
         rank_pattern=dict(_pair(text) for text in rank_pattern or []),

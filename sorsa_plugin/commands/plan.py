@@ -19,6 +19,7 @@ def plan(
     model: options.Model,
     rank: options.Rank = 128,
     target_modules: options.Targets = "all-linear",
+    target_parameters: options.TargetParameters = None,
     exclude_modules: options.Excluded = None,
     layers: options.Layers = None,
     rank_pattern: options.RankPattern = None,
@@ -42,7 +43,15 @@ def plan(
     from ..planning import plan as make_plan
 
     config = options.sorsa_config(
-        rank, target_modules, exclude_modules, layers, rank_pattern, modules_to_save, task_type, svd=svd
+        rank,
+        target_modules,
+        exclude_modules,
+        layers,
+        rank_pattern,
+        modules_to_save,
+        task_type,
+        target_parameters,
+        svd=svd,
     )
     result = make_plan(
         model,
@@ -70,7 +79,7 @@ def _show(plan: Plan, work: str) -> None:
 
     page = console()
     layers = Table(title=f"SORSA on {plan.model} ({plan.dtype})", title_justify="left")
-    for name in ("layers", "module", "out x in", "rank"):
+    for name in ("matrices", "module", "out x in", "rank"):
         layers.add_column(name, justify="left" if name == "module" else "right")
     for group in plan.groups:
         layers.add_row(str(group.count), group.kind, f"{group.shape[0]} x {group.shape[1]}", str(group.rank))

@@ -30,6 +30,10 @@ class ParamWrapper(LendingLayer):
         self.parameter_name = parameter_name
         super().__init__(base_layer, name)
 
+    @property
+    def parameter_path(self) -> str:
+        return self.name
+
     def lora_layout(self) -> tuple[Any, ...]:
         return ("parameter", self.name)
 

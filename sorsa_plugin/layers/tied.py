@@ -36,7 +36,7 @@ class SharedFactors:
         return self._parts.pair()
 
 
-class _Tied(SORSALayer):
+class TiedLayer(SORSALayer):
     """A layer without factors of its own."""
 
     source: SORSALayer
@@ -74,11 +74,11 @@ class _Tied(SORSALayer):
             self.merged_adapters.extend(names)
 
 
-class SORSATiedLinear(_Tied, SORSALinear):
+class SORSATiedLinear(TiedLayer, SORSALinear):
     """An output layer whose weight is an embedding's."""
 
 
-class SORSATiedEmbedding(_Tied, SORSAEmbedding):
+class SORSATiedEmbedding(TiedLayer, SORSAEmbedding):
     """An embedding whose weight is another embedding's."""
 
 
@@ -88,7 +88,7 @@ def tied_layer(target: nn.Module, name: str, source: nn.Module) -> SORSALayer:
     Raises:
         UnsupportedLayerError: the embedding is not adapted, or the module is neither linear nor an embedding.
     """
-    kinds: dict[type, type[_Tied]] = {nn.Linear: SORSATiedLinear, nn.Embedding: SORSATiedEmbedding}
+    kinds: dict[type, type[TiedLayer]] = {nn.Linear: SORSATiedLinear, nn.Embedding: SORSATiedEmbedding}
     kind = next((kind for base, kind in kinds.items() if isinstance(target, base)), None)
     if kind is None or not isinstance(source, SORSAEmbedding):
         raise UnsupportedLayerError(

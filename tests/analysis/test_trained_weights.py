@@ -22,7 +22,14 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from support import perturb
 from tiny_llama import tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, ForeignAdapterError, IncompleteAdapterError
@@ -36,10 +43,24 @@ def tiny_gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16)).eval()
 
 
+def tied_llama():
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).eval()
+
+
+def tiny_mixtral():
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=4, num_local_experts=3)).eval()
+
+
 ADAPTERS = {
     "sorsa": (tiny_llama, SORSAConfig(r=3, target_modules=TARGETS, rank_pattern={"v_proj": 5})),
     "sorsa-conv1d": (tiny_gpt2, SORSAConfig(r=3, target_modules=["c_attn"], fan_in_fan_out=True)),
     "sorsa-and-head": (tiny_llama, SORSAConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "sorsa-embedding-and-head": (tiny_llama, SORSAConfig(r=3, target_modules=["embed_tokens", "lm_head"])),
+    "sorsa-matrix-parameter": (tiny_llama, SORSAConfig(r=3, target_modules=[], target_parameters=["up_proj.weight"])),
     "lora": (tiny_llama, LoraConfig(r=3, lora_alpha=6, target_modules="all-linear", rank_pattern={"k_proj": 5})),
     "lora-conv1d": (tiny_gpt2, LoraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)),
     "dora": (tiny_llama, LoraConfig(r=3, use_dora=True, target_modules=TARGETS)),
@@ -94,6 +115,39 @@ def test_an_adapters_weights_are_those_that_peft_merges(tmp_path, case):
         # one merge in fp32 each, from the same numbers in the same order
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
         assert not torch.allclose(found, base.read(name), atol=1e-4), f"{name} has not moved"
+
+
+@pytest.mark.filterwarnings("ignore:(Model with|Setting)")
+def test_a_tied_embedding_and_trained_tokens_are_those_that_peft_merges(tmp_path):
+    embedding, q_proj = "model.embed_tokens", "model.layers.0.self_attn.q_proj"
+    one, two = [3, 9], {"embed_tokens": [3, 9], "lm_head": [5]}
+    cases = {
+        "tied": (tied_llama, {"target_modules": ["lm_head"], "ensure_weight_tying": True}, [embedding]),
+        "tied-too": (tied_llama, {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, [embedding]),
+        "tokens": (tied_llama, {"target_modules": [q_proj], "trainable_token_indices": one}, [embedding, q_proj]),
+        "tokens-of-two": (
+            tiny_llama,
+            {"target_modules": [q_proj], "trainable_token_indices": two},
+            [embedding, q_proj, "lm_head"],
+        ),
+    }
+    for case, (make, options, names) in cases.items():
+        save(tmp_path / case, make, SORSAConfig(r=3, **options))
+        base = BaseWeights(tmp_path / case / "base")
+        trained = open_trained(tmp_path / case / "adapter", base)
+        merged = PeftModel.from_pretrained(make(), tmp_path / case / "adapter").merge_and_unload()
+        assert sorted(trained.modules) == sorted(names)
+        for name in trained.modules:
+            expected = merged.get_submodule(name).weight
+            torch.testing.assert_close(trained.read(name).weight, expected, rtol=1e-6, atol=1e-7)
+            assert not torch.allclose(trained.read(name).weight, base.read(name), atol=1e-4), name
+
+
+def test_adapted_parameters_that_are_no_modules_weight_are_refused(tmp_path):
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    save(tmp_path, tiny_mixtral, SORSAConfig(r=3, target_modules=["q_proj"], target_parameters=experts))
+    with pytest.raises(ForeignAdapterError, match=r"no module's own weight \(experts.*`sorsa inspect`"):
+        open_trained(tmp_path / "adapter", BaseWeights(tmp_path / "base"))
 
 
 def test_an_untrained_adapter_leaves_every_weight_as_it_is(tmp_path):

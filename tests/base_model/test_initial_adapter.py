@@ -10,9 +10,19 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support import refuse_to_factorise
-from test_base_files import tied_llama, tiny_gpt2, tiny_llava, tiny_mixtral
+from test_base_files import SIZES, tied_llama, tiny_gpt2, tiny_llava, tiny_mixtral
 from tiny_llama import tiny_llama, token_batches
-from transformers import AutoModelForCausalLM, LlavaForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    Trainer,
+    TrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 import sorsa_plugin.layer
@@ -27,6 +37,31 @@ from sorsa_plugin.errors import (
 )
 from sorsa_plugin.regularizer import sorsa_layers
 
+
+def tiny_gpt_oss():
+    """Experts stored (experts x in x out), as they are in the model."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "intermediate_size": 24, "head_dim": 8, "num_local_experts": 3}
+    return GptOssForCausalLM(GptOssConfig(**sizes))
+
+
+def tiny_whisper():
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 1}
+    lengths = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16, "vocab_size": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **lengths, **tokens))
+
+
+def tiny_siglip():
+    """With an nn.MultiheadAttention."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
+
+
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 CASES = {
     "all-linear": (tiny_llama, {"target_modules": "all-linear"}),
     "bfloat16": (lambda: tiny_llama(torch.bfloat16), {"target_modules": ["q_proj", "up_proj"]}),
@@ -48,6 +83,20 @@ CASES = {
     "prefix-added": (lambda: tiny_llama().model, {"target_modules": ["k_proj"]}),
     "modules-to-save": (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "tied-head": (tied_llama, {"target_modules": ["lm_head", "down_proj"]}),
+    "experts": (tiny_mixtral, {"target_modules": ["q_proj"], **EXPERTS}),
+    "experts-bfloat16": (lambda: tiny_mixtral().bfloat16(), {"target_modules": [], **EXPERTS}),
+    "experts-stored-fused": (tiny_gpt_oss, {"target_modules": ["q_proj"], **EXPERTS}),
+    "embedding-and-head": (tiny_llama, {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied-embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    "tied-to-the-head": (tied_llama, {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "tokens": (tiny_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "tokens-bfloat16-tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "tokens-of-two": (
+        tiny_llama,
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [9, 4]}},
+    ),
+    "convolutions": (tiny_whisper, {"target_modules": ["conv1", "embed_positions", "q_proj"], "task_type": None}),
+    "attention": (tiny_siglip, {"target_modules": ["head.attention", "patch_embedding"], "task_type": None}),
     "renamed": (tiny_llava, {"target_modules": r".*language_model.*q_proj", "task_type": None}),
 }
 
@@ -61,13 +110,13 @@ def options_of(text: bytes) -> dict:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:(Model has|Model with|You have)")
 def test_every_file_is_the_one_that_save_pretrained_writes(tmp_path, case):
     make, options = CASES[case]
     options = {"r": 3, "task_type": "CAUSAL_LM", **options}
     make().save_pretrained(tmp_path / "base", max_shard_size="20KB")
     report = init_adapter(tmp_path / "base", tmp_path / "ours", SORSAConfig(**options), progress=False)
-    loader = AutoModelForCausalLM if options["task_type"] else LlavaForConditionalGeneration
+    loader = AutoModelForCausalLM if options["task_type"] else type(make())
     model = get_peft_model(loader.from_pretrained(tmp_path / "base"), SORSAConfig(**options))
     model.save_pretrained(tmp_path / "peft")
     names = sorted(path.name for path in (tmp_path / "peft").iterdir())
@@ -78,7 +127,7 @@ def test_every_file_is_the_one_that_save_pretrained_writes(tmp_path, case):
             ours, pefts = options_of(ours), options_of(pefts)
         assert ours == pefts, name
     assert report.trainable_parameters == model.get_nb_trainable_parameters()[0]
-    assert report.layers == tuple(layer.name for layer in sorsa_layers(model))
+    assert report.layers == tuple(layer.name for layer in sorsa_layers(model) if layer.sorsa_factors)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "ours", "peft"}
 
 
@@ -205,6 +254,11 @@ def test_the_command_writes_the_same(base, whole, tmp_path):
     assert set(saved["target_modules"]) == {"q_proj", "v_proj"}
     expected = {"rank_pattern": {"q_proj": 5}, "layers_to_transform": [0], "gamma": 0.1, "reg_update": "decoupled"}
     assert {name: saved[name] for name in expected} == expected
+    experts = ["--target-modules", "", "--target-parameters", "mlp.experts.gate_up_proj,mlp.experts.down_proj"]
+    tiny_mixtral().save_pretrained(tmp_path / "mixtral")
+    command = ["init", "--model", str(tmp_path / "mixtral"), "-r", "3", "-o", str(tmp_path / "experts"), *experts]
+    done = runner.invoke(app, command)
+    assert "Adapter of 4 layers" in done.output
     for wrong, message in {"--rank-pattern q_proj": "expected NAME=RANK", "--dtype int8": "expected one of"}.items():
         done = runner.invoke(app, ["init", "--model", str(base), "-o", str(tmp_path / "c"), *wrong.split()])
         assert done.exit_code == 1

@@ -24,6 +24,18 @@ CASES = {
     "bfloat16": (tied_llama, {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}}),
     "experts": (tiny_mixtral, {"target_modules": "all-linear"}),
     "conv1d": (tiny_gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "experts-adapted": (
+        tiny_mixtral,
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            "rank_pattern": {"down_proj": 5},
+        },
+    ),
+    "embedding-and-head": (tiny_llama, {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied-embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    "tokens": (tiny_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "tokens-tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
     "modules-to-save": (tiny_llama, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
 }
 
@@ -83,6 +95,59 @@ def test_fused_experts_are_counted_as_not_adapted(tmp_path):
     assert found.stacked_parameters == sum(p.numel() for p in model.parameters() if p.ndim == 3) > 0
     assert {group.kind for group in found.groups} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert plan(tmp_path, config(), unit_seconds=1.0).groups[0] == LayerGroup("q_proj", (32, 32), 3, 2)
+
+
+def test_experts_that_are_named_are_counted_one_by_one(tmp_path):
+    config_only(tiny_mixtral(), tmp_path)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    found = plan(tmp_path, config(target_modules=[], target_parameters=names), unit_seconds=1.0)
+    assert found.stacked_parameters == 0
+    assert set(found.groups) == {  # 2 blocks of 4 experts
+        LayerGroup("gate_up_proj", (96, 32), 3, 8, lent=True),
+        LayerGroup("down_proj", (32, 48), 3, 8, lent=True),
+    }
+    half = plan(tmp_path, config(target_modules=[], target_parameters=names[:1]), unit_seconds=1.0)
+    assert half.stacked_parameters == 8 * 32 * 48
+    unit = 4096**2
+    assert found.init_seconds == pytest.approx(8 * (96 * 32 + 32 * 48) / unit)
+    options = ["--target-modules", "", "--target-parameters", ",".join(names), "-r", "3", "--unit-seconds", "1"]
+    run = CliRunner().invoke(build_app(), ["plan", "--model", str(tmp_path), *options])
+    assert run.exit_code == 0, run.output
+    assert "gate_up_proj" in run.output
+    assert "not adapted" not in run.output
+
+
+def test_changed_weights_that_experts_compute_with_are_part_of_the_activations(tmp_path):
+    """What autograd keeps is at least those: one tensor of the weight's size for each adapted stack."""
+    model = tiny_mixtral()
+    config_only(model, tmp_path)
+    # with q_proj, so that the experts' inputs need gradients, for which autograd keeps their weights
+    options = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    groups = plan(tmp_path, config(**options), unit_seconds=1.0).groups
+    unlent = tuple(group for group in groups if not group.lent)
+    estimates = [
+        estimate_activations(model.config, case, torch.float32, 1, 8, checkpointing)
+        for checkpointing in (False, True)
+        for case in (groups, unlent)
+    ]
+    lent = sum(p.nbytes for name, p in model.named_parameters() if "gate_up_proj" in name)
+    assert estimates[0] - estimates[1] == lent
+    assert estimates[2] - estimates[3] == lent // 2  # of one of two blocks
+
+    adapted = get_peft_model(model, config(**options))
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = adapted(torch.arange(1, 9)[None], labels=torch.arange(1, 9)[None]).loss
+    size_of_one = 4 * 96 * 32 * 4
+    found = [s.nbytes() for pointer, s in kept.items() if pointer not in own and s.nbytes() >= size_of_one]
+    assert loss.requires_grad
+    assert sum(found) >= lent
 
 
 def test_sharded_engines_divide_everything_and_gather_two_blocks(tmp_path):

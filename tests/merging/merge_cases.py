@@ -39,12 +39,12 @@ def mixtral() -> MixtralForCausalLM:
 
 
 def trained(base, scale: float = 0.1, **options) -> PeftModel:
-    """A model with an adapter that has moved, in eval mode; modules_to_save have moved too."""
+    """A model with an adapter that has moved, in eval mode; modules_to_save and trained tokens have moved too."""
     model = get_peft_model(base, SORSAConfig(**{"r": 3, "target_modules": "all-linear", **options}))
     perturb(model, scale=scale)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "modules_to_save.default" in name:
+            if "modules_to_save.default" in name or "trainable_tokens_delta" in name:
                 parameter.mul_(1.5)
     return model.eval()
 

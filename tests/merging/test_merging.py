@@ -246,6 +246,7 @@ for base in ("base", "sharded", "one-file"):  # the first for imports, thread po
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak memory of a process")
 def test_merging_holds_neither_the_model_nor_two_shards(tmp_path):
     sizes = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4}

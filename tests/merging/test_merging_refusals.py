@@ -189,12 +189,31 @@ def test_a_resized_vocabulary_is_refused(base, tmp_path):
             tmp_path / "sorsa", tmp_path)  # fmt: skip
 
 
-def test_a_tensor_that_transformers_fuses_while_loading_is_refused_with_the_way_that_works(tmp_path):
+def test_experts_that_cannot_be_taken_apart_again_are_refused_with_the_way_that_works(tmp_path):
     mixtral().save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if "experts.1.w1" in name)
+    save_file({**tensors, name: tensors[name].bfloat16()}, path, {"format": "pt"})  # one of them in another dtype
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    trained(model, target_modules=["q_proj"], modules_to_save=["experts"]).save_pretrained(tmp_path / "sorsa")
-    refused(BaseFilesError, r"mlp\.experts\.\S+ is not stored as it is.*merge_and_unload\(\)\.save_pretrained",
+    options = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    trained(model, **options).save_pretrained(tmp_path / "sorsa")
+    refused(BaseFilesError, r"cannot take it apart into these again.*merge_and_unload\(\)\.save_pretrained",
             tmp_path / "base", tmp_path / "sorsa", tmp_path)  # fmt: skip
+
+
+def test_a_file_that_holds_more_or_less_than_its_config_says_is_refused(base, tmp_path):
+    mixtral().save_pretrained(tmp_path / "experts")
+    both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    trained(mixtral(), target_modules=[], target_parameters=both).save_pretrained(tmp_path / "more")
+    config = json.loads((tmp_path / "more" / CONFIG).read_text())
+    (tmp_path / "more" / CONFIG).write_text(json.dumps({**config, "target_parameters": both[1:]}))
+    refused(IncompleteAdapterError, r"factors of \S+experts\.base_layer, which its \S+ does not select",
+            tmp_path / "experts", tmp_path / "more", tmp_path)  # fmt: skip
+    trained(llama(), target_modules=["q_proj"], trainable_token_indices=[3]).save_pretrained(tmp_path / "less")
+    less = damaged(tmp_path / "less", tmp_path / "no-rows", without("trainable_tokens_delta"))
+    refused(IncompleteAdapterError, "has no .*trainable_tokens_delta, which trainable_token_indices", base, less,
+            tmp_path)  # fmt: skip
 
 
 def edited(**changes):

@@ -13,6 +13,7 @@ from merge_cases import (
     stored,
     trained,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     T5Config,
@@ -29,11 +30,13 @@ from sorsa_plugin.errors import (
 TIED = {
     "adapted-head": {"target_modules": ["lm_head", "q_proj"]},
     "own-head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "adapted-embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "tokens-of-the-head": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [9, 20]}},
     "own-embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
 }
 
 
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:(Model has `tie_word_embeddings=True`|Model with|Setting)")
 @pytest.mark.parametrize("shard_size", ["20KB", "5GB"])
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED)
 def test_a_change_of_one_of_two_tied_weights_unties_them_as_it_does_in_the_adapted_model(tmp_path, options, shard_size):
@@ -68,6 +71,23 @@ def test_tied_weights_that_stay_alike_stay_tied(tmp_path):
     assert found.lm_head.weight is found.model.embed_tokens.weight
     assert torch.equal(found.lm_head.weight, model.get_input_embeddings().weight)
     assert stored(tmp_path / "merged").keys() == stored(tmp_path / "base").keys()
+
+
+@pytest.mark.filterwarnings("ignore:(Model with|Setting)")
+def test_tied_weights_that_are_stored_twice_are_both_written(tmp_path):
+    llama(tied=True).save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    model = trained(llama(tied=True), target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model.save_pretrained(tmp_path / "sorsa")
+    report = merge_adapter(tmp_path / "base", tmp_path / "sorsa", tmp_path / "merged")
+    assert report.merged == ("model.embed_tokens",)
+    assert not report.untied
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    expected = model.merge_and_unload().lm_head.weight
+    assert torch.equal(found["lm_head.weight"], expected)
+    assert torch.equal(found["model.embed_tokens.weight"], expected)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
