@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 AXOLOTL := .venv-axolotl
+FAST := -m "not slow and not distributed and not axolotl" -n 2 --dist loadfile
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
 	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
@@ -20,10 +21,10 @@ quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to e
 	$(VENV)/bin/sorsa quickstart $(ARGS)
 
 test: $(VENV)/tests  ## the fast tests, on the latest versions
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "not slow and not distributed and not axolotl" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(FAST) $(ARGS)
 
 test-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -m "not slow and not distributed and not axolotl" $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(FAST) $(ARGS)
 
 test-distributed: $(VENV)/tests  ## DDP and FSDP2 on two CPU processes
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "distributed and not axolotl" $(ARGS)
