@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 AXOLOTL := .venv-axolotl
 FAST := -m "not slow and not distributed and not axolotl" -n 2 --dist loadfile
-BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding
+BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
 	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
 RESULTS := runs/support

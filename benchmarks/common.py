@@ -114,12 +114,15 @@ def publish(name: str, device: str, result: dict[str, Any], table: Table, charts
     for row in table.rows:
         shown.add_row(*row)
     Console(width=170).print(shown)
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / (name if device == "cpu" else f"{name}_{device}")
-    content = {"machine": machine(device), "table": table._asdict(), **result}
-    stem.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    draw(charts, stem.with_suffix(".png"))
-    print(f"written: benchmarks/results/{stem.name}.json and .png")
+    stem = name if device == "cpu" else f"{name}_{device}"
+    draw(charts, RESULTS / f"{stem}.png")
+    write(stem, {"table": table._asdict(), **result}, device)
+
+
+def write(name: str, result: dict[str, Any], device: str = "cpu") -> None:
+    """Write results/<name>.json: the result, and the machine."""
+    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine(device), **result}, indent=1) + "\n")
+    print(f"written: benchmarks/results/{name}.json")
 
 
 def draw(charts: list[Chart], path: Path) -> None:
