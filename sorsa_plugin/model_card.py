@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
@@ -70,7 +70,7 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
     before, _, earlier = card.text.partition(HEADING)
     after = earlier.partition("\n## ")
     card.text = before.rstrip() + "\n\n" + section + ("".join(after[1:]) if after[1] else "")
-    tags = card.data.tags or []
+    tags = (metadata_load(path) or {}).get("tags") or []  # as written: ModelCardData may split a word into letters
     card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "sorsa"})
     card.save(path)
 
