@@ -159,7 +159,9 @@ def assert_the_same_end(run: Run, whole: Run, start: int) -> None:
 
 def environment(*path: Path) -> dict[str, str]:
     places = os.pathsep.join(map(str, [*path, HERE]))
-    return {**os.environ, "PYTHONPATH": places, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # Axolotl starts `torchrun`
+    own = {"PATH": commands, "PYTHONPATH": places, "AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | own
 
 
 def hashes(directory: Path) -> dict[str, str]:
