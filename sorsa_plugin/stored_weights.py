@@ -2,7 +2,7 @@
 
     files = BaseFiles("directory or hub id")
     weights = StoredWeights(files, files.empty_model("CAUSAL_LM"))
-    weights.module_weight_key("model.layers.0.mlp.up_proj")  # the stored tensor that is this module's weight
+    weights.key("model.layers.0.mlp.up_proj.weight")         # the stored tensor that is this parameter
     weights.sources("model.layers.0.mlp.experts.down_proj")  # all stored tensors that a parameter is made of
     weights.read("model.layers.0.mlp.up_proj.weight")        # the parameter, as from_pretrained gives it
     weights.split({"model.layers.0.mlp.experts.down_proj": new})  # the stored tensors that make new values
@@ -141,10 +141,6 @@ class StoredWeights:
                 f"{' and so on' if len(sources) > 3 else ''}. Load the model with transformers for this."
             )
         return sources[0]
-
-    def module_weight_key(self, module: str) -> str:
-        """`key` of a module's weight."""
-        return self.key(f"{module}.weight")
 
     def read(self, parameter: str) -> torch.Tensor:
         """The parameter as from_pretrained gives it: converted, in the model's dtype.

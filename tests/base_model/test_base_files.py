@@ -106,8 +106,8 @@ def test_a_weight_that_is_stored_as_it_is_has_a_key(tmp_path):
     tied_llama().save_pretrained(tmp_path)
     files = BaseFiles(tmp_path)
     weights = StoredWeights(files, files.empty_model("CAUSAL_LM"))
-    assert weights.module_weight_key("model.layers.1.mlp.up_proj") == "model.layers.1.mlp.up_proj.weight"
-    assert weights.module_weight_key("lm_head") == "model.embed_tokens.weight"
+    assert weights.key("model.layers.1.mlp.up_proj.weight") == "model.layers.1.mlp.up_proj.weight"
+    assert weights.key("lm_head.weight") == "model.embed_tokens.weight"
     assert files.headers["model.norm.weight"].shape == (32,)
     assert files.tensor("model.norm.weight").dtype == torch.bfloat16
 
