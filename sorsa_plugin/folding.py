@@ -146,7 +146,7 @@ def check_foldable(layer: SORSALayer) -> str:
             weight; or the layer is of a kind that does not fold, or an embedding, which PEFT saves with the adapter.
     """
     adapters = list(layer.sorsa_factors)
-    weight = layer.get_base_layer().weight
+    weight = layer.base_weight()
     engine = next((name for name in ("FSDP", "DEEPSPEED") if _announced(name)), None)
     if hasattr(weight, "device_mesh") or hasattr(weight, "ds_id") or getattr(weight, "_is_fsdp_flattened", False):
         engine = engine or "FSDP, tensor parallelism or DeepSpeed"

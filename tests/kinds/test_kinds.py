@@ -10,7 +10,7 @@ from peft import PeftModel
 from support import assert_same_tensors, perturb, snapshot
 
 from sorsa_plugin import SORSAConfig, attach, orthonormality
-from sorsa_plugin.errors import RankError, SORSAConfigError
+from sorsa_plugin.errors import FoldError, RankError, SORSAConfigError
 
 ADDITIVE = [name for name, kind in KINDS.items() if not kind.lends]
 LENDING = [name for name, kind in KINDS.items() if kind.lends]
@@ -157,6 +157,19 @@ def test_an_optimizer_step_trains_every_factor_and_applies_the_regularizer(kind)
     model.zero_grad()
     model(x).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def test_only_linear_layers_that_are_called_can_be_folded(kind):
+    model = adapted(kind)
+    if kind in ("linear", "transformers Conv1D"):
+        model.fold()
+        model.unfold()
+        return
+    with pytest.raises(FoldError, match="no folded form"):
+        model.fold()
+    for layer in layers_of(model):  # an attention's out_proj is linear, and only lends its weight
+        with pytest.raises(FoldError, match="no folded form"):
+            layer.fold()
 
 
 # -- what only an added change can do ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tiny_llama import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.errors import BaseMismatchError, UnsupportedLayerError
+from sorsa_plugin.errors import BaseMismatchError, FoldError, UnsupportedLayerError
 from sorsa_plugin.regularizer import sorsa_layers
 
 ATOL = 2e-6
@@ -120,6 +120,15 @@ def test_a_tied_output_layer_shares_the_embeddings_factors_and_stays_tied_when_m
     merged = model.merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.config.tie_word_embeddings
+
+
+def test_a_tied_output_layer_is_not_folded_by_itself():
+    """Its weight is the embedding's, which every reader of it would find folded."""
+    options = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    model = get_peft_model(tied_llama(), SORSAConfig(r=2, **options))
+    for layer in sorsa_layers(model):
+        with pytest.raises(FoldError, match="no folded form"):
+            layer.fold()
 
 
 def test_tied_layers_need_an_adapted_embedding(refused):
