@@ -39,11 +39,11 @@ distributions: dict[str, str] = {}
 @lru_cache(maxsize=1)
 def manager() -> pluggy.PluginManager:
     """The process's plug-in manager, with this package's own plug-ins and every installed one registered."""
-    from . import adapter_types, attachment, commands, linear
+    from . import adapter_types, commands, engines, linear
 
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(hookspecs)
-    for module in (linear, attachment, adapter_types, commands):
+    for module in (linear, engines, adapter_types, commands):
         plugins.register(module, module.__name__)
     for entry in entry_points(group=GROUP):
         distributions[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"

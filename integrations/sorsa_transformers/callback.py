@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sorsa_plugin.attachment import Attachment, attach, innermost
+from sorsa_plugin.attachment import Attachment, attach
+from sorsa_plugin.engines import innermost
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.factors import launched_on_many
 from sorsa_plugin.regularizer import sorsa_layers

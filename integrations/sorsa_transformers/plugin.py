@@ -1,11 +1,23 @@
-"""The adapter types that come with a Trainer callback: SORSA, and the LoRA variants that need data or calls."""
+"""What the Trainer's world adds: its engines, and the adapter types that come with a callback."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from sorsa_plugin.adapter_types import LORA_NAMES, build_config
 from sorsa_plugin.adapters import AdapterOptions, AdapterSetup, AdapterType
+from sorsa_plugin.engines import Engine
 from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_plugin.hookspecs import hookimpl
+from sorsa_plugin.regularizer import Factor
+
+
+@hookimpl
+def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
+    """FSDP2 and DeepSpeed ZeRO; FSDP1 is refused."""
+    from .engines import engine_of
+
+    return engine_of(factors, optimizer)
 
 
 @hookimpl

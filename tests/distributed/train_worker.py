@@ -65,7 +65,7 @@ def perturb(model: torch.nn.Module) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
-    parser.add_argument("engine", choices=["single", "ddp", "fsdp2"])
+    parser.add_argument("engine", choices=["single", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"])
     parser.add_argument("--self-attach", action="store_true")
     parser.add_argument("--ram-efficient", action="store_true")
     parser.add_argument("--update", default="coupled")
@@ -84,6 +84,20 @@ def main() -> None:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     engine: dict[str, object] = {"use_cpu": True}
+    if options.engine.startswith("zero"):
+        engine["deepspeed"] = {
+            "zero_optimization": {
+                "stage": int(options.engine[-1]),
+                "stage3_param_persistence_threshold": 0,
+                "stage3_max_live_parameters": 0,
+                "stage3_max_reuse_distance": 0,
+                "stage3_prefetch_bucket_size": 0,
+            },
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+            "zero_allow_untested_optimizer": True,
+        }
     if options.engine == "fsdp2":
         engine = {
             "fsdp": True,
