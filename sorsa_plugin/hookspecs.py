@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from .adapters import AdapterType
@@ -29,6 +30,12 @@ def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | No
 @hookspec(firstresult=True)
 def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
     """The `Engine` under which these factors live with this optimizer (wrapped, or None), if this plug-in knows it."""
+
+
+@hookspec(firstresult=True)
+def sorsa_frozen_as_parameters(weight: torch.Tensor) -> bool | None:
+    """Whether this process's engine takes frozen factors better as parameters (it shards them) or as buffers (it casts
+    parameters), beside this base weight; None where no engine is known."""
 
 
 @hookspec

@@ -8,6 +8,7 @@ original is kept, so that unmerging restores it bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from abc import abstractmethod
@@ -19,7 +20,7 @@ from torch import nn
 
 from .decomposition import Triplets, factorise
 from .errors import RankError
-from .factors import SORSAFactors, not_loaded
+from .factors import SORSAFactors, frozen_as_parameters, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
 from .precision import full_precision
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
 """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
+
+_numbers = itertools.count()
 
 
 class SORSALayer(Foldable, BaseTunerLayer):
@@ -65,10 +68,12 @@ class SORSALayer(Foldable, BaseTunerLayer):
         self._unmerged_weight: torch.Tensor | None = None
         self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
+        self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.number = next(_numbers)
         live_layers.add(self)
 
     @abstractmethod
@@ -99,7 +104,9 @@ class SORSALayer(Foldable, BaseTunerLayer):
         # a config that an adapter here already has (TRL adds its "ref" so) announces a copy of it, not another file
         shared = any(config is other for other in self.configs.values())
         device = torch.device("meta") if config.factors_from_file and not shared else matrix.device
-        self.sorsa_factors[adapter_name] = SORSAFactors(self.out_features, self.in_features, rank, device)
+        factors = SORSAFactors(self.out_features, self.in_features, rank, device)
+        factors.place_frozen(frozen_as_parameters(self.get_base_layer().weight))
+        self.sorsa_factors[adapter_name] = factors
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.configs[adapter_name] = config

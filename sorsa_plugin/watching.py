@@ -52,11 +52,11 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
 
 
 def _trained_layers(optimizer: Optimizer) -> list[Any]:
-    """Every trained layer of the process, in an order that is alike on all processes: the optimizer's, then by name."""
+    """Every trained layer, in an order that is alike on all processes: the optimizer's, then that of creation."""
     order = {parameter: number for number, parameter in enumerate(groups_by_parameter(optimizer))}
 
-    def place(layer: Any) -> tuple[int, str]:
-        return min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])), layer.name
+    def place(layer: Any) -> tuple[int, int]:
+        return min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])), layer.number
 
     return sorted((layer for layer in list(live_layers) if layer.trainable_adapters()), key=place)
 

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from sorsa_plugin.attachment import Attachment, attach
 from sorsa_plugin.engines import innermost
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.factors import launched_on_many
+from sorsa_plugin.factors import frozen_as_parameters
 from sorsa_plugin.regularizer import sorsa_layers
 
 
@@ -113,7 +113,6 @@ class SORSACallback(TrainerCallback):
         for layer in sorsa_layers(model) if model is not None else []:
             for adapter in layer.sorsa_factors:
                 factors = layer.factors(adapter)
-                if launched_on_many():
-                    factors.freeze_as_parameters()
+                factors.place_frozen(frozen_as_parameters(layer.get_base_layer().weight))
                 if adapter in layer.trainable_adapters():
                     factors.restore_fp32()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sorsa_plugin.adapter_types import LORA_NAMES, build_config
 from sorsa_plugin.adapters import AdapterOptions, AdapterSetup, AdapterType
@@ -11,6 +11,9 @@ from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_plugin.hookspecs import hookimpl
 from sorsa_plugin.regularizer import Factor
 
+if TYPE_CHECKING:
+    import torch
+
 
 @hookimpl
 def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
@@ -18,6 +21,14 @@ def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
     from .engines import engine_of
 
     return engine_of(factors, optimizer)
+
+
+@hookimpl
+def sorsa_frozen_as_parameters(weight: torch.Tensor) -> bool | None:
+    """Under DeepSpeed: parameters where ZeRO 3 partitions the base too, else buffers."""
+    from .engines.deepspeed import is_configured
+
+    return hasattr(weight, "ds_id") if is_configured() else None
 
 
 @hookimpl

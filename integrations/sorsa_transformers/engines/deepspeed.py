@@ -7,6 +7,8 @@ DeepSpeed steps one parameter group (ZeRO 1, 2) or sub-group (ZeRO 3) at a time,
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ import torch
 from torch import distributed
 from torch.optim.optimizer import Optimizer
 
-from sorsa_plugin.engines import Engine, Share, innermost
+from sorsa_plugin.engines import Engine, Share, groups_by_parameter, innermost
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.factors import ROUNDED
 from sorsa_plugin.regularizer import Factor
@@ -54,12 +56,12 @@ class ZeRO(Engine):
         """By the id of the offset."""
 
     @abstractmethod
-    def holds(self, factor: Factor) -> bool:
-        """Whether DeepSpeed's optimizer has masters of the factor."""
+    def unit_of(self, factor: Factor) -> int | None:
+        """Number of the flat tensor with the factor's master; None where another optimizer steps it."""
 
     @abstractmethod
-    def local_part(self, factor: Factor) -> tuple[int, int, int]:
-        """Unit (-1 where this process cannot tell), start and size of this process's part."""
+    def local_part(self, factor: Factor) -> tuple[int, int]:
+        """Start and size of this process's part."""
 
     @abstractmethod
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -93,90 +95,65 @@ class ZeRO(Engine):
 
     def _located(self, factors: Iterable[Factor]) -> list[Factor]:
         """Those of the factors that are held here; where their parts are is known. A small collective for new ones."""
-        held = [factor for factor in factors if self.holds(factor)]
+        held = [factor for factor in factors if self.unit_of(factor) is not None]
         new = [factor for factor in held if id(factor.offset) not in self.parts]
         if new:
             self._locate(new)
         return held
 
     def _locate(self, new: list[Factor]) -> None:
-        device = _device(new[0])
-        mine = torch.tensor([self.local_part(factor) for factor in new], dtype=torch.int64, device=device)
+        mine = torch.tensor([self.local_part(factor) for factor in new], dtype=torch.int64, device=_device(new[0]))
         everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.processes))]
         distributed.all_gather(everyone, mine, group=self.processes)
-        units = torch.stack(everyone)[:, :, 0].amax(0).tolist()
-        parts = torch.stack(everyone)[:, :, 1:].tolist()  # process, factor, (start, size)
-        for number, (factor, unit) in enumerate(zip(new, units, strict=True)):
-            rank = _shape(factor)[1]
-            starts = [process[number][0] for process in parts if process[number][1]]
-            cuts = tuple(sorted({start // rank for start in starts if start % rank}))
-            _, start, size = mine[number].tolist()
+        places = torch.stack(everyone, dim=1).tolist()  # factor, process, (start, size)
+        for factor, (start, size), everywhere in zip(new, mine.tolist(), places, strict=True):
+            rank, unit = _shape(factor)[1], self.unit_of(factor)
+            assert unit is not None
+            cuts = tuple(sorted({start // rank for start, size in everywhere if size and start % rank}))
             self.parts[id(factor.offset)] = Part(unit, start, size, cuts)
 
 
 class ZeRO12(ZeRO):
-    """ZeRO 1 and 2: the parameters of a group are one flat tensor, and each process steps an equal part of it.
+    """ZeRO 1 and 2: the parameters of a group are one flat tensor, and each process steps an equal part of it."""
 
-    Also DeepSpeed's bf16 optimizer without ZeRO, which links its masters alike.
-    """
+    def __init__(self, optimizer: Optimizer, zero: Any) -> None:
+        super().__init__(optimizer, zero.real_dp_process_group[0])
+        self.zero = zero
+        self.units = {id(p): unit for unit, group in enumerate(zero.bit16_groups) for p in group}
+        self.groups: dict[int, dict[str, Any]] = {}
 
-    def __init__(self, optimizer: Optimizer | None, processes: Any, factors: list[Factor]) -> None:
-        super().__init__(optimizer, processes)
-        self._units: list[tuple[dict[str, Any], int]] = []
-        """Parameter groups and the units that they are, -1 where they hold no factor."""
-        self._locate(factors)
-        self._device = factors[0].offset.device
-        self._linked = [factor.offset for factor in factors if factor.offset._hp_mapping is not None]  # type: ignore[attr-defined]
+    def unit_of(self, factor: Factor) -> int | None:
+        return self.units.get(id(factor.offset))
 
-    def holds(self, factor: Factor) -> bool:
-        return hasattr(factor.offset, "_hp_mapping")
-
-    def local_part(self, factor: Factor) -> tuple[int, int, int]:
-        mapping = factor.offset._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return -1, 0, 0
-        address = mapping.lp_fragment_address
-        return mapping.param_group_index, address.start, address.numel
+    def local_part(self, factor: Factor) -> tuple[int, int]:
+        mapping = _mapping(factor)
+        return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
 
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
-        group = self.group_of(part.unit)
-        if not part.size:  # the factor is stepped, but no part of it here
-            nothing = torch.empty(0, device=_device(factor))
+        mapping, gradient = _mapping(factor), self.zero.single_partition_of_fp32_groups[part.unit].grad
+        if mapping is None:  # the factor is stepped, but no part of it here
+            nothing = torch.empty(0, device=factor.offset.device)
             return nothing, nothing
-        mapping = factor.offset._hp_mapping  # type: ignore[attr-defined]
-        gradient = group["params"][0].grad if group is not None else None
         if gradient is not None:
-            address = mapping.hp_fragment_address
-            gradient = gradient.view(-1).narrow(0, address.start, address.numel)
+            gradient = gradient.view(-1).narrow(0, mapping.hp_fragment_address.start, part.size)
         return mapping.hp_fragment, gradient
 
     def group_of(self, unit: int) -> dict[str, Any] | None:
-        return next((group for group, found in self._recognised() if found == unit), None)
+        now = groups_by_parameter(self.optimizer)  # while it steps, DeepSpeed shows one group at a time
+        found = now.get(id(self.zero.single_partition_of_fp32_groups[unit]))
+        if found is not None:
+            self.groups[unit] = found
+        return self.groups.get(unit)
 
     def units_stepping(self) -> set[int]:
-        return {unit for _, unit in self._recognised()}
+        now = groups_by_parameter(self.optimizer)
+        return {unit for unit, flat in enumerate(self.zero.single_partition_of_fp32_groups) if id(flat) in now}
 
-    def _recognised(self) -> list[tuple[dict[str, Any], int]]:
-        """The optimizer's groups as they are now (DeepSpeed shows one at a time while it steps) and their units: the
-        masters of some factor lie in the group's flat tensor, on some process. A small collective for new groups."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        known = [next((unit for seen, unit in self._units if seen is group), None) for group in groups]
-        new = [group for group, unit in zip(groups, known, strict=True) if unit is None]
-        if not new:
-            return list(zip(groups, known, strict=True))
-        here = [self._unit_in(group["params"]) for group in new]
-        found = torch.tensor(here, device=self._device)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX, group=self.processes)
-        self._units += zip(new, found.tolist(), strict=True)
-        return self._recognised()
 
-    def _unit_in(self, flat: list[torch.Tensor]) -> int:
-        storages = {tensor.untyped_storage().data_ptr() for tensor in flat if tensor.numel()}
-        for offset in self._linked:
-            mapping = offset._hp_mapping  # type: ignore[attr-defined]
-            if mapping.hp_fragment.untyped_storage().data_ptr() in storages:
-                return mapping.param_group_index
-        return -1
+def _mapping(factor: Factor) -> Any:
+    """DeepSpeed's link from a parameter to the part of its master in this process; None where there is none."""
+    offset: Any = factor.offset
+    return offset._hp_mapping
 
 
 class ZeRO3(ZeRO):
@@ -186,14 +163,16 @@ class ZeRO3(ZeRO):
         super().__init__(optimizer, zero.dp_process_group)
         self.zero = zero
 
-    def holds(self, factor: Factor) -> bool:
-        return getattr(factor.offset, "_z3_optimizer", None) is self.zero
-
-    def local_part(self, factor: Factor) -> tuple[int, int, int]:
+    def unit_of(self, factor: Factor) -> int | None:
         offset: Any = factor.offset
-        unit, _, size = self.zero.grad_position[self.zero.get_param_id(offset)]
+        held = getattr(offset, "_z3_optimizer", None) is self.zero
+        return self.zero.grad_position[self.zero.get_param_id(offset)][0] if held else None
+
+    def local_part(self, factor: Factor) -> tuple[int, int]:
+        offset: Any = factor.offset
+        size = self.zero.grad_position[self.zero.get_param_id(offset)][2]
         start = size * distributed.get_rank(self.processes)
-        return unit, min(start, offset.ds_numel), max(0, min(size, offset.ds_numel - start))  # the last ones are padded
+        return min(start, offset.ds_numel), max(0, min(size, offset.ds_numel - start))  # the last part is padded
 
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
         unit, start, _ = self.zero.grad_position[self.zero.get_param_id(factor.offset)]
@@ -207,9 +186,16 @@ class ZeRO3(ZeRO):
         return self.optimizer.param_groups[self.zero.sub_group_to_group_id[unit]]
 
     def units_stepping(self) -> set[int]:
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        now = {id(tensor) for group in groups for tensor in group["params"]}
+        now = groups_by_parameter(self.optimizer)
         return {unit for unit, flat in enumerate(self.zero.fp32_partitioned_groups_flat) if id(flat) in now}
+
+
+def is_configured() -> bool:
+    """Whether an Accelerator, a launcher or TrainingArguments announced DeepSpeed."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return True
+    transformers_side = sys.modules.get("transformers.integrations.deepspeed")
+    return transformers_side is not None and transformers_side.deepspeed_config() is not None
 
 
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
@@ -225,14 +211,30 @@ def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
     for zero in {id(o._z3_optimizer): o._z3_optimizer for o in offsets if hasattr(o, "_z3_optimizer")}.values():
         if inner is None or inner in (zero.optimizer, getattr(zero, "backup_optimizer", None)):
             return _stage3(zero, inner)
-    linked = [factor for factor in factors if hasattr(factor.offset, "_hp_mapping")]
-    if linked and (inner is None or _is_flat(inner)):
-        offset: Any = linked[0].offset
-        engine = ZeRO12(inner, offset._dp_group, linked)
-        return engine if inner is None or engine.units_stepping() - {-1} else None
-    if inner is not None and "deepspeed" in sys.modules and _is_flat(inner):
+    if inner is None or not _is_flat(inner):
+        return None
+    if any(hasattr(offset, "_hp_mapping") for offset in offsets):
+        return _stage12(inner)
+    if "deepspeed" in sys.modules:
         _refuse_unlinked_masters(offsets, inner)
     return None
+
+
+def _stage12(inner: Optimizer) -> Engine | None:
+    """A torch optimizer does not know who drives it: look for a living DeepSpeed optimizer that does."""
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+
+    living = (thing for thing in gc.get_objects() if issubclass(type(thing), ZeROOptimizer))
+    zero = next((thing for thing in living if getattr(thing, "optimizer", None) is inner), None)
+    if zero is None:
+        return None
+    if type(zero).__name__ != "DeepSpeedZeroOptimizer":
+        raise AttachError(
+            f"DeepSpeed steps the factors through {type(zero).__name__}, which is not supported with SORSA; expected "
+            "the optimizer of ZeRO 1, 2 or 3. Set zero_optimization.stage to 1 or more, and leave out zenflow and "
+            "data_types.grad_accum_dtype in DeepSpeed's config."
+        )
+    return ZeRO12(inner, zero)
 
 
 def _stage3(zero: Any, inner: Optimizer | None) -> Engine:
