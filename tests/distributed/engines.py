@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
-ENGINES = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+ENGINES = ("single", "ddp", "fsdp1", "fsdp2", "zero1", "zero2", "zero3")
 
 FORCED_PARTITIONS = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_live_parameters": 0,
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
+    "sub_group_size": 500,
 }
-"""Without these ZeRO 3 keeps every parameter of a small model whole."""
+"""Without these ZeRO 3 keeps every parameter of a small model whole, and steps all of them at once."""
 
 
 def prepare(engine: str) -> None:
@@ -27,9 +28,10 @@ def prepare(engine: str) -> None:
 
 
 def _pretend_cpu_is_an_fsdp_device() -> None:
-    """accelerate runs FSDP on accelerators only: make its state say gloo and CPU."""
+    """accelerate runs FSDP on accelerators only, and transformers bf16: make them say gloo, CPU and yes."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     import torch.distributed as dist
+    import transformers.training_args
     from accelerate import state
     from accelerate.utils import DistributedType
 
@@ -37,6 +39,7 @@ def _pretend_cpu_is_an_fsdp_device() -> None:
         "gloo",
         DistributedType.MULTI_GPU,
     )
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
     if not dist.is_initialized():
         dist.init_process_group("gloo")
 
@@ -64,6 +67,7 @@ def engine_arguments(engine: str, *, ram_efficient: bool = False, zero: dict[str
                 "gradient_accumulation_steps": "auto",
                 "gradient_clipping": "auto",
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
             },
         }
     return {"use_cpu": True}

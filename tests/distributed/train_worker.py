@@ -10,6 +10,7 @@ import gc
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from engines import ENGINES, build_data, build_model, engine_arguments, leave, perturb, prepare
@@ -26,7 +27,9 @@ SCENARIOS: dict[str, dict] = {
     "bf16 decoupled": {"reg_update": "decoupled", "bf16": True},
     "gamma 0": {"gamma": 0.0},
     "unclipped": {"max_grad_norm": 0.0},
+    "two groups": {"groups": True},
     "ram-efficient": {"ram_efficient": True},
+    "offloaded": {"zero": {"offload_optimizer": {"device": "cpu"}}},
 }
 
 
@@ -43,7 +46,8 @@ def train(engine: str, scenario: str, output: Path) -> dict:
 
     AcceleratorState._reset_state()
     options = dict(SCENARIOS[scenario])
-    attached, ram_efficient = options.pop("attached", True), options.pop("ram_efficient", False)
+    attached, groups = options.pop("attached", True), options.pop("groups", False)
+    how = {name: options.pop(name) for name in ("ram_efficient", "zero") if name in options}
     gamma, update = options.pop("gamma", GAMMA), options.pop("reg_update", "coupled")
     world = int(os.environ.get("WORLD_SIZE", "1"))
     defaults = {
@@ -60,9 +64,7 @@ def train(engine: str, scenario: str, output: Path) -> dict:
         "disable_tqdm": True,
         "seed": 0,
     }
-    arguments = TrainingArguments(
-        str(output / "run"), **defaults | options | engine_arguments(engine, ram_efficient=ram_efficient)
-    )
+    arguments = TrainingArguments(str(output / "run"), **defaults | options | engine_arguments(engine, **how))
     config = SORSAConfig(
         r=4,
         rank_pattern={"q_proj": 3},  # partitions of all parameters together then end in the middle of a row, too
@@ -73,7 +75,14 @@ def train(engine: str, scenario: str, output: Path) -> dict:
     )
     model = get_peft_model(build_model(), config)
     perturb(model, to_bf16="bf16" in scenario)
-    trainer = Trainer(model, arguments, train_dataset=build_data(), callbacks=[SORSACallback()] if attached else [])
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=build_data(),
+        callbacks=[SORSACallback()] if attached else [],
+    )
+    if groups:  # an optimizer passed as an argument is not what the Trainer gives to DeepSpeed
+        trainer.create_optimizer = lambda *_: two_groups(trainer)
     broadcasts = count_broadcasts()
     trainer.train()
     trainer.save_model(str(output / "adapter"))
@@ -91,6 +100,15 @@ def train(engine: str, scenario: str, output: Path) -> dict:
         "cut_rows": sum(len(share.cuts) for share in shares),
         "gap_mean": float(attachment.gaps().mean()),
     }
+
+
+def two_groups(trainer: Any) -> torch.optim.Optimizer:
+    """V at half the rate of U and S: engines step group by group, and each has its own eta_max."""
+    named = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    slow = [parameter for name, parameter in named if name.endswith("dV")]
+    fast = [parameter for name, parameter in named if not name.endswith("dV")]
+    trainer.optimizer = torch.optim.SGD([{"params": fast, "lr": 1e-2}, {"params": slow, "lr": 5e-3}])
+    return trainer.optimizer
 
 
 def count_broadcasts() -> list[int]:
