@@ -188,7 +188,7 @@ class Attachment:
         for batch in deviations(self.engine.stepping(factors)):
             group = batch.shares[0].group
             assert group is not None
-            yield batch, group, len(factors)
+            yield batch, group, sum(factor.matrices for factor in factors)
 
 
 attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()

@@ -161,10 +161,11 @@ class _Exchange:
 
 @torch.no_grad()
 def gaps(model: nn.Module) -> dict[str, float]:
-    """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`); a collective where they are sharded."""
+    """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`, and `[i]` in a stack); a collective where
+    they are sharded."""
     factors = model_factors(model)
-    values = all_gaps(find_engine(factors, None).shares(factors)).tolist()
-    return {factor.name: gap for factor, gap in zip(factors, values, strict=True)}
+    shares = find_engine(factors, None).shares(factors)
+    return {share.name: gap for share, gap in zip(shares, all_gaps(shares).tolist(), strict=True)}
 
 
 @torch.no_grad()

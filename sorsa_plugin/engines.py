@@ -22,7 +22,7 @@ class Share(NamedTuple):
     """What the optimizer of this process steps of one factor P = initial + offset (rows x r).
 
     Attributes:
-        factor: the factor.
+        name: of the factor.
         initial, offset: whole rows (n x r), or n elements in row-major order (n); n may be 0. `offset` is the memory
             that the optimizer writes, fp32.
         gradient: what the optimizer reads, in the shape of `offset`; None where the step leaves this factor out.
@@ -33,7 +33,7 @@ class Share(NamedTuple):
         cuts: the rows of the whole factor of which no process has all elements, in order, alike on every process.
     """
 
-    factor: Factor
+    name: str
     initial: torch.Tensor
     offset: torch.Tensor
     gradient: torch.Tensor | None
@@ -60,7 +60,12 @@ class Engine(ABC):
 
     @abstractmethod
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
-        """The shares of the factors that the optimizer owns, in their order, alike on every process."""
+        """The shares of the factors that the optimizer owns, in their order, alike on every process; one for each
+        matrix of a stack."""
+
+    @abstractmethod
+    def owns(self, factor: Factor) -> bool:
+        """Whether the optimizer steps the factor; without an optimizer, whether it is this engine's."""
 
     def stepping(self, factors: Iterable[Factor]) -> list[Share]:
         """Those that the call to `step()` now under way updates: not all, where an engine steps group by group."""
@@ -74,13 +79,23 @@ class Engine(ABC):
 class WholeFactors(Engine):
     """One process or DDP: every process has every factor and its reduced gradient."""
 
+    def owns(self, factor: Factor) -> bool:
+        return self.optimizer is None or id(factor.offset) in groups_by_parameter(self.optimizer)
+
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
-        groups = groups_by_parameter(self.optimizer)
-        return [
-            Share(factor, factor.initial, factor.offset, factor.offset.grad, factor.offset.shape[1], group)
-            for factor in factors
-            if (group := groups.get(id(factor.offset))) is not None or self.optimizer is None
-        ]
+        groups, found = groups_by_parameter(self.optimizer), []
+        for factor in factors:
+            offset, group = factor.offset, groups.get(id(factor.offset))
+            if group is None and self.optimizer is not None:
+                continue
+            rank = offset.shape[-1]
+            if offset.ndim == 2:
+                found.append(Share(factor.name, factor.initial, offset, offset.grad, rank, group))
+                continue
+            gradients = [None] * factor.matrices if offset.grad is None else offset.grad.unbind()
+            for i, (initial, part, gradient) in enumerate(zip(factor.initial, offset, gradients, strict=True)):
+                found.append(Share(f"{factor.name}[{i}]", initial, part, gradient, rank, group))
+        return found
 
 
 @hookimpl(trylast=True)
@@ -91,7 +106,7 @@ def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
     if inner is not None:
         groups = groups_by_parameter(inner) if isinstance(inner, Optimizer) else {}
         owned = [factor for factor in factors if id(factor.offset) in groups]
-    plain = all(type(factor.offset.data) is torch.Tensor and factor.offset.dim() == 2 for factor in owned)
+    plain = all(type(factor.offset.data) is torch.Tensor and factor.offset.ndim in (2, 3) for factor in owned)
     return WholeFactors(inner) if owned and plain else None
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
     from torch import nn
 
@@ -36,6 +38,11 @@ def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
 def sorsa_frozen_as_parameters(weight: torch.Tensor) -> bool | None:
     """Whether this process's engine takes frozen factors better as parameters (it shards them) or as buffers (it casts
     parameters), beside this base weight; None where no engine is known."""
+
+
+@hookspec
+def sorsa_gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:  # type: ignore[empty-body]
+    """A context in which those of the parameters that this plug-in's engine partitioned are whole on every process."""
 
 
 @hookspec

@@ -23,6 +23,7 @@ from .errors import RankError
 from .factors import SORSAFactors, frozen_as_parameters, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
+from .offloading import base_weight_here, with_base_weight
 from .precision import full_precision
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class SORSALayer(Foldable, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
         self._unmerged_weight: torch.Tensor | None = None
-        self.out_features, self.in_features = self.base_matrix().shape
+        with base_weight_here(self.get_base_layer()):
+            self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
         self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
         live_layers.add(self)
@@ -86,6 +88,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 
+    @with_base_weight
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
         """Add an adapter of the given rank, still without values: `initialise` gives it some, or a file does.
 
@@ -112,16 +115,26 @@ class SORSALayer(Foldable, BaseTunerLayer):
         self.configs[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def initialise(self, adapter_name: str) -> None:
+    def must_factorise(self, adapter_name: str) -> bool:
+        """Whether `initialise` has to factorise the weight for this new adapter."""
+        factors, config = self.factors(adapter_name), self.configs[adapter_name]
+        cloned = self._donor(factors.rank, config, excluding=adapter_name) is not None
+        return config.init_weights and not cloned and not factors.pending
+
+    def initialise(self, adapter_name: str, matrix: torch.Tensor | None = None) -> None:
         """Fill a new adapter: clone a sibling's factors where they are the same triplets, else factorise the weight.
 
         Does nothing to an adapter on the meta device, or one whose tensors are awaited from a file.
+
+        Args:
+            adapter_name: the adapter.
+            matrix: the base weight (out x in), if the caller has it at hand.
 
         Raises:
             DecompositionError: see `decomposition.factorise`.
         """
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
-        matrix = self.base_matrix()
+        matrix = self.base_matrix() if matrix is None else matrix
         if factors.pending or matrix.is_meta:
             return
         if not config.init_weights:
@@ -195,6 +208,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
             self.check_base(adapter_name)
         return factors
 
+    @with_base_weight
     def check_base(self, adapter_name: str) -> None:
         """Compare the adapter's fingerprint with the base weight; deferred while the weight is on the meta device,
         sharded, or merged.
@@ -204,7 +218,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
         """
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
         matrix = self.base_matrix()
-        sharded = hasattr(matrix, "device_mesh")  # outside FSDP2's forward
+        sharded = hasattr(matrix, "device_mesh") or 0 in (matrix.numel(), factors.fingerprint.numel())
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
         storage = storage_of(self.get_base_layer().weight)

@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .config import SORSAConfig
@@ -19,6 +18,7 @@ from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
 from .fingerprint import storage_of
 from .folding import fold_model, intact_weight
+from .initialisation import initialise_layers
 from .layer import SORSALayer
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
@@ -54,10 +54,7 @@ class SORSAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
-        fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
-        slow = any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
-        for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
-            layer.initialise(adapter_name)
+        initialise_layers([layer for layer in layers if not layer.factors(adapter_name).pending], adapter_name)
         watch_optimizers()
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:

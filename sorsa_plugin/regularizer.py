@@ -23,11 +23,16 @@ if TYPE_CHECKING:
 
 
 class Factor(NamedTuple):
-    """One orthonormal factor P = initial + offset (rows x r) of one adapter."""
+    """One orthonormal factor P = initial + offset (rows x r) of one adapter, or a stack of them (E x rows x r)."""
 
     name: str
     initial: torch.Tensor
     offset: nn.Parameter
+
+    @property
+    def matrices(self) -> int:
+        """How many factors P this is."""
+        return self.offset.shape[0] if self.offset.ndim == 3 else 1
 
 
 def floor(rank: int) -> float:

@@ -42,8 +42,7 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     if engine is None:
         _refuse_hidden_factors([layer for layer in trained if _is_regularized(layer)], optimizer)
         return
-    owned = {id(share.factor.offset) for share in engine.shares(factors)}
-    layers = [layer for layer in trained if any(id(f.offset) in owned for f in trainable_factors([layer]))]
+    layers = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
     settings = attach_layers(layers, engine, None).settings()
     say(
         "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",

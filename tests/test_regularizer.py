@@ -269,3 +269,21 @@ def test_nothing_to_regularize_is_an_error_that_says_what_to_do(kind: str, measu
     assert type(model).__name__ in str(error.value)
     assert "get_peft_model(model, SORSAConfig(...))" in str(error.value)
     assert "is_trainable=True" in str(error.value)
+
+
+def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    initial = torch.randn(3, 7, 2, generator=generator, dtype=torch.float64)
+    offset = torch.nn.Parameter(torch.randn(3, 7, 2, generator=generator, dtype=torch.float64))
+    offset.grad = torch.zeros_like(offset)
+    stack = Factor("experts.V", initial, offset)
+    alone = [Factor(f"experts.V[{i}]", initial[i], torch.nn.Parameter(offset.detach()[i])) for i in range(3)]
+    assert stack.matrices == 3
+    shares = whole_shares([stack])
+    assert [share.name for share in shares] == [factor.name for factor in alone]
+    assert torch.equal(all_gaps(shares), all_gaps(whole_shares(alone)))
+    (batch,) = deviations(shares)
+    batch.add_product_to([share.gradient for share in shares])
+    P = initial + offset.detach()
+    exact = P @ (P.mT @ P - torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(offset.grad, exact, rtol=1e-13, atol=0)

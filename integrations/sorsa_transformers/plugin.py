@@ -12,6 +12,8 @@ from sorsa_plugin.hookspecs import hookimpl
 from sorsa_plugin.regularizer import Factor
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import torch
 
 
@@ -29,6 +31,14 @@ def sorsa_frozen_as_parameters(weight: torch.Tensor) -> bool | None:
     from .engines.deepspeed import is_configured
 
     return hasattr(weight, "ds_id") if is_configured() else None
+
+
+@hookimpl
+def sorsa_gather(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """Whole parameters under ZeRO 3."""
+    from .engines.deepspeed import gathered
+
+    return gathered(parameters)
 
 
 @hookimpl

@@ -16,7 +16,6 @@ from torch import distributed
 
 from sorsa_plugin.deviations import all_gaps, deviations
 from sorsa_plugin.engines import Share
-from sorsa_plugin.regularizer import Factor
 
 CASES = 60
 
@@ -54,7 +53,7 @@ def main() -> None:
             offset = (whole - initial).flatten()[start:stop].clone()
             shares.append(
                 Share(
-                    Factor(f"{len(shares)}", initial, torch.nn.Parameter(whole - initial)),
+                    f"{len(shares)}",
                     initial.flatten()[start:stop],
                     offset,
                     torch.zeros(stop - start),

@@ -12,6 +12,7 @@ import os
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +76,9 @@ class ZeRO(Engine):
     def units_stepping(self) -> set[int]:
         """The units that the call to `step()` now under way updates."""
 
+    def owns(self, factor: Factor) -> bool:
+        return self.unit_of(factor) is not None
+
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
         return [self._share(factor) for factor in self._located(factors)]
 
@@ -90,12 +94,20 @@ class ZeRO(Engine):
         value, gradient = self.master(factor, part)
         initial = _elements(factor, part)
         return Share(
-            factor, initial, value, gradient, rank, self.group_of(part.unit), (self.processes,), part.start, part.cuts
+            factor.name,
+            initial,
+            value,
+            gradient,
+            rank,
+            self.group_of(part.unit),
+            (self.processes,),
+            part.start,
+            part.cuts,
         )
 
     def _located(self, factors: Iterable[Factor]) -> list[Factor]:
         """Those of the factors that are held here; where their parts are is known. A small collective for new ones."""
-        held = [factor for factor in factors if self.unit_of(factor) is not None]
+        held = [factor for factor in factors if self.owns(factor)]
         new = [factor for factor in held if id(factor.offset) not in self.parts]
         if new:
             self._locate(new)
@@ -198,6 +210,16 @@ def is_configured() -> bool:
     return transformers_side is not None and transformers_side.deepspeed_config() is not None
 
 
+def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
+    """A context in which parameters that ZeRO 3 partitioned are whole; every process enters, and none writes."""
+    apart = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
+    if not apart:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(apart)
+
+
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
     """ZeRO, where the factors are DeepSpeed's and `optimizer` is the one that steps them.
 
@@ -265,9 +287,18 @@ def _refuse_unlinked_masters(offsets: list[Any], inner: Optimizer) -> None:
 
 
 def _shape(factor: Factor) -> tuple[int, int]:
-    """rows, r."""
-    rows, rank = getattr(factor.offset, "ds_shape", factor.offset.shape)
-    return rows, rank
+    """rows, r.
+
+    Raises:
+        AttachError: the factor is a stack of matrices.
+    """
+    shape = getattr(factor.offset, "ds_shape", factor.offset.shape)
+    if len(shape) != 2:
+        raise AttachError(
+            f"{factor.name} is a stack of experts of shape {tuple(shape)}, which DeepSpeed's partitions are not "
+            "supported for; expected matrices. Train it with DDP."
+        )
+    return shape[0], shape[1]
 
 
 def _device(factor: Factor) -> torch.device:

@@ -16,6 +16,9 @@ from sorsa_plugin.regularizer import Factor
 class FSDP2(Engine):
     """Each process steps some rows of every factor; hybrid sharding (a second mesh dimension that replicates) too."""
 
+    def owns(self, factor: Factor) -> bool:
+        return self.optimizer is None or id(factor.offset) in groups_by_parameter(self.optimizer)
+
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
         groups = groups_by_parameter(self.optimizer)
         return [
@@ -29,7 +32,7 @@ def _share(factor: Factor, group: dict[str, Any] | None) -> Share:
     offset: Any = factor.offset
     gradient = None if offset.grad is None else _local(offset.grad)
     rank = offset.shape[1]
-    return Share(factor, _local(factor.initial), _local(offset), gradient, rank, group, _process_groups(factor))
+    return Share(factor.name, _local(factor.initial), _local(offset), gradient, rank, group, _process_groups(factor))
 
 
 def _local(tensor: Any) -> Any:
@@ -44,10 +47,12 @@ def _process_groups(factor: Factor) -> tuple[Any, ...]:
     """
     placements = getattr(factor.offset, "placements", ())
     frozen = getattr(factor.initial, "placements", ())
-    if any(placement.is_shard() and not placement.is_shard(0) for placement in placements):
+    stacked = factor.offset.ndim == 3
+    if any(placement.is_shard() and (stacked or not placement.is_shard(0)) for placement in placements):
         raise AttachError(
-            f"{factor.name} is sharded as {placements}; expected row shards (FSDP2's Shard(0)). Tensor-parallel plans "
-            "over SORSA factors are not supported: keep them out of the plan."
+            f"{factor.name} of shape {tuple(factor.offset.shape)} is sharded as {placements}; expected row shards "
+            "(FSDP2's Shard(0)) of a matrix. Tensor-parallel plans over SORSA factors, and sharded stacks of experts, "
+            "are not supported: keep them out of the plan, or train them with DDP."
         )
     if placements != frozen and any(placement.is_shard() for placement in (*placements, *frozen)):
         raise AttachError(
