@@ -170,6 +170,11 @@ class SORSAFactors(nn.Module):
         if self.pending:
             self.to_empty(device=device)
 
+    def zero_offsets(self) -> None:
+        """The offsets of an untrained adapter."""
+        for name in OFFSETS:
+            getattr(self, name).data.zero_()
+
     def names_in(self, state_dict: Any, prefix: str) -> list[str]:
         """The names of this adapter's tensors in a state dict: all of them or none, because a part of them would be a
         silently different adapter.

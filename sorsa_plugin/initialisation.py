@@ -19,7 +19,7 @@ SLOW = 2**20
 
 @torch.no_grad()
 def initialise_layers(layers: list[SORSALayer], adapter_name: str) -> None:
-    """Fill the layers of a new adapter; those that await a file, or weights, stay as they are.
+    """Fill the layers of a new adapter; those that await a file, or a weight that no process has, stay as they are.
 
     In an initialised process group this is a collective, as wrapping a model in DDP is.
 
@@ -27,19 +27,19 @@ def initialise_layers(layers: list[SORSALayer], adapter_name: str) -> None:
         DecompositionError: see `decomposition.factorise`.
     """
     work = [layer for layer in layers if layer.must_factorise(adapter_name)]
-    processes = _processes(work, adapter_name)
+    owners = _owners(work, adapter_name)
     for layer in layers:
         if layer not in work:
             _initialise(layer, adapter_name)
-    if processes > 1:  # largest first: the layers of a round take equally long
+    if owners:  # largest first: the layers of a round take equally long
         work.sort(key=lambda layer: -layer.out_features * layer.in_features)
     with _bar(work) as bar:
-        for start in range(0, len(work), processes):
-            team = work[start : start + processes]
-            if processes == 1:
-                _initialise(team[0], adapter_name)
+        for start in range(0, len(work), max(1, len(owners))):
+            team = work[start : start + max(1, len(owners))]
+            if owners:
+                _initialise_round(list(zip(team, owners, strict=False)), adapter_name)
             else:
-                _initialise_round(team, adapter_name, distributed.get_rank())
+                _initialise(team[0], adapter_name)
             bar.update(len(team))
 
 
@@ -48,41 +48,46 @@ def _initialise(layer: SORSALayer, adapter_name: str) -> None:
         layer.initialise(adapter_name)
 
 
-def _initialise_round(layers: list[SORSALayer], adapter_name: str, me: int) -> None:
-    """One layer for each process; a partitioned weight is whole for a moment, and its copy on one process only."""
+def _initialise_round(team: list[tuple[SORSALayer, int]], adapter_name: str) -> None:
+    """One layer for each owner; a partitioned weight is whole for a moment, and its copy in one process only."""
     mine = None
-    for owner, layer in enumerate(layers):
+    for layer, owner in team:
         elsewhere = layer.base_matrix().numel() == 0
         with base_weight_here(layer.get_base_layer()):
-            if owner == me:
-                mine = layer.base_matrix().clone() if elsewhere else layer.base_matrix()
-    if me < len(layers):
-        layers[me].initialise(adapter_name, mine)
-    for owner, layer in enumerate(layers):
-        _broadcast([getattr(layer.factors(adapter_name), name) for name in FROZEN], owner)
-        layer.factors(adapter_name).base_checked = True
+            if owner == distributed.get_rank():
+                mine = layer, layer.base_matrix().clone() if elsewhere else layer.base_matrix()
+    if mine is not None:
+        mine[0].initialise(adapter_name, mine[1])
+    for layer, owner in team:
+        factors = layer.factors(adapter_name)
+        if factors.pending:  # this process has no weight
+            factors.materialise(torch.device("cpu"))
+            factors.zero_offsets()
+        _broadcast([getattr(factors, name) for name in FROZEN], owner)
+        factors.base_checked = True
 
 
 def _broadcast(tensors: list[torch.Tensor], owner: int) -> None:
     """Copy fp32 tensors from one process to all, as one message."""
-    flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-    message = flat
+    message = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
     if distributed.get_backend() == "nccl":
-        message = flat.to(torch.accelerator.current_accelerator())
+        message = message.to(torch.accelerator.current_accelerator())
     distributed.broadcast(message, owner)
     for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.data.copy_(part.view_as(tensor))
 
 
-def _processes(layers: list[SORSALayer], adapter_name: str) -> int:
-    """How many processes share the work: all, if all are about to do the same."""
-    alone = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
-    if alone:
-        return 1
-    mine = [(layer.name, layer.out_features, layer.in_features, layer.factors(adapter_name).rank) for layer in layers]
+def _owners(layers: list[SORSALayer], adapter_name: str) -> list[int]:
+    """The processes that share the work: those that have the weights, if all processes are about to do the same; none
+    where each is on its own."""
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return []
+    same = [(layer.name, layer.out_features, layer.in_features, layer.factors(adapter_name).rank) for layer in layers]
     everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, mine)
-    return len(everyone) if mine and all(other == mine for other in everyone) else 1
+    distributed.all_gather_object(everyone, (same, not any(layer.base_matrix().is_meta for layer in layers)))
+    if not layers or any(other != same for other, _ in everyone):
+        return []
+    return [process for process, (_, has_weights) in enumerate(everyone) if has_weights]
 
 
 def _bar(layers: list[SORSALayer]) -> tqdm:

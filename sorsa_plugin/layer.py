@@ -116,10 +116,11 @@ class SORSALayer(Foldable, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def must_factorise(self, adapter_name: str) -> bool:
-        """Whether `initialise` has to factorise the weight for this new adapter."""
+        """Whether this new adapter takes a factorisation of the weight, here or in a process that has the weight."""
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
         cloned = self._donor(factors.rank, config, excluding=adapter_name) is not None
-        return config.init_weights and not cloned and not factors.pending
+        awaited = factors.pending and (config.factors_from_file or not self.base_matrix().is_meta)
+        return config.init_weights and not cloned and not awaited
 
     def initialise(self, adapter_name: str, matrix: torch.Tensor | None = None) -> None:
         """Fill a new adapter: clone a sibling's factors where they are the same triplets, else factorise the weight.

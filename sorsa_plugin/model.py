@@ -54,7 +54,7 @@ class SORSAModel(BaseTuner):
         config = self.peft_config[adapter_name]
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
-        initialise_layers([layer for layer in layers if not layer.factors(adapter_name).pending], adapter_name)
+        initialise_layers(layers, adapter_name)
         watch_optimizers()
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:

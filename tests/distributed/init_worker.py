@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("--adapter")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--meta", action="store_true", help="only the first rank loads weights")
     options = parser.parse_args()
     prepare(options.engine)
     if options.engine == "fsdp2":  # what `accelerate launch` says
@@ -71,6 +72,10 @@ def main() -> None:
         **engine_arguments(options.engine, **({"ram_efficient": True} if options.engine == "fsdp2" else {})),
     )
     base = AutoModelForCausalLM.from_pretrained(options.base)
+    if options.meta and int(os.environ["RANK"]) > 0:
+        for module in base.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, torch.nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
     weight = base.model.layers[0].mlp.down_proj.weight
     here = "meta" if weight.is_meta else "apart" if weight.numel() == 0 else "whole"
     if options.adapter:
@@ -79,7 +84,7 @@ def main() -> None:
         model = get_peft_model(
             base,
             SORSAConfig(
-                r=4, rank_pattern={"q_proj": 3}, target_modules="all-linear", task_type="CAUSAL_LM", gamma=0.05
+                r=4, rank_pattern={"q_proj": 3}, target_modules="all-linear", task_type="CAUSAL_LM", gamma=4e-4
             ),
         )
     after = "meta" if weight.is_meta else "apart" if weight.numel() == 0 else "whole"
