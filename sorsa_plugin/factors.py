@@ -10,7 +10,7 @@ Where the frozen factors live: always under the same state-dict keys beside the 
 wherever it is saved from. In one process they are buffers: PEFT's contract is that every *parameter* of an active
 adapter trains. Where a launcher has announced several processes or FSDP they are parameters without gradient: engines
 shard those, and DDP does not broadcast them again in every forward. A plug-in may know better (DeepSpeed casts
-parameters to 16 bits, and not buffers).
+parameters to 16 bits, and saves no frozen ones).
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def launched_on_many() -> bool:
     return fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def frozen_as_parameters(weight: torch.Tensor) -> bool:
-    """Whether the frozen factors beside this base weight should be parameters rather than buffers."""
-    answer = manager().hook.sorsa_frozen_as_parameters(weight=weight)
+def frozen_as_parameters() -> bool:
+    """Whether frozen factors should be parameters rather than buffers."""
+    answer = manager().hook.sorsa_frozen_as_parameters()
     return launched_on_many() if answer is None else answer
 
 

@@ -10,7 +10,6 @@ import pluggy
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    import torch
     from torch import nn
 
     from .adapters import AdapterType
@@ -35,9 +34,9 @@ def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
 
 
 @hookspec(firstresult=True)
-def sorsa_frozen_as_parameters(weight: torch.Tensor) -> bool | None:
+def sorsa_frozen_as_parameters() -> bool | None:
     """Whether this process's engine takes frozen factors better as parameters (it shards them) or as buffers (it casts
-    parameters), beside this base weight; None where no engine is known."""
+    parameters); None where no engine is known."""
 
 
 @hookspec

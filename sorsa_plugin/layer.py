@@ -108,7 +108,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
         shared = any(config is other for other in self.configs.values())
         device = torch.device("meta") if config.factors_from_file and not shared else matrix.device
         factors = SORSAFactors(self.out_features, self.in_features, rank, device)
-        factors.place_frozen(frozen_as_parameters(self.get_base_layer().weight))
+        factors.place_frozen(frozen_as_parameters())
         self.sorsa_factors[adapter_name] = factors
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)

@@ -113,6 +113,6 @@ class SORSACallback(TrainerCallback):
         for layer in sorsa_layers(model) if model is not None else []:
             for adapter in layer.sorsa_factors:
                 factors = layer.factors(adapter)
-                factors.place_frozen(frozen_as_parameters(layer.get_base_layer().weight))
+                factors.place_frozen(frozen_as_parameters())
                 if adapter in layer.trainable_adapters():
                     factors.restore_fp32()

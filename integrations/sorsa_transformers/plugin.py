@@ -26,11 +26,11 @@ def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
 
 
 @hookimpl
-def sorsa_frozen_as_parameters(weight: torch.Tensor) -> bool | None:
-    """Under DeepSpeed: parameters where ZeRO 3 partitions the base too, else buffers."""
+def sorsa_frozen_as_parameters() -> bool | None:
+    """Buffers under DeepSpeed: it casts frozen parameters to 16 bits, and leaves them out of the adapter it saves."""
     from .engines.deepspeed import is_configured
 
-    return hasattr(weight, "ds_id") if is_configured() else None
+    return False if is_configured() else None
 
 
 @hookimpl

@@ -87,6 +87,8 @@ def main() -> None:
                 r=4, rank_pattern={"q_proj": 3}, target_modules="all-linear", task_type="CAUSAL_LM", gamma=4e-4
             ),
         )
+    if world == 1:
+        model.save_pretrained(str(options.output / "untrained"))
     after = "meta" if weight.is_meta else "apart" if weight.numel() == 0 else "whole"
     mine = {"digest": digest(model), "factorised": len(factorised), "base": here, "base_after": after}
     everyone = [mine]

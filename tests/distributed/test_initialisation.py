@@ -31,18 +31,9 @@ def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def untrained(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A complete adapter, as `sorsa init` and save_pretrained write it, and what one process makes of it."""
-    from peft import get_peft_model
-
-    from sorsa_plugin import SORSAConfig
-
-    directory = tmp_path_factory.mktemp("untrained")
-    config = SORSAConfig(
-        r=4, rank_pattern={"q_proj": 3}, target_modules="all-linear", task_type="CAUSAL_LM", gamma=0.05
-    )
-    get_peft_model(build_model(), config).save_pretrained(str(directory))
-    return str(directory)
+def untrained(alone: Path) -> str:
+    """A complete adapter before its first step, as `sorsa init` writes one."""
+    return str(alone / "untrained")
 
 
 def assert_same_run(output: Path, expected: Path) -> None:

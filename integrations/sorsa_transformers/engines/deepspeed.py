@@ -92,7 +92,7 @@ class ZeRO(Engine):
     def _share(self, factor: Factor) -> Share:
         part, rank = self.parts[id(factor.offset)], _shape(factor)[1]
         value, gradient = self.master(factor, part)
-        initial = _elements(factor, part)
+        initial = factor.initial.detach().reshape(-1).narrow(0, part.start, part.size)
         return Share(
             factor.name,
             initial,
@@ -232,7 +232,7 @@ def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
     offsets: list[Any] = [factor.offset for factor in factors]
     for zero in {id(o._z3_optimizer): o._z3_optimizer for o in offsets if hasattr(o, "_z3_optimizer")}.values():
         if inner is None or inner in (zero.optimizer, getattr(zero, "backup_optimizer", None)):
-            return _stage3(zero, inner)
+            return _stage3(zero, inner, factors)
     if inner is None or not _is_flat(inner):
         return None
     if any(hasattr(offset, "_hp_mapping") for offset in offsets):
@@ -259,7 +259,7 @@ def _stage12(inner: Optimizer) -> Engine | None:
     return ZeRO12(inner, zero)
 
 
-def _stage3(zero: Any, inner: Optimizer | None) -> Engine:
+def _stage3(zero: Any, inner: Optimizer | None, factors: list[Factor]) -> Engine:
     if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3" or getattr(zero, "partial_offload", 1.0) < 1.0:
         raise AttachError(
             f"DeepSpeed steps the factors through {type(zero).__name__} with a second optimizer, where the regularizer "
@@ -269,6 +269,11 @@ def _stage3(zero: Any, inner: Optimizer | None) -> Engine:
         raise AttachError(
             "DeepSpeed keeps the factors' masters on NVMe, which is not supported with SORSA: set offload_optimizer to "
             "cpu or none. An adapter's state is small."
+        )
+    if any(hasattr(factor.initial, "ds_id") for factor in factors):
+        raise AttachError(
+            "The frozen factors are parameters, which DeepSpeed leaves out of the adapter that it saves; expected "
+            "buffers. Make TrainingArguments (or Accelerator) before get_peft_model(), or pass SORSACallback()."
         )
     return ZeRO3(inner, zero)
 
@@ -303,16 +308,3 @@ def _shape(factor: Factor) -> tuple[int, int]:
 
 def _device(factor: Factor) -> torch.device:
     return getattr(factor.offset, "ds_tensor", factor.offset).device
-
-
-def _elements(factor: Factor, part: Part) -> torch.Tensor:
-    """The same elements of the frozen factor; its parts, where ZeRO 3 partitioned it too, are cut alike."""
-    frozen: Any = factor.initial
-    if not hasattr(frozen, "ds_tensor"):
-        return frozen.detach().reshape(-1).narrow(0, part.start, part.size)
-    if frozen.ds_tensor.numel() < part.size:
-        raise AttachError(
-            f"DeepSpeed keeps the frozen part of {factor.name} on NVMe, which is not supported with SORSA: set "
-            "offload_param to cpu or none."
-        )
-    return frozen.ds_tensor.detach().narrow(0, 0, part.size)
