@@ -1,4 +1,4 @@
-"""Checkpoints of every engine: resumed as if uninterrupted, on as many processes or another number; a killed process."""
+"""Checkpoints of every engine: resumed as if uninterrupted, on as many processes or another number; a killed one."""
 
 from __future__ import annotations
 
