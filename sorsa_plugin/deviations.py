@@ -108,28 +108,27 @@ def _minus_identity(gram: torch.Tensor) -> torch.Tensor:
 def _over_processes(shares: list[Share], batches: list[Batch]) -> list[Batch]:
     """Complete the cut rows and add up the Gram matrices, each with one all-reduce per set of process groups."""
     rows = _Exchange(shares, batches, [(len(share.cuts), share.rank) for share in shares])
-    for batch in batches:
-        cut, place = _cut_rows(batch)
-        for number, P in zip(batch.numbers, batch.P, strict=True) if cut else ():
-            rows.part(number)[place] = P[cut]
+    cut = [(batch, *_cut_rows(batch)) for batch in batches]
+    for batch, here, place in cut:
+        if here:
+            torch._foreach_copy_([rows.part(i)[place] for i in batch.numbers], list(batch.P[:, here].unbind()))
     rows.sum()
-    for batch in batches:
-        cut, place = _cut_rows(batch)
-        for number, P in zip(batch.numbers, batch.P, strict=True) if cut else ():
-            P[cut] = rows.part(number)[place]
+    for batch, here, place in cut:
+        if here:
+            batch.P[:, here] = torch.stack([rows.part(i)[place] for i in batch.numbers])
     grams = _Exchange(shares, batches, [(share.rank, share.rank) for share in shares])
     for batch in batches:
-        for number, gram in zip(batch.numbers, _gram(batch), strict=True):
-            grams.part(number).copy_(gram)
+        torch._foreach_copy_([grams.part(i) for i in batch.numbers], list(_gram(batch).unbind()))
     grams.sum()
     return [batch._replace(E=torch.stack([grams.part(i) for i in batch.numbers])) for batch in batches]
 
 
-def _cut_rows(batch: Batch) -> tuple[list[int], list[int]]:
+def _cut_rows(batch: Batch) -> tuple[list[int], slice]:
     """Which rows of P are cut, and where they are in the list of all cut rows of these factors."""
     first, rows = batch.shares[0].start // batch.P.shape[2], batch.P.shape[1]
     here = [(row - first, i) for i, row in enumerate(batch.shares[0].cuts) if first <= row < first + rows]
-    return [row for row, _ in here], [place for _, place in here]
+    places = [place for _, place in here]
+    return [row for row, _ in here], slice(places[0], places[-1] + 1) if places else slice(0)
 
 
 class _Exchange:
