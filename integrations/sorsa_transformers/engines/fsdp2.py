@@ -14,7 +14,7 @@ from sorsa_plugin.regularizer import Factor
 
 
 class FSDP2(Engine):
-    """Each process steps some rows of every factor; hybrid sharding (a second mesh dimension that replicates) too."""
+    """Each process steps some rows of every factor."""
 
     def owns(self, factor: Factor) -> bool:
         return self.optimizer is None or id(factor.offset) in groups_by_parameter(self.optimizer)
