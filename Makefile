@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+DISTRIBUTED := .venv-distributed
 AXOLOTL := .venv-axolotl
 FAST := -m "not slow and not distributed and not axolotl" -n 2 --dist loadfile
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
 	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
 RESULTS := runs/support
+DEEPSPEED := .venv-deepspeed
 PIP := -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -26,8 +28,8 @@ test: $(VENV)/tests  ## the fast tests, on the latest versions
 test-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(FAST) $(ARGS)
 
-test-distributed: $(VENV)/tests  ## DDP and FSDP2 on two CPU processes
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "distributed and not axolotl" $(ARGS)
+test-distributed: $(DISTRIBUTED)/tests  ## DDP, FSDP2 and DeepSpeed on two CPU processes
+	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest -m "distributed and not axolotl" $(ARGS)
 
 test-slow: $(VENV)/tests  ## the wheel in a clean environment, the quickstart, real pretrained weights
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow and not axolotl" $(ARGS)
@@ -65,7 +67,7 @@ format: $(VENV)/tests
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(AXOLOTL) .peft_conformance build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DISTRIBUTED) $(AXOLOTL) .peft_conformance build dist *.egg-info
 
 $(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -79,6 +81,14 @@ $(VENV)/tests: $(VENV)/package tests/oracles.txt
 
 $(VENV)/bench: $(VENV)/package tests/oracles.txt
 	$(VENV)/bin/python $(PIP) --no-deps -r tests/oracles.txt
+	touch $@
+
+# DeepSpeed compiles a small gloo helper at its first start: once here, so that no test's time-out pays for it
+$(DISTRIBUTED)/tests: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DISTRIBUTED)
+	$(DISTRIBUTED)/bin/python $(PIP) -c constraints.txt -e ".[test,deepspeed]"
+	DS_ACCELERATOR=cpu $(DISTRIBUTED)/bin/python -c \
+	    "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
 	touch $@
 
 $(OLDEST)/tests: pyproject.toml constraints-oldest.txt tests/oracles.txt

@@ -9,6 +9,7 @@ from .analysis import Analysis, analyze  # noqa: E402
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
+from .deviations import gaps  # noqa: E402
 from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
@@ -19,7 +20,7 @@ from .merging import MergeReport, merge_adapter  # noqa: E402
 from .model import SORSAModel  # noqa: E402
 from .planning import Plan, plan  # noqa: E402
 from .registration import register  # noqa: E402
-from .regularizer import gaps, orthonormality  # noqa: E402
+from .regularizer import orthonormality  # noqa: E402
 from .saving import save_adapter  # noqa: E402
 
 register()

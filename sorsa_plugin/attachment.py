@@ -4,7 +4,8 @@
     decoupled  after the step    P <- P - gamma_t P E,   gamma_t = gamma eta_t/eta_max, or gamma ("constant")
 
 There gradients are reduced over processes, unscaled and clipped; a step that fp16 scaling skips does not get there;
-and it is once per optimizer step for any gradient accumulation. Trainers and engines only find that optimizer.
+and it is once per optimizer step for any gradient accumulation. Trainers only find that optimizer; where the factors
+live in it is the engine's answer (`engines.py`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 from .config import check_gamma
+from .deviations import Batch, all_gaps, deviations
+from .engines import Engine, find_engine
 from .errors import AttachError
-from .hookspecs import hookimpl
+from .factors import FROZEN, ROUNDED
 from .peak_rate import ETA_MAX, peak_rate
-from .plugins import manager
 from .precision import full_precision
-from .regularizer import Batch, Factor, deviations, floor, model_factors, sorsa_layers, trainable_factors
+from .regularizer import floor, model_factors, sorsa_layers, trainable_factors
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,9 @@ class Attachment:
         eta: learning rate of the last step visited, of the first group with factors.
     """
 
-    def __init__(self, layers: Iterable[Any], gamma: float | None) -> None:
+    def __init__(self, layers: Iterable[Any], engine: Engine, gamma: float | None) -> None:
         self.layers = list(layers)
+        self.engine = engine
         self.gamma = gamma
         self.steps = 0
         self.eta = 0.0
@@ -94,18 +97,18 @@ class Attachment:
                 "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
-        self.steps += 1
+        self.steps += self.engine.begins_step()
         self._follow_peak(optimizer)
         if not coupled:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
-        for batch, group, count in self._owned(optimizer):
+        for batch, group, count in self._stepping():
             weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
             scale = weight / batch.gaps().clamp_min(floor(batch.rank))
             if loss_scale is not None:
                 scale = scale * loss_scale
             batch.E.mul_(scale[:, None, None])
-            batch.add_product_to([factor.offset.grad for factor in batch.factors])
+            batch.add_product_to([share.gradient for share in batch.shares])
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
@@ -127,12 +130,12 @@ class Attachment:
         if settings.update != "decoupled" or settings.gamma == 0.0:
             return
         overflow = getattr(optimizer, "found_inf", None)  # as above: a fused step that fp16 scaling skipped
-        for batch, group, _ in self._owned(optimizer):
+        for batch, group, _ in self._stepping():
             gamma = settings.gamma
             if settings.schedule == "lr":
                 gamma = gamma * float(group["lr"]) / peak_rate(group, gamma)
             batch.E.mul_(-gamma if overflow is None else -gamma * (1.0 - overflow.to(batch.E)))
-            batch.add_product_to([f.offset if f.offset.grad is not None else None for f in batch.factors])
+            batch.add_product_to([None if share.gradient is None else share.offset for share in batch.shares])
 
     @torch.no_grad()
     def penalty(self, optimizer: Optimizer) -> torch.Tensor:
@@ -140,8 +143,7 @@ class Attachment:
 
         No device synchronisation; a collective where factors are sharded.
         """
-        factors = trainable_factors(self.layers)
-        gaps = _gaps(factors) if factors else torch.zeros(1)
+        gaps = self.gaps()
         return self._weight(optimizer) * self._loss(gaps)
 
     def _weight(self, optimizer: Optimizer) -> float:
@@ -162,10 +164,7 @@ class Attachment:
         (coupled) or times sum 1/4 gap^2 (decoupled). gamma is the rate of the last step.
         """
         settings = self.settings()
-        factors = trainable_factors(self.layers)
-        if not factors:
-            return {}
-        gaps = _gaps(factors).double().cpu()
+        gaps = self.gaps().double().cpu()
         weight = self._weight(optimizer)
         follows_lr = settings.update == "coupled" or settings.schedule == "lr"
         return {
@@ -175,19 +174,19 @@ class Attachment:
             "sorsa/gamma": weight * self.eta if follows_lr else settings.gamma,
         }
 
-    def _owned(self, optimizer: Optimizer) -> Iterator[tuple[Batch, dict[str, Any], int]]:
-        """The factors that this optimizer owns in batches of one parameter group, with that group and the count F."""
+    def gaps(self) -> torch.Tensor:
+        """gap(P) of the factors that the optimizer owns (n), zero where none trains; a collective where factors are
+        sharded."""
+        shares = self.engine.shares(trainable_factors(self.layers))
+        return all_gaps(shares) if shares else torch.zeros(1)
+
+    def _stepping(self) -> Iterator[tuple[Batch, dict[str, Any], int]]:
+        """The factors that this call to `step()` updates, in batches of one parameter group, and the count F."""
         factors = trainable_factors(self.layers)
-        number = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        owned = [factor for factor in factors if id(factor.offset) in number]
-        count = sum(factor.matrices for factor in factors)
-        for batch in deviations(owned, [number[id(factor.offset)] for factor in owned]):
-            yield batch, optimizer.param_groups[batch.label], count
-
-
-def _gaps(factors: list[Factor]) -> torch.Tensor:
-    """gap(P) of every factor (F)."""
-    return torch.cat([batch.gaps() for batch in deviations(factors)])
+        for batch in deviations(self.engine.stepping(factors)):
+            group = batch.shares[0].group
+            assert group is not None
+            yield batch, group, sum(factor.matrices for factor in factors)
 
 
 attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
@@ -211,55 +210,30 @@ def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> A
         AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
             the adapters ask for different regularizers.
     """
-    model_factors(model)
-    inner = manager().hook.sorsa_attach(model=model, optimizer=optimizer)
-    if inner is None:
-        raise AttachError(
-            f"No plug-in knows how to find the torch optimizer inside {type(optimizer).__name__}. Pass the optimizer "
-            "whose step() updates the adapter's parameters, or add a `sorsa_attach` plug-in for this engine."
-        )
-    return attach_layers(sorsa_layers(model), inner, gamma)
+    factors = model_factors(model)
+    return attach_layers(sorsa_layers(model), find_engine(factors, optimizer), gamma)
 
 
-def innermost(optimizer: Any) -> Any:
-    """The end of a chain of `.optimizer` attributes (accelerate's wrapper), or the optimizer itself."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-@hookimpl(trylast=True)
-def sorsa_attach(model: nn.Module, optimizer: Any) -> Optimizer | None:
-    """A torch optimizer, plain or wrapped."""
-    inner = innermost(optimizer)
-    return inner if isinstance(inner, Optimizer) else None
-
-
-def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) -> Attachment:
-    """`attach` for the SORSA layers of one or several models and a torch optimizer."""
+def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Attachment:
+    """`attach` for the SORSA layers of one or several models and the engine that steps them."""
+    optimizer = engine.optimizer
+    assert optimizer is not None
     known = attachments.get(optimizer)
     if known is not None and known.handles and set(layers) <= set(known.layers):
         check_gamma(gamma, known.settings().update)
         known.gamma = known.gamma if gamma is None else gamma
         return known
-    attachment = Attachment(layers, gamma)
+    attachment = Attachment(layers, engine, gamma)
     settings = attachment.settings()
     check_gamma(settings.gamma, settings.update)
-    groups = groups_by_parameter(optimizer)
-    offsets = [factor.offset for factor in trainable_factors(layers)]
-    if not any(id(offset) in groups for offset in offsets):
-        raise AttachError(
-            f"{type(optimizer).__name__} owns none of the model's {len(offsets)} SORSA factors. Build the optimizer "
-            "after get_peft_model(), from the parameters that require grad."
-        )
     if settings.update == "decoupled" and type(optimizer).__module__.startswith("schedulefree"):
         raise AttachError(
             "reg_update='decoupled' writes the parameters after the step, and a schedule-free optimizer keeps others "
             "in its state. Use reg_update='coupled' with it."
         )
-    _restore_fp32(layers, optimizer)
-    owning = {id(g): g for g in (groups.get(id(offset)) for offset in offsets) if g is not None}
-    peak = max(peak_rate(group, settings.gamma) for group in owning.values())
+    _require_fp32(layers, engine)
+    owning = {id(share.group): share.group for share in engine.shares(trainable_factors(layers))}
+    peak = max(peak_rate(group, settings.gamma) for group in owning.values() if group is not None)
     if peak > ADVISED_LR:
         say(
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
@@ -279,14 +253,18 @@ def attach_layers(layers: list[Any], optimizer: Optimizer, gamma: float | None) 
     return attachment
 
 
-def _restore_fp32(layers: list[Any], optimizer: Optimizer) -> None:
-    restored = [
-        offset
-        for layer in layers
-        for adapter in layer.trainable_adapters()
-        for offset in layer.factors(adapter).restore_fp32()
-    ]
-    if any(optimizer.state.get(parameter) for parameter in restored):
+def _require_fp32(layers: list[Any], engine: Engine) -> None:
+    """Make the optimizer step fp32 offsets, and refuse frozen factors that an engine rounded."""
+    adapters = [layer.factors(adapter) for layer in layers for adapter in layer.trainable_adapters()]
+    if any(getattr(adapter, name).dtype in ROUNDED for adapter in adapters for name in FROZEN):
+        raise AttachError(
+            "The frozen factors were cast to 16 bits, where they are no longer the triplets of the base weight; "
+            "expected fp32. An engine casts parameters and leaves buffers alone: see docs/distributed.md."
+        )
+    if not engine.owns_parameters:
+        return
+    restored = [offset for adapter in adapters for offset in adapter.restore_fp32()]
+    if any(engine.optimizer.state.get(parameter) for parameter in restored):  # type: ignore[union-attr]
         raise AttachError(
             f"{len(restored)} SORSA offsets had been cast to 16 bits and the optimizer already holds state for them; "
             "expected fp32, which small learning rates need. Pass SORSACallback() to the trainer, or cast them back "
@@ -298,7 +276,3 @@ def say(message: str, *values: Any) -> None:
     """Log one line for the user, from one process of a run."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
         logger.warning(message, *values)
-
-
-def groups_by_parameter(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
-    return {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}

@@ -23,8 +23,8 @@ def checkpoints(output_dir: str | PathLike[str]) -> dict[int, Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint directory holds a readable trainer state, safetensors weights, and optimizer state that is
-    not cut off.
+    """Whether a checkpoint directory holds a readable trainer state, weights (safetensors, or FSDP2's shards), and
+    optimizer state that is not cut off.
 
     The Trainer writes trainer_state.json last, and safetensors headers name the length of their file.
     """
@@ -37,4 +37,8 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     saved = [path for path in checkpoint.rglob("*.pt") if path.name.startswith(("optimizer", "rng_state"))]
-    return bool(weights) and all(zipfile.is_zipfile(path) for path in saved)
+    saved += checkpoint.rglob("*_states.pt")  # DeepSpeed's
+    sharded = {path.parent for path in checkpoint.rglob("*.distcp")}
+    if not all((directory / ".metadata").is_file() for directory in sharded):  # written when every shard is
+        return False
+    return bool(weights or sharded) and all(zipfile.is_zipfile(path) for path in saved)

@@ -9,7 +9,8 @@ is exactly zero at init in every dtype, with no cancellation of two large produc
 Where the frozen factors live: always under the same state-dict keys beside the offsets, so that an adapter is complete
 wherever it is saved from. In one process they are buffers: PEFT's contract is that every *parameter* of an active
 adapter trains. Where a launcher has announced several processes or FSDP they are parameters without gradient: engines
-shard those, and DDP does not broadcast them again in every forward.
+shard those, and DDP does not broadcast them again in every forward. A plug-in may know better (DeepSpeed casts
+parameters to 16 bits, and saves no frozen ones).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from .decomposition import Triplets
 from .errors import FactorsNotLoadedError, IncompleteAdapterError
 from .lowrank import Parts
+from .plugins import manager
 
 OFFSETS = ("dU", "dS", "dV")
 FROZEN = ("U0", "S0", "V0", "fingerprint")
@@ -35,6 +37,12 @@ def launched_on_many() -> bool:
         return torch.distributed.get_world_size() > 1
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def frozen_as_parameters() -> bool:
+    """Whether frozen factors should be parameters rather than buffers."""
+    answer = manager().hook.sorsa_frozen_as_parameters()
+    return launched_on_many() if answer is None else answer
 
 
 class SORSAFactors(nn.Module):
@@ -74,8 +82,6 @@ class SORSAFactors(nn.Module):
             self.register_buffer(f"{part}0", torch.zeros(shape, **options))
         self.register_buffer("fingerprint", torch.zeros((*stack, out_features), **options))
         self.base_checked = False
-        if launched_on_many():
-            self.freeze_as_parameters()
 
     @property
     def rank(self) -> int:
@@ -86,12 +92,15 @@ class SORSAFactors(nn.Module):
         """Whether tensors are still to come: from a file, or with the weights of a model on the meta device."""
         return any(getattr(self, name).is_meta for name in (*OFFSETS, *FROZEN))
 
-    def freeze_as_parameters(self) -> None:
-        """Turn the frozen factors from buffers into parameters without gradient, under the same names."""
+    def place_frozen(self, as_parameters: bool) -> None:
+        """Hold the frozen factors as parameters without gradient or as buffers, under the same names."""
         for name in FROZEN:
-            tensor = self._buffers.pop(name, None)
-            if tensor is not None:
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            tensor = getattr(self, name)
+            delattr(self, name)
+            if as_parameters:
+                self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+            else:
+                self.register_buffer(name, tensor.detach())
 
     def keep_frozen(self) -> None:
         """Undo what a sweep over all parameters of the adapter (PEFT's `set_adapter`) did to the frozen ones."""
@@ -170,6 +179,11 @@ class SORSAFactors(nn.Module):
         """Give pending tensors storage on `device`, to be filled by whoever loads them."""
         if self.pending:
             self.to_empty(device=device)
+
+    def zero_offsets(self) -> None:
+        """The offsets of an untrained adapter."""
+        for name in OFFSETS:
+            getattr(self, name).data.zero_()
 
     def names_in(self, state_dict: Any, prefix: str) -> list[str]:
         """The names of this adapter's tensors in a state dict: all of them or none, because a part of them would be a

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    import torch
+    from contextlib import AbstractContextManager
+
     from torch import nn
 
     from .adapters import AdapterType
     from .config import SORSAConfig
+    from .engines import Engine
     from .layer import SORSALayer
+    from .regularizer import Factor
 
 GROUP = "sorsa_plugin"
 hookspec = pluggy.HookspecMarker(GROUP)
@@ -26,8 +29,19 @@ def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | No
 
 
 @hookspec(firstresult=True)
-def sorsa_attach(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer | None:
-    """The innermost torch optimizer behind a wrapper or engine this plug-in knows, else None."""
+def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
+    """The `Engine` under which these factors live with this optimizer (wrapped, or None), if this plug-in knows it."""
+
+
+@hookspec(firstresult=True)
+def sorsa_frozen_as_parameters() -> bool | None:
+    """Whether this process's engine takes frozen factors better as parameters (it shards them) or as buffers (it casts
+    parameters); None where no engine is known."""
+
+
+@hookspec
+def sorsa_gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:  # type: ignore[empty-body]
+    """A context in which those of the parameters that this plug-in's engine partitioned are whole on every process."""
 
 
 @hookspec

@@ -13,11 +13,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_files import ROOT, open_tensors, read_config, survey
 from .config import SORSAConfig
+from .deviations import all_gaps
+from .engines import WholeFactors
 from .factors import FROZEN, OFFSETS
 from .json_values import json_values
 from .lora_layouts import base_name
 from .lowrank import Parts, change_norm
-from .regularizer import Factor, gaps_by_name
+from .regularizer import Factor
 from .trained_tokens import TRAINED_TOKENS
 
 
@@ -113,8 +115,7 @@ def _summarise(name: str, rank: int, tensors: dict[str, torch.Tensor]) -> LayerS
         Factor("U", parts.U0, torch.nn.Parameter(parts.dU)),
         Factor("V", parts.V0, torch.nn.Parameter(parts.dV)),
     ]
-    gaps = gaps_by_name(factors)
-    gap_U, gap_V = (float(torch.tensor([gaps[name] for name in factor.names()]).max()) for factor in factors)
+    gap_U, gap_V = (float(all_gaps(WholeFactors(None).shares([factor])).max()) for factor in factors)
     S, start = parts.S0 + parts.dS, float(parts.S0.norm())
     change = change_norm(*parts.pair())
     return LayerSummary(

@@ -8,6 +8,7 @@ original is kept, so that unmerging restores it bit for bit.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -18,11 +19,11 @@ from torch import nn
 
 from .decomposition import Triplets, factorise
 from .errors import RankError
-from .factors import SORSAFactors, not_loaded
+from .factors import SORSAFactors, frozen_as_parameters, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
 from .mergeable import Mergeable
-from .offloading import with_base_weight
+from .offloading import base_weight_here, with_base_weight
 from .precision import full_precision
 from .read_through import ReadThrough
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
 """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
+
+_numbers = itertools.count()
 
 
 class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
@@ -68,12 +71,15 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
         self._original: list[torch.Tensor] = []  # see `mergeable.py`
-        *self.stack, self.out_features, self.in_features = self.base_matrix().shape
+        with base_weight_here(self.get_base_layer()):
+            *self.stack, self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
+        self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.number = next(_numbers)
         live_layers.add(self)
 
     def base_weight(self) -> torch.Tensor:
@@ -119,24 +125,35 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         # a config that an adapter here already has (TRL adds its "ref" so) announces a copy of it, not another file
         shared = any(config is other for other in self.configs.values())
         device = torch.device("meta") if config.factors_from_file and not shared else matrix.device
-        size = (self.out_features, self.in_features, rank)
-        self.sorsa_factors[adapter_name] = SORSAFactors(*size, device, tuple(self.stack))
+        factors = SORSAFactors(self.out_features, self.in_features, rank, device, tuple(self.stack))
+        factors.place_frozen(frozen_as_parameters())
+        self.sorsa_factors[adapter_name] = factors
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.configs[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    @with_base_weight
-    def initialise(self, adapter_name: str) -> None:
+    def must_factorise(self, adapter_name: str) -> bool:
+        """Whether this new adapter takes a factorisation of the weight, here or in a process that has the weight."""
+        factors, config = self.factors(adapter_name), self.configs[adapter_name]
+        cloned = self._donor(factors.rank, config, excluding=adapter_name) is not None
+        awaited = factors.pending and (config.factors_from_file or not self.base_matrix().is_meta)
+        return config.init_weights and not cloned and not awaited
+
+    def initialise(self, adapter_name: str, matrix: torch.Tensor | None = None) -> None:
         """Fill a new adapter: clone a sibling's factors where they are the same triplets, else factorise the weight.
 
         Does nothing to an adapter on the meta device, or one whose tensors are awaited from a file.
+
+        Args:
+            adapter_name: the adapter.
+            matrix: the base weight (out x in), if the caller has it at hand.
 
         Raises:
             DecompositionError: see `decomposition.factorise`.
         """
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
-        matrix = self.base_matrix()
+        matrix = self.base_matrix() if matrix is None else matrix
         if factors.pending or matrix.is_meta:
             return
         if not config.init_weights:
@@ -219,7 +236,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         """
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
         matrix = self.base_matrix()
-        sharded = hasattr(matrix, "device_mesh")  # outside FSDP2's forward
+        sharded = hasattr(matrix, "device_mesh") or 0 in (matrix.numel(), factors.fingerprint.numel())
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
         storage = storage_of(self.base_weight())

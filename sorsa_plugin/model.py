@@ -12,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
-from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from .config import SORSAConfig
@@ -20,6 +19,7 @@ from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
 from .fingerprint import storage_of
 from .folding import fold_model, intact_weight
+from .initialisation import initialise_layers
 from .layer import SORSALayer
 from .layers.attention import leave_fused_encoders
 from .layers.parameter import ParamWrapper
@@ -64,10 +64,7 @@ class SORSAModel(BaseTuner):
                 for name, layer in model.named_modules()
                 if isinstance(layer, SORSALayer) and adapter_name in layer.configs and (layout := layer.lora_layout())
             }
-        fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
-        slow = config.init_weights and any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
-        for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
-            layer.initialise(adapter_name)
+        initialise_layers(layers, adapter_name)
         watch_optimizers()
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:

@@ -1,22 +1,42 @@
-"""Weights that accelerate keeps on the CPU or on disk come back while somebody looks at them."""
+"""Base weights that are kept elsewhere come back while somebody looks at them: accelerate keeps them on the CPU or on
+disk, training engines partition them over processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
+import torch
 from accelerate.utils import align_module_device
+from torch import nn
+
+from .plugins import manager
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
+@contextmanager
+def base_weight_here(module: nn.Module) -> Iterator[None]:
+    """In this context the parameters of a base module are whole, on the device that computes; not to be written.
+
+    Where an engine partitioned them, every process has to enter together.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(align_module_device(module))
+        if not torch.compiler.is_compiling():  # a graph reads weights that are here already
+            for context in manager().hook.sorsa_gather(parameters=list(module.parameters(recurse=False))):
+                stack.enter_context(context)
+        yield
+
+
 def with_base_weight(method: Method) -> Method:
-    """A method of a layer that reads the base weight: while it runs, the weight is on the device that computes."""
+    """A method of a layer that reads the base weight, in `base_weight_here`."""
 
     @wraps(method)
     def wrapper(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        with align_module_device(layer.get_base_layer()):
+        with base_weight_here(layer.get_base_layer()):
             return method(layer, *args, **kwargs)
 
     return wrapper  # type: ignore[return-value]

@@ -39,12 +39,12 @@ distributions: dict[str, str] = {}
 @lru_cache(maxsize=1)
 def manager() -> pluggy.PluginManager:
     """The process's plug-in manager, with this package's own plug-ins and every installed one registered."""
-    from . import adapter_types, attachment, commands
+    from . import adapter_types, commands, engines
     from .layers import KINDS
 
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(hookspecs)
-    for module in (*KINDS, attachment, adapter_types, commands):
+    for module in (*KINDS, engines, adapter_types, commands):
         plugins.register(module, module.__name__)
     for entry in entry_points(group=GROUP):
         distributions[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"

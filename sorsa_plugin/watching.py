@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .attachment import attach_layers, attachments, groups_by_parameter, say
+from .attachment import attach_layers, attachments, say
+from .engines import Engine, groups_by_parameter
 from .errors import AttachError
 from .layer import live_layers
+from .plugins import manager
 from .regularizer import trainable_factors
 
 _watching = False
@@ -28,28 +31,50 @@ def watch_optimizers() -> None:
 def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if optimizer in attachments:
         return
-    groups = groups_by_parameter(optimizer)
-    trained = [layer for layer in list(live_layers) if layer.trainable_adapters()]
-    owned = [layer for layer in trained if any(id(f.offset) in groups for f in trainable_factors([layer]))]
-    if not owned:
-        _refuse_hidden_factors(trained, optimizer)
+    trained = _trained_layers(optimizer)
+    factors = trainable_factors(trained)
+    try:
+        engine: Engine | None = manager().hook.sorsa_engine(factors=factors, optimizer=optimizer) if factors else None
+    except AttachError:
+        if any(map(_is_regularized, trained)):
+            raise
         return
-    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    owned.sort(key=lambda layer: min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])))
-    settings = attach_layers(owned, optimizer, None).settings()
+    if engine is None:
+        _refuse_hidden_factors([layer for layer in trained if _is_regularized(layer)], optimizer)
+        return
+    layers = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
+    settings = attach_layers(layers, engine, None).settings()
     say(
         "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",
-        type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(owned)),
+        type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(layers)),
     )  # fmt: skip
 
 
-def _refuse_hidden_factors(trained: list[Any], optimizer: Optimizer) -> None:
-    regularized = [
-        layer for layer in trained if any(layer.configs[name].resolved_gamma > 0 for name in layer.trainable_adapters())
-    ]
-    for factor in trainable_factors(regularized):
-        if hasattr(factor.offset, "ds_id") or hasattr(factor.offset, "_hp_mapping"):
+def _trained_layers(optimizer: Optimizer) -> list[Any]:
+    """Every trained layer, in an order that is alike on all processes: the optimizer's, then that of creation."""
+    order = {parameter: number for number, parameter in enumerate(groups_by_parameter(optimizer))}
+
+    def place(layer: Any) -> tuple[int, int]:
+        return min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])), layer.number
+
+    return sorted((layer for layer in list(live_layers) if layer.trainable_adapters()), key=place)
+
+
+def _is_regularized(layer: Any) -> bool:
+    return any(layer.configs[name].resolved_gamma > 0 for name in layer.trainable_adapters())
+
+
+def _refuse_hidden_factors(layers: list[Any], optimizer: Optimizer) -> None:
+    """An optimizer that owns no factor, but memory in which factors lie, steps them unseen."""
+    owned = {_memory(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for factor in trainable_factors(layers):
+        if factor.offset.numel() and _memory(factor.offset) in owned:
             raise AttachError(
-                f"DeepSpeed steps {factor.name} through a flat partition in {type(optimizer).__name__}, where the "
-                "regularizer cannot reach it. Use DDP or FSDP2, or set gamma=0 to train without the regularizer."
+                f"{type(optimizer).__name__} steps {factor.name} as a part of a flat tensor, where the regularizer "
+                "cannot reach it. Use DDP, FSDP2 or DeepSpeed ZeRO, or set gamma=0 to train without the regularizer."
             )
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Address of a tensor's storage."""
+    return tensor.untyped_storage().data_ptr()

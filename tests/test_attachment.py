@@ -552,7 +552,7 @@ def test_optimizer_that_owns_no_factor_is_an_error() -> None:
 
 
 def test_unknown_engine_is_an_error() -> None:
-    with pytest.raises(AttachError, match="No plug-in knows how to find the torch optimizer inside dict"):
+    with pytest.raises(AttachError, match="dict owns none of the model's 2 SORSA factors, and no plug-in knows"):
         attach(one_layer(), {})
 
 
@@ -562,18 +562,19 @@ def test_model_without_adapters_is_an_error() -> None:
         attach(layer, SGD(layer.parameters(), lr=LR))
 
 
-@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
-def test_factors_hidden_in_deepspeed_partitions_are_refused_unless_gamma_is_zero(mark: str) -> None:
-    flat = nn.Parameter(torch.zeros(3))
-    optimizer = SGD([flat], lr=LR)
-    flat.grad = torch.ones(3)
-    model = one_layer(gamma=0.0)
-    setattr(only_layer(model).factors("default").dU, mark, 0)
-    optimizer.step()
-    model = one_layer()
-    setattr(only_layer(model).factors("default").dU, mark, 0)
-    with pytest.raises(AttachError, match=r"DeepSpeed steps proj\.default\.U through a flat partition in SGD"):
+def test_factors_hidden_in_a_flat_tensor_are_refused_unless_gamma_is_zero() -> None:
+    def run(gamma: float) -> None:
+        model = one_layer(gamma=gamma)
+        offset = only_layer(model).factors("default").dU
+        flat = nn.Parameter(torch.zeros(offset.numel() + 3, dtype=offset.dtype))
+        offset.data = flat.data[3:].view_as(offset)
+        optimizer = SGD([flat], lr=LR)
+        flat.grad = torch.ones_like(flat)
         optimizer.step()
+
+    run(0.0)
+    with pytest.raises(AttachError, match=r"SGD steps proj\.default\.U as a part of a flat tensor"):
+        run(GAMMA)
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])

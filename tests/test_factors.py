@@ -159,7 +159,7 @@ def test_the_environment_decides_where_the_frozen_factors_live(environment, many
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched_on_many() is many
-    factors = SORSAFactors(6, 5, 2, "cpu")
+    factors = only_layer(adapt(make_base(), r=2)).factors("default")
     home = dict(factors.named_parameters() if many else factors.named_buffers())
     assert set(FROZEN) <= set(home)
     assert not any(home[name].requires_grad for name in FROZEN)

@@ -33,9 +33,11 @@ from sorsa_plugin import (
 )
 from sorsa_plugin.adapters import AdapterOptions
 from sorsa_plugin.cli import build_app
+from sorsa_plugin.engines import Engine, WholeFactors
 from sorsa_plugin.errors import AdapterOptionsError, AttachError, PluginError, UnsupportedLayerError
 from sorsa_plugin.layers.linear import SORSALinear
 from sorsa_plugin.plugins import manager
+from sorsa_plugin.regularizer import Factor
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def test_plugin_is_asked_before_the_built_in_kinds() -> None:
     assert kind() is SORSALinear
 
 
-def test_plugin_finds_the_optimizer_inside_an_engine() -> None:
+def test_plugin_says_where_the_factors_live_under_an_engine() -> None:
     model = get_peft_model(model_with(nn.Linear(6, 5)), SORSAConfig(r=2, target_modules=["0"]))
     inner = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     engine = types.SimpleNamespace(hidden=inner)
@@ -148,10 +150,10 @@ def test_plugin_finds_the_optimizer_inside_an_engine() -> None:
     class Plugin:
         @staticmethod
         @hookimpl
-        def sorsa_attach(model: nn.Module, optimizer: object) -> torch.optim.Optimizer | None:
-            return getattr(optimizer, "hidden", None)
+        def sorsa_engine(factors: list[Factor], optimizer: object) -> Engine | None:
+            return WholeFactors(optimizer.hidden) if hasattr(optimizer, "hidden") else None
 
-    with pytest.raises(AttachError, match="No plug-in knows"):
+    with pytest.raises(AttachError, match="no plug-in knows"):
         attach(model, engine)
     with registered(Plugin):
         assert attach(model, engine) is attach(model, inner)

@@ -15,8 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sorsa_plugin import SORSAConfig, attach, gaps, orthonormality
+from sorsa_plugin.deviations import all_gaps, deviations
+from sorsa_plugin.engines import Share, WholeFactors
 from sorsa_plugin.errors import NoAdaptedLayersError
-from sorsa_plugin.regularizer import Factor, deviations, model_factors, sorsa_layers
+from sorsa_plugin.regularizer import Factor, model_factors, sorsa_layers
 
 RANK = 4
 FACTORS = 2 * 7 * 2  # two decoder layers, seven projections, U and V
@@ -48,6 +50,10 @@ def exact_factors(model: PeftModel, adapter: str = "default") -> dict[str, torch
 
 def exact_gap(P: torch.Tensor) -> torch.Tensor:
     return torch.linalg.matrix_norm(P.mT @ P - torch.eye(P.shape[1], dtype=P.dtype))
+
+
+def whole_shares(factors: list[Factor]) -> list[Share]:
+    return WholeFactors(None).shares(factors)
 
 
 def exact_gaps(model: PeftModel) -> dict[str, float]:
@@ -180,8 +186,8 @@ def test_gaps_keep_the_layers_order_whatever_is_batched(monkeypatch: pytest.Monk
     model = adapted(torch.float64, 0.1)
     exact = exact_gaps(model)
     for elements, most in ((1, 1), (2 * 16 * RANK, 2), (2**23, 18)):  # 18 of the 28 factors have 32 rows
-        monkeypatch.setattr("sorsa_plugin.regularizer.BATCH_ELEMENTS", elements)
-        assert max(len(batch.factors) for batch in deviations(model_factors(model))) == most
+        monkeypatch.setattr("sorsa_plugin.deviations.BATCH_ELEMENTS", elements)
+        assert max(len(batch.shares) for batch in deviations(whole_shares(model_factors(model)))) == most
         found = gaps(model)
         assert list(found) == list(exact)
         assert all(found[name] == pytest.approx(exact[name], abs=1e-13) for name in exact)
@@ -195,7 +201,7 @@ def test_gap_gradient_is_bounded_and_continuous_in_the_gap(log_gap: float, rank:
     P = torch.linalg.qr(torch.randn(rows, rank, generator=generator, dtype=torch.float64))[0]
     P = P + 10**log_gap * torch.randn(rows, rank, generator=generator, dtype=torch.float64) / rows**0.5
     factor = Factor("P", P, torch.nn.Parameter(torch.zeros_like(P)))
-    gap = float(next(deviations([factor])).gaps())
+    gap = float(all_gaps(whole_shares([factor])))
 
     from sorsa_plugin.regularizer import _Gap
 
@@ -300,3 +306,21 @@ def test_nothing_to_regularize_is_an_error_that_says_what_to_do(kind: str, measu
     assert type(model).__name__ in str(error.value)
     assert "get_peft_model(model, SORSAConfig(...))" in str(error.value)
     assert "is_trainable=True" in str(error.value)
+
+
+def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    initial = torch.randn(3, 7, 2, generator=generator, dtype=torch.float64)
+    offset = torch.nn.Parameter(torch.randn(3, 7, 2, generator=generator, dtype=torch.float64))
+    offset.grad = torch.zeros_like(offset)
+    stack = Factor("experts.V", initial, offset)
+    alone = [Factor(f"experts.V[{i}]", initial[i], torch.nn.Parameter(offset.detach()[i])) for i in range(3)]
+    assert stack.matrices == 3
+    shares = whole_shares([stack])
+    assert [share.name for share in shares] == [factor.name for factor in alone]
+    assert torch.equal(all_gaps(shares), all_gaps(whole_shares(alone)))
+    (batch,) = deviations(shares)
+    batch.add_product_to([share.gradient for share in shares])
+    P = initial + offset.detach()
+    exact = P @ (P.mT @ P - torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(offset.grad, exact, rtol=1e-13, atol=0)

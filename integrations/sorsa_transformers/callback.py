@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sorsa_plugin.attachment import Attachment, attach, innermost
+from sorsa_plugin.attachment import Attachment, attach
 from sorsa_plugin.config import SORSAConfig
+from sorsa_plugin.engines import innermost
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.factors import launched_on_many
+from sorsa_plugin.factors import frozen_as_parameters
 from sorsa_plugin.model_card import complete_model_card
 from sorsa_plugin.regularizer import sorsa_layers
 
@@ -117,8 +118,7 @@ class SORSACallback(TrainerCallback):
         for layer in sorsa_layers(model) if model is not None else []:
             for adapter in layer.sorsa_factors:
                 factors = layer.factors(adapter)
-                if launched_on_many():
-                    factors.freeze_as_parameters()
+                factors.place_frozen(frozen_as_parameters())
                 if adapter in layer.trainable_adapters():
                     factors.restore_fp32()
 

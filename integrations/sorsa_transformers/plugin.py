@@ -1,11 +1,44 @@
-"""The adapter types that come with a Trainer callback: SORSA, and the LoRA variants that need data or calls."""
+"""What the Trainer's world adds: its engines, and the adapter types that come with a callback."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from sorsa_plugin.adapter_types import LORA_NAMES, build_config
 from sorsa_plugin.adapters import AdapterOptions, AdapterSetup, AdapterType
+from sorsa_plugin.engines import Engine
 from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_plugin.hookspecs import hookimpl
+from sorsa_plugin.regularizer import Factor
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import torch
+
+
+@hookimpl
+def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
+    """FSDP2 and DeepSpeed ZeRO; FSDP1 is refused."""
+    from .engines import engine_of
+
+    return engine_of(factors, optimizer)
+
+
+@hookimpl
+def sorsa_frozen_as_parameters() -> bool | None:
+    """Buffers under DeepSpeed: it casts frozen parameters to 16 bits, and leaves them out of the adapter it saves."""
+    from .engines.deepspeed import is_configured
+
+    return False if is_configured() else None
+
+
+@hookimpl
+def sorsa_gather(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+    """Whole parameters under ZeRO 3."""
+    from .engines.deepspeed import gathered
+
+    return gathered(parameters)
 
 
 @hookimpl

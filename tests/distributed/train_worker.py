@@ -1,133 +1,114 @@
-"""What every process of a distributed test runs: a few Trainer steps on a tiny Llama, started by torchrun.
+"""What every process of a trajectory test runs: short Trainer runs of a tiny Llama, one after the other.
 
-torchrun --nproc_per_node 2 train_worker.py OUTPUT_DIR {single|ddp|fsdp2} [--self-attach] [--ram-efficient] ...
+torchrun --nproc_per_node 2 train_worker.py OUTPUT_DIR ENGINE SCENARIO...
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from engines import ENGINES, build_data, build_model, engine_arguments, leave, perturb, prepare
+
+GAMMA = 0.05
+STEPS = 30
+SCENARIOS: dict[str, dict] = {
+    "coupled": {},
+    "decoupled": {"reg_update": "decoupled"},
+    "coupled self-attached": {"attached": False},
+    "decoupled self-attached": {"reg_update": "decoupled", "attached": False},
+    "adamw": {"optim": "adamw_torch", "adam_epsilon": 1e-2},
+    "bf16 coupled": {"bf16": True},
+    "bf16 decoupled": {"reg_update": "decoupled", "bf16": True},
+    "gamma 0": {"gamma": 0.0},
+    "unclipped": {"max_grad_norm": 0.0},
+    "two groups": {"groups": True},
+    "ram-efficient": {"ram_efficient": True},
+    "offloaded": {"zero": {"offload_optimizer": {"device": "cpu"}}},
+}
 
 
-def pretend_cpu_is_an_fsdp_device() -> None:
-    """accelerate runs FSDP on accelerators only: make its state say gloo and CPU, before TrainingArguments."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    import torch.distributed as dist
-    from accelerate import state
-    from accelerate.utils import DistributedType
-
-    state.PartialState._prepare_backend = lambda self, cpu=False, sagemaker_dp=False, backend=None: (
-        "gloo",
-        DistributedType.MULTI_GPU,
-    )
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-
-
-def build_model() -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
-
-
-def build_data(count: int = 32) -> list[dict[str, torch.Tensor]]:
-    ids = torch.randint(1, 64, (count, 9), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def perturb(model: torch.nn.Module) -> None:
-    """Move the factors off orthonormality: there the regularizer's gradient is smooth and large enough to matter."""
-    from sorsa_plugin import SORSALayer
-
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.modules():
-        if isinstance(layer, SORSALayer):
-            with torch.no_grad():
-                factors = layer.get_factors()
-            layer.set_factors("default", *(P + 0.05 * torch.randn(P.shape, generator=generator) for P in factors))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output", type=Path)
-    parser.add_argument("engine", choices=["single", "ddp", "fsdp2"])
-    parser.add_argument("--self-attach", action="store_true")
-    parser.add_argument("--ram-efficient", action="store_true")
-    parser.add_argument("--update", default="coupled")
-    parser.add_argument("--gamma", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-
-    if options.engine == "fsdp2":
-        pretend_cpu_is_an_fsdp_device()
+def train(engine: str, scenario: str, output: Path) -> dict:
+    from accelerate.state import AcceleratorState
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
 
     from sorsa_plugin import SORSAConfig
-    from sorsa_transformers import SORSACallback, last_complete_checkpoint
+    from sorsa_plugin.attachment import attachments
+    from sorsa_plugin.engines import innermost
+    from sorsa_plugin.regularizer import model_factors
+    from sorsa_transformers import SORSACallback
 
+    AcceleratorState._reset_state()
+    options = dict(SCENARIOS[scenario])
+    attached, groups = options.pop("attached", True), options.pop("groups", False)
+    how = {name: options.pop(name) for name in ("ram_efficient", "zero") if name in options}
+    gamma, update = options.pop("gamma", GAMMA), options.pop("reg_update", "coupled")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    engine: dict[str, object] = {"use_cpu": True}
-    if options.engine == "fsdp2":
-        engine = {
-            "fsdp": True,
-            "fsdp_config": {
-                "version": 2,
-                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-                "cpu_ram_efficient_loading": options.ram_efficient,
-            },
-        }
-    arguments = TrainingArguments(
-        str(options.output / "run"),
-        max_steps=options.steps,
-        per_device_train_batch_size=8 // world,
-        gradient_accumulation_steps=2,
-        learning_rate=1e-2,
-        optim="sgd",
-        max_grad_norm=1.0,
-        logging_steps=1,
-        save_steps=options.steps if not options.resume else 2,
-        report_to="none",
-        disable_tqdm=True,
-        seed=0,
-        **engine,
-    )
+    defaults = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8 // world,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.0,
+        "optim": "sgd",
+        "max_grad_norm": 0.02,  # about half of these gradients
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    arguments = TrainingArguments(str(output / "run"), **defaults | options | engine_arguments(engine, **how))
     config = SORSAConfig(
-        r=4, target_modules="all-linear", task_type="CAUSAL_LM", gamma=options.gamma, reg_update=options.update
+        r=4,
+        rank_pattern={"q_proj": 3},  # partitions of all parameters together then end in the middle of a row, too
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        gamma=gamma,
+        reg_update=update,
     )
     model = get_peft_model(build_model(), config)
-    perturb(model)
-    callbacks = [] if options.self_attach else [SORSACallback()]
-    trainer = Trainer(model, arguments, train_dataset=build_data(), callbacks=callbacks)
+    perturb(model, to_bf16="bf16" in scenario)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=build_data(),
+        callbacks=[SORSACallback()] if attached else [],
+    )
+    if groups:  # an optimizer passed as an argument is not what the Trainer gives to DeepSpeed
+        trainer.create_optimizer = lambda *_: two_groups(trainer)
     broadcasts = count_broadcasts()
-    checkpoint = last_complete_checkpoint(arguments.output_dir) if options.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(str(options.output / "adapter"))
-    if trainer.is_world_process_zero():
-        report = {
-            "distributed_type": str(trainer.accelerator.distributed_type),
-            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
-            "resumed_from": checkpoint,
-            "factor_broadcasts": broadcasts[0],
-        }
-        (options.output / "report.json").write_text(json.dumps(report))
+    trainer.train()
+    trainer.save_model(str(output / "adapter"))
+    attachment = attachments[innermost(trainer.optimizer)]
+    shares = attachment.engine.shares(model_factors(model))
+    return {
+        "distributed_type": str(trainer.accelerator.distributed_type),
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "grad_norms": [float(e["grad_norm"]) for e in trainer.state.log_history if e.get("grad_norm") is not None],
+        "factor_broadcasts": broadcasts[0],
+        "steps": attachment.steps,
+        "engine": type(attachment.engine).__name__,
+        "factors": len(shares),
+        "elements_here": sum(share.offset.numel() for share in shares),
+        "cut_rows": sum(len(share.cuts) for share in shares),
+        "gap_mean": float(attachment.gaps().mean()),
+    }
+
+
+def two_groups(trainer: Any) -> torch.optim.Optimizer:
+    """V at half the rate of U and S: engines step group by group, and each has its own eta_max."""
+    named = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    slow = [parameter for name, parameter in named if name.endswith("dV")]
+    fast = [parameter for name, parameter in named if not name.endswith("dV")]
+    trainer.optimizer = torch.optim.SGD([{"params": fast, "lr": 1e-2}, {"params": slow, "lr": 5e-3}])
+    return trainer.optimizer
 
 
 def count_broadcasts() -> list[int]:
@@ -145,8 +126,22 @@ def count_broadcasts() -> list[int]:
     return counter
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("scenarios", nargs="+", choices=list(SCENARIOS))
+    options = parser.parse_args()
+    prepare(options.engine)
+    reports = {}
+    for scenario in options.scenarios:
+        reports[scenario] = train(options.engine, scenario, options.output / scenario)
+        gc.collect()
+        if int(os.environ.get("RANK", "0")) == 0:
+            (options.output / "report.json").write_text(json.dumps(reports))
+
+
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
-    if torch.distributed.is_initialized():  # after the trainer is gone: DDP's destructor waits for its group
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

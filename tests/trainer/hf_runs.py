@@ -12,7 +12,8 @@ from tiny_llama import tiny_llama, token_batches
 from transformers import Trainer, TrainingArguments
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.attachment import Attachment, attach, innermost
+from sorsa_plugin.attachment import Attachment, attach
+from sorsa_plugin.engines import innermost
 
 
 def adapted(scale: float = 0.3, layers: int = 1, **options: Any) -> PeftModel:

@@ -82,3 +82,23 @@ def test_training_resumes_from_the_checkpoint_before_the_one_killed_while_saving
     found = last_complete_checkpoint(tmp_path / "run")
     assert found == str(tmp_path / "run" / "checkpoint-4")
     assert run(found) == whole
+
+
+@pytest.mark.parametrize("damage", ["", "no metadata", "half an optimizer partition"])
+def test_sharded_checkpoints_are_complete_with_all_their_parts(damage: str, tmp_path: Path) -> None:
+    earlier, later = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
+    if damage == "half an optimizer partition":  # DeepSpeed's, beside the adapter
+        partition = later / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        partition.parent.mkdir()
+        torch.save({"exp_avg": torch.ones(100)}, partition)
+        assert last_complete_checkpoint(tmp_path) == str(later)
+        cut(partition, 200)
+    else:  # FSDP2's, instead of the adapter
+        (later / WEIGHTS).unlink()
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            (later / part).mkdir()
+            (later / part / "__0_0.distcp").write_bytes(b"shard")
+            (later / part / ".metadata").write_bytes(b"written last")
+        if damage:
+            (later / "optimizer_0" / ".metadata").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(earlier if damage else later)

@@ -1,0 +1,99 @@
+"""Time and memory of a new adapter where 1, 2 and 4 processes share the factorisation.
+
+    python benchmarks/initialisation_ranks.py [--processes 1 2 4] [--hidden 1024] [--layers 8] [--rank 64]
+
+Starts itself under torchrun with gloo on the CPU, one thread a process. Peak memory is each process's largest resident
+set during initialisation, above what it held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """In every process: build the base, add the adapter."""
+    import torch
+    from peft import get_peft_model
+    from torch import distributed
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from sorsa_plugin import SORSAConfig
+    from sorsa_plugin.factors import FROZEN
+    from sorsa_plugin.regularizer import sorsa_layers
+
+    torch.set_num_threads(1)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    width = options.hidden
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=options.layers,
+        num_attention_heads=8, num_key_value_heads=8,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    if distributed.is_initialized():
+        distributed.barrier()
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    adapted = get_peft_model(model, SORSAConfig(r=options.rank, target_modules="all-linear"))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    digest = hashlib.sha256()
+    layers = sorsa_layers(adapted)
+    for layer in layers:
+        for name in FROZEN:
+            digest.update(getattr(layer.factors("default"), name).detach().numpy().tobytes())
+    found = {"seconds": seconds, "peak_mib": peak / 1024, "digest": digest.hexdigest()[:16], "layers": len(layers)}
+    everyone = [found]
+    if distributed.is_initialized():
+        everyone = [None] * distributed.get_world_size()
+        distributed.all_gather_object(everyone, found)
+        distributed.destroy_process_group()
+    return {"processes": everyone}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        found = measure(options)
+        if int(os.environ.get("RANK", "0")) == 0:
+            options.worker.write_text(json.dumps(found))
+        return
+    size = ["--hidden", str(options.hidden), "--layers", str(options.layers), "--rank", str(options.rank)]
+    runs = {}
+    for processes in options.processes:
+        with tempfile.TemporaryDirectory() as directory:
+            file = Path(directory) / "found.json"
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            command = [*(launcher if processes > 1 else [sys.executable]), __file__, "--worker", str(file), *size]
+            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            runs[processes] = json.loads(file.read_text())["processes"]
+        slowest = max(found["seconds"] for found in runs[processes])
+        memory = max(found["peak_mib"] for found in runs[processes])
+        same = len({found["digest"] for ranks in runs.values() for found in ranks}) == 1
+        print(f"{processes} processes: {slowest:.1f} s, {memory:.0f} MiB more a process, same bits: {same}")
+    from common import machine
+
+    result = {"machine": machine("cpu"), "settings": {k: v for k, v in vars(options).items() if k != "worker"}}
+    (RESULTS / "initialisation_ranks.json").write_text(json.dumps(result | {"runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

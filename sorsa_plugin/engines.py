@@ -1,0 +1,143 @@
+"""Where do a factor's values and gradient live while an optimizer steps it? The question, and the plain answer.
+
+Other answers (sharded tensors, flat partitions) come from plug-ins through `sorsa_engine`, one class an engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from .errors import AttachError
+from .hookspecs import hookimpl
+from .plugins import manager
+from .regularizer import Factor
+
+
+class Share(NamedTuple):
+    """What the optimizer of this process steps of one factor P = initial + offset (rows x r).
+
+    Attributes:
+        name: of the factor.
+        initial, offset: whole rows (n x r), or n elements in row-major order (n); n may be 0. `offset` is the memory
+            that the optimizer writes, fp32.
+        gradient: what the optimizer reads, in the shape of `offset`; None where the step leaves this factor out.
+        rank: r.
+        group: the optimizer's parameter group, or None without an optimizer.
+        spread: the process groups over which the rows are spread; empty where every process has all of them.
+        start: number of the first element in row-major order; for shares in elements.
+        cuts: the rows of the whole factor of which no process has all elements, in order, alike on every process.
+    """
+
+    name: str
+    initial: torch.Tensor
+    offset: torch.Tensor
+    gradient: torch.Tensor | None
+    rank: int
+    group: dict[str, Any] | None = None
+    spread: tuple[Any, ...] = ()
+    start: int = 0
+    cuts: tuple[int, ...] = ()
+
+
+class Engine(ABC):
+    """Where the factors live under one training engine.
+
+    Args:
+        optimizer: the torch optimizer whose `step()` updates the factors after gradients are reduced, unscaled and
+            clipped; None where there is none yet, to measure gaps.
+    """
+
+    owns_parameters = True
+    """Whether the optimizer steps the adapter's own parameters, rather than masters of them."""
+
+    def __init__(self, optimizer: Optimizer | None) -> None:
+        self.optimizer = optimizer
+
+    @abstractmethod
+    def shares(self, factors: Iterable[Factor]) -> list[Share]:
+        """The shares of the factors that the optimizer owns, in their order, alike on every process; one for each
+        matrix of a stack."""
+
+    @abstractmethod
+    def owns(self, factor: Factor) -> bool:
+        """Whether the optimizer steps the factor; without an optimizer, whether it is this engine's."""
+
+    def stepping(self, factors: Iterable[Factor]) -> list[Share]:
+        """Those that the call to `step()` now under way updates: not all, where an engine steps group by group."""
+        return self.shares(factors)
+
+    def begins_step(self) -> bool:
+        """Whether the call to `step()` now under way is the first of an optimizer step."""
+        return True
+
+
+class WholeFactors(Engine):
+    """One process or DDP: every process has every factor and its reduced gradient."""
+
+    def owns(self, factor: Factor) -> bool:
+        return self.optimizer is None or id(factor.offset) in groups_by_parameter(self.optimizer)
+
+    def shares(self, factors: Iterable[Factor]) -> list[Share]:
+        groups, found = groups_by_parameter(self.optimizer), []
+        for factor in factors:
+            offset, group = factor.offset, groups.get(id(factor.offset))
+            if group is None and self.optimizer is not None:
+                continue
+            rank = offset.shape[-1]
+            if offset.ndim == 2:
+                found.append(Share(factor.name, factor.initial, offset, offset.grad, rank, group))
+                continue
+            gradients = [None] * factor.matrices if offset.grad is None else offset.grad.unbind()
+            for i, (initial, part, gradient) in enumerate(zip(factor.initial, offset, gradients, strict=True)):
+                found.append(Share(f"{factor.name}[{i}]", initial, part, gradient, rank, group))
+        return found
+
+
+@hookimpl(trylast=True)
+def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
+    """Plain matrices, owned by the torch optimizer, wrapped or not."""
+    inner = innermost(optimizer)
+    owned = factors
+    if inner is not None:
+        groups = groups_by_parameter(inner) if isinstance(inner, Optimizer) else {}
+        owned = [factor for factor in factors if id(factor.offset) in groups]
+    plain = all(type(factor.offset.data) is torch.Tensor and factor.offset.ndim in (2, 3) for factor in owned)
+    return WholeFactors(inner) if owned and plain else None
+
+
+def find_engine(factors: list[Factor], optimizer: Any) -> Engine:
+    """The engine under which some factors live.
+
+    Args:
+        factors: at least one factor.
+        optimizer: the optimizer that steps them, or a wrapper of it; None to measure gaps.
+
+    Raises:
+        AttachError: no plug-in knows it, or one knows it and cannot serve it.
+    """
+    engine = manager().hook.sorsa_engine(factors=factors, optimizer=optimizer)
+    if engine is None:
+        owner = type(optimizer).__name__ if optimizer is not None else "This process"
+        raise AttachError(
+            f"{owner} owns none of the model's {len(factors)} SORSA factors, and no plug-in knows an engine that would "
+            "step them through it. Build the optimizer after get_peft_model(), from the parameters that require grad; "
+            "or train with DDP, FSDP2 or DeepSpeed ZeRO; or add a `sorsa_engine` plug-in for this engine."
+        )
+    return engine
+
+
+def innermost(optimizer: Any) -> Any:
+    """The end of a chain of `.optimizer` attributes (accelerate's wrapper, DeepSpeed's), or the optimizer itself."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def groups_by_parameter(optimizer: Optimizer | None) -> dict[int, dict[str, Any]]:
+    groups = optimizer.param_groups if optimizer is not None else []
+    return {id(parameter): group for group in groups for parameter in group["params"]}

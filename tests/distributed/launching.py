@@ -1,0 +1,37 @@
+"""Starts a worker script in one or several processes, with a time-out, so that a hang fails instead of blocking."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ANNOUNCED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+def start(script: str, processes: int, *options: str) -> subprocess.Popen[str]:
+    """torchrun, or plain python for one process; both streams are in `stdout`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [*(launcher if processes > 1 else [sys.executable]), str(HERE / script), *options]
+    environment = {key: value for key, value in os.environ.items() if key not in ANNOUNCED}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(script: str, processes: int, *options: str, timeout: float = 400, fails: bool = False) -> str:
+    """What the processes printed; they have to succeed, or to fail where `fails` says so."""
+    worker = start(script, processes, *options)
+    try:
+        printed, _ = worker.communicate(timeout=timeout)
+    finally:
+        worker.kill()  # torchrun takes its processes along
+        worker.wait()
+    assert (worker.returncode != 0) == fails, printed[-8000:]
+    return printed
+
+
+def report(output: Path) -> dict:
+    return json.loads((output / "report.json").read_text())
