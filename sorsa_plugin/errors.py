@@ -43,6 +43,10 @@ class BaseMismatchError(SORSAError, RuntimeError):
     """The adapter was trained on another base model than the one at hand."""
 
 
+class BaseFilesError(SORSAError, ValueError):
+    """A base model's directory cannot be read tensor by tensor: files are absent, damaged, quantised or foreign."""
+
+
 class NoAdaptedLayersError(SORSAError, ValueError):
     """The model has no trainable SORSA adapter, so there is nothing to regularize."""
 

@@ -23,6 +23,7 @@ from torch import nn
 from .decomposition import Triplets
 from .errors import FactorsNotLoadedError, IncompleteAdapterError
 from .lowrank import Parts
+from .precision import full_precision
 
 OFFSETS = ("dU", "dS", "dV")
 FROZEN = ("U0", "S0", "V0", "fingerprint")
@@ -155,6 +156,11 @@ class SORSAFactors(nn.Module):
     def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""
         return self.parts().pair()
+
+    @full_precision()
+    def initial_matrix(self) -> torch.Tensor:
+        """U0 diag(S0) V0^T (out x in), fp32."""
+        return (self.U0 * self.S0) @ self.V0.mT
 
     def materialise(self, device: torch.device) -> None:
         """Give pending tensors storage on `device`, to be filled by whoever loads them."""

@@ -20,6 +20,10 @@ SAME_STORAGE_LIMIT = 1e-4
 """Largest relative distance between two fp32 matvecs of the same numbers: summation order alone gives about
 sqrt(in) 2^-24, 6e-6 at in = 11008; a training step of the base gives more than this limit."""
 
+SAME_QUANTISATION_LIMIT = {"int8": 0.01, "4bit": 0.05}
+"""The same for quantised storage, by the bits in its name: kernels of other devices and versions break ties
+differently, and weights that were bfloat16 or fp32 before are quantised differently (measured: nf4 0.022)."""
+
 EXPECTED_ROUNDING = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3, "float64": 1e-6}
 """Relative distance expected when one side is stored in this dtype (four times the half-ulp of a random weight);
 measured: bf16 0.002, fp16 0.0002."""
@@ -49,7 +53,7 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
     Args:
         saved: fingerprint in the adapter file (out).
         matrix: the base weight (out x in).
-        saved_storage: how the base was stored when the adapter was made ("float32", "nf4", ...); None if unknown.
+        saved_storage: how the base was stored when the adapter was made ("float32", "4bit-nf4-64"); None if unknown.
         storage: how it is stored now.
         name: the layer's name, for messages.
 
@@ -59,7 +63,7 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
     now = fingerprint(matrix)
     distance = float((now - saved.to(now)).norm() / now.norm().clamp_min(torch.finfo(now.dtype).tiny))
     same_storage = saved_storage == storage
-    limit = SAME_STORAGE_LIMIT if same_storage else DIFFERENT_MODEL_LIMIT
+    limit = same_storage_limit(storage) if same_storage else DIFFERENT_MODEL_LIMIT
     if math.isnan(distance) or distance > limit:
         raise BaseMismatchError(
             f"The adapter was not trained on this base model: the fingerprint of {name} differs by {distance:.2g} "
@@ -72,6 +76,11 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
             "The fingerprint of %s differs by %.2g, more than the rounding from %s to %s explains (%.2g): is this the "
             "base model that the adapter was trained on?", name, distance, saved_storage, storage, expected,
         )  # fmt: skip
+
+
+def same_storage_limit(storage: str) -> float:
+    """The largest relative distance between fingerprints of one weight stored so twice."""
+    return next((limit for bits, limit in SAME_QUANTISATION_LIMIT.items() if bits in storage), SAME_STORAGE_LIMIT)
 
 
 def storage_of(weight: torch.Tensor) -> str:

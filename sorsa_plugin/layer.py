@@ -8,13 +8,12 @@ original is kept, so that unmerging restores it bit for bit.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .decomposition import Triplets, factorise
@@ -22,6 +21,7 @@ from .errors import RankError
 from .factors import SORSAFactors, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
+from .mergeable import Mergeable
 from .precision import full_precision
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
 """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
 
 
-class SORSALayer(Foldable, BaseTunerLayer):
+class SORSALayer(Foldable, Mergeable, BaseTunerLayer):
     """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
 
     A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
@@ -62,7 +62,7 @@ class SORSALayer(Foldable, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
-        self._unmerged_weight: torch.Tensor | None = None
+        self._original: list[Any] = []
         self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
         live_layers.add(self)
@@ -74,6 +74,10 @@ class SORSALayer(Foldable, BaseTunerLayer):
     @abstractmethod
     def base_matrix(self) -> torch.Tensor:
         """The base weight as a matrix (out x in), a view where possible, in its own dtype and on its own device."""
+
+    def storage(self) -> str:
+        """How the base weight is stored, as the fingerprint needs to know it ("float32", "4bit-nf4-64", ...)."""
+        return storage_of(self.get_base_layer().weight)
 
     @abstractmethod
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -200,9 +204,8 @@ class SORSALayer(Foldable, BaseTunerLayer):
         sharded = hasattr(matrix, "device_mesh")  # outside FSDP2's forward
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
-        storage = storage_of(self.get_base_layer().weight)
         with intact_weight(self):
-            check(factors.fingerprint, self.base_matrix(), config.base_storage, storage, self.name)
+            check(factors.fingerprint, self.base_matrix(), config.base_storage, self.storage(), self.name)
         factors.base_checked = True
 
     # -- what PEFT calls --------------------------------------------------------------------------------------------
@@ -243,53 +246,6 @@ class SORSALayer(Foldable, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: the change is additive, W + L R^T."""
         return True
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the changes of the given (default: active) adapters to the base weight, in fp32 at least, rounded once.
-
-        Args:
-            safe_merge: look for NaN and infinity before the weight is replaced.
-            adapter_names: the adapters to merge; those already merged are left out with a warning.
-
-        Raises:
-            ValueError: safe_merge found NaN or infinity; the weight is untouched.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
-        if not names:
-            return
-        weight = self.get_base_layer().weight
-        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
-        base = original if self.folded is None else self.folded.intact.to(original.device)
-        total = base.to(torch.promote_types(base.dtype, torch.float32))
-        for name in [*self.merged_adapters, *names]:
-            total = total + self.get_delta_weight(name).to(total.device)
-            if safe_merge and not torch.isfinite(total).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
-                )
-        self._unmerged_weight = original
-        weight.data = total.to(original.dtype)
-        self.merged_adapters.extend(names)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the kept original weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        assert self._unmerged_weight is not None
-        weight = self.get_base_layer().weight
-        weight.data = self._unmerged_weight.to(weight.device)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
-        if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
-            refold(self)
-
-    def unmerge_if_disabled(self) -> None:
-        """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
 
     def adapters_in_use(self) -> list[str]:
         """The adapters whose change joins the output now: none while disabled or merged."""

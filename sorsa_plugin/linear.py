@@ -9,17 +9,15 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from .folding import complete
+from .folding import add_initial, complete
 from .hookspecs import hookimpl
 from .layer import SORSALayer
 from .lowrank import add_low_rank
 from .mixed_batch import rows_by_adapter
+from .quantisation import is_quantised
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
-
-
-PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SORSALinear(SORSALayer):
@@ -43,16 +41,22 @@ class SORSALinear(SORSALayer):
         self.unmerge_if_disabled()
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        y = self.base_output(x, *args, **kwargs)
         if self.folded is not None:
             return complete(self, y, x)
         for name in self.adapters_in_use():
             y = self._add_change(y, x, name)
         return y
 
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What the base layer gives, in memory that nobody else looks at: it is written to."""
+        return self.base_layer(x, *args, **kwargs)
+
     def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
         groups = rows_by_adapter(self, len(x), adapter_names)
-        y = self.base_layer(x, *args, **kwargs)
+        y = self.base_output(x, *args, **kwargs)
+        if self.folded is not None:
+            y = add_initial(y, x, self.ready_factors(self.folded.adapter).parts())
         for name, rows in groups.items():
             y[rows] = self._add_change(y[rows], x[rows], name)
         return y
@@ -78,12 +82,11 @@ class SORSAConv1DLinear(SORSALinear):
 def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
     """The kinds of this file: nn.Linear and transformers' Conv1D, subclasses of theirs included.
 
-    Not nn.MultiheadAttention's out_proj: the attention reads its weight and never calls it. Not quantised linears:
-    what they store is no matrix (bitsandbytes' are subclasses of nn.Linear).
+    Not nn.MultiheadAttention's out_proj: the attention reads its weight and never calls it. Not quantised linears,
+    whose kinds are plug-ins: see `quantised.py`.
     """
     if isinstance(target, Conv1D):
         return SORSAConv1DLinear
     if not isinstance(target, nn.Linear) or isinstance(target, NonDynamicallyQuantizableLinear):
         return None
-    quantised = target.weight.dtype not in PLAIN_DTYPES or type(target).__module__.startswith("bitsandbytes")
-    return None if quantised else SORSALinear
+    return None if is_quantised(target) else SORSALinear

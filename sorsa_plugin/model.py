@@ -17,12 +17,13 @@ from transformers.pytorch_utils import Conv1D
 from .config import SORSAConfig
 from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
-from .fingerprint import storage_of
 from .folding import fold_model, intact_weight
 from .layer import SORSALayer
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
 from .plugins import manager
+from .quantisation import is_quantised
+from .quantised import warn_about_rounding
 from .regularizer import sorsa_layers
 from .watching import watch_optimizers
 
@@ -92,11 +93,19 @@ class SORSAModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Unfold first: what is left must be the base model, or the merge of it."""
-        for layer in sorsa_layers(self):
+        layers = sorsa_layers(self)
+        for layer in layers:
             if layer.merged:  # the base layer stores W and the change already
                 layer.folded = None
             layer.unfold()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        warn_about_rounding(layers)
+        return unloaded
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; on quantised layers the sum is quantised again, which says what that costs."""
+        super().merge_adapter(*args, **kwargs)
+        warn_about_rounding(sorsa_layers(self))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with each adapter's pair L, R formed once and not for every token."""
@@ -154,6 +163,12 @@ class SORSAModel(BaseTuner):
     def _create_new_module(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = manager().hook.sorsa_layer(target=base, config=config)
+        if layer_class is None and is_quantised(base):
+            raise UnsupportedLayerError(
+                f"Target module {name} of type {type(base).__name__} is quantised in a way that SORSA cannot adapt; "
+                "bitsandbytes' Linear4bit and Linear8bitLt, quantised by moving them to their device, and torchao's "
+                "int8 weight-only linears are. Load the base so, or unquantised, or add the module to exclude_modules."
+            )
         if layer_class is None:
             raise UnsupportedLayerError(
                 f"Target module {name} of type {type(base).__name__} is not supported by SORSA; unquantised "
@@ -192,5 +207,5 @@ class SORSAModel(BaseTuner):
 
 
 def _common_storage(layers: list[SORSALayer]) -> str | None:
-    kinds = {storage_of(layer.get_base_layer().weight) for layer in layers}
+    kinds = {layer.storage() for layer in layers}
     return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else None

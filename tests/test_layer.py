@@ -536,12 +536,3 @@ def test_a_config_from_another_directory_does_not_leak_into_the_layer(tmp_path):
     base, x = make_base(), inputs(24)
     expected = base(x)
     assert torch.equal(get_peft_model(base, config)(x), expected)
-
-
-@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
-def test_quantised_linears_are_refused_by_name(kind):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = nn.Sequential()
-    model.add_module("lin", getattr(bitsandbytes.nn, kind)(64, 64, bias=False))
-    with pytest.raises(UnsupportedLayerError, match=rf"lin of type {kind} is not supported by SORSA; unquantised"):
-        get_peft_model(model.to("cpu"), SORSAConfig(r=4, target_modules=["lin"]))

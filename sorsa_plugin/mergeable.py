@@ -1,0 +1,104 @@
+"""Merging: a layer's changes added to the weight that its base module stores, and the original put back, bit for bit.
+
+Kinds that store no plain matrix (quantised ones) say how W is read from what they store and written back; everything
+else is the same for all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from .folding import refold, with_removed
+
+if TYPE_CHECKING:
+    from .layer import SORSALayer
+
+
+class Mergeable(nn.Module):
+    """What a layer needs to be merged; a part of `SORSALayer`.
+
+    Attributes:
+        merged_adapters: names of the adapters whose changes are in the stored weight.
+    """
+
+    merged_adapters: list[str]
+    _original: list[Any]
+    """What the base stored before merging; in a list, so that a parameter is not registered."""
+
+    def stored_weight(self: SORSALayer) -> Any:  # type: ignore[misc]
+        """What the base module stores for W, to be given back to `store_weight`."""
+        return self.get_base_layer().weight.data
+
+    def store_weight(self: SORSALayer, stored: Any) -> None:  # type: ignore[misc]
+        """Make the base module store this, of the kind that `stored_weight` gives."""
+        weight = self.get_base_layer().weight
+        weight.data = stored.to(weight.device)
+
+    def in_full(self: SORSALayer, stored: Any) -> torch.Tensor:  # type: ignore[misc]
+        """W from what is stored: a matrix of fp32 at least, in the shape of the base weight."""
+        kept = self.folded.intact if self.folded is not None else None
+        base = stored if kept is None else kept.to(stored.device)
+        return with_removed(self, base.to(torch.promote_types(base.dtype, torch.float32)))
+
+    def as_stored(self: SORSALayer, weight: torch.Tensor, original: Any) -> Any:  # type: ignore[misc]
+        """A weight (as `in_full` gives it) in the form in which `original` is stored."""
+        return weight.to(original.dtype)
+
+    @torch.no_grad()
+    def merged_weight(self: SORSALayer, names: list[str], safe: bool = False) -> torch.Tensor:  # type: ignore[misc]
+        """W and the changes of the adapters named, in fp32 at least, in the shape of the base weight.
+
+        Raises:
+            ValueError: safe, and there is NaN or infinity.
+        """
+        total = self.in_full(self._original[0] if self._original else self.stored_weight())
+        for name in names:
+            total = total + self.get_delta_weight(name).to(total.device)
+            if safe and not torch.isfinite(total).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
+                )
+        return total
+
+    @torch.no_grad()
+    def merge(  # type: ignore[misc]
+        self: SORSALayer, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """Add the changes of the given (default: active) adapters to the base weight, in fp32 at least, rounded once.
+
+        Args:
+            safe_merge: look for NaN and infinity before the weight is replaced.
+            adapter_names: the adapters to merge; those already merged are left out with a warning.
+
+        Raises:
+            ValueError: safe_merge found NaN or infinity; the weight is untouched.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
+        if not names:
+            return
+        total = self.merged_weight([*self.merged_adapters, *names], safe_merge)
+        if not self._original:
+            self._original = [self.stored_weight()]
+        self.store_weight(self.as_stored(total, self._original[0]))
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self: SORSALayer) -> None:  # type: ignore[misc]
+        """Put the kept original weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.store_weight(self._original.pop())
+        self.merged_adapters.clear()
+        if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
+            refold(self)
+
+    def unmerge_if_disabled(self: SORSALayer) -> None:  # type: ignore[misc]
+        """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
