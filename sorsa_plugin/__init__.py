@@ -8,6 +8,7 @@ from .adapters import AdapterSetup, AdapterType, registered_adapters, setup_adap
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
+from .dequantising import merge_and_dequantize  # noqa: E402
 from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "gaps",
     "holding_pairs",
     "hookimpl",
+    "merge_and_dequantize",
     "orthonormality",
     "registered_adapters",
     "save_adapter",

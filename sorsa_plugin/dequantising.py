@@ -1,10 +1,11 @@
-"""A model without quantised weights, with its adapters merged: what the few bits of the base would round away is kept."""
+"""A model without quantised weights, with its adapters merged: what few bits would round away is kept."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -68,8 +69,8 @@ def _quantised_modules(base: nn.Module, adapted: dict[str, SORSAQuantisedLinear]
         kind = manager().hook.sorsa_layer(target=module, config=SORSAConfig())
         if kind is None:
             raise UnsupportedLayerError(
-                f"{name} of type {type(module).__name__} is quantised in a way that no plug-in can read. Merge into the "
-                "quantised base with merge_and_unload()."
+                f"{name} of type {type(module).__name__} is quantised in a way that no plug-in can read. Merge "
+                "into the quantised base with merge_and_unload()."
             )
         found[name] = kind(module, name)
     return found
@@ -84,6 +85,10 @@ def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype:
     linear.weight = nn.Parameter(total.to(dtype), requires_grad=False)
     if old.bias is not None:
         linear.bias = nn.Parameter(old.bias.data.to(dtype), requires_grad=False)
+    if hasattr(old, "_hf_hook"):  # accelerate's, which brings inputs to the device of a module
+        hook = old._hf_hook
+        remove_hook_from_module(old)
+        add_hook_to_module(linear, hook)
     base.set_submodule(name, linear.train(layer.training))
     return MergeError.between(linear.weight, total, before)
 

@@ -128,6 +128,11 @@ class SORSAModel(BaseTuner):
         with mixed_batch(self.model, adapter_names, copies_per_row(kwargs)):
             yield
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of its base module, or back. PEFT's own also moves the adapter to the base weight's
+        device, which for an offloaded weight is the meta device; ours is made where it belongs."""
+        setattr(parent, child_name, new_module)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.
 
