@@ -17,6 +17,7 @@ from .lowrank import holding_pairs  # noqa: E402
 from .model import SORSAModel  # noqa: E402
 from .registration import register  # noqa: E402
 from .regularizer import gaps, orthonormality  # noqa: E402
+from .residual import quantize_residual, save_residual  # noqa: E402
 from .saving import save_adapter  # noqa: E402
 
 register()
@@ -39,7 +40,9 @@ __all__ = [
     "hookimpl",
     "merge_and_dequantize",
     "orthonormality",
+    "quantize_residual",
     "registered_adapters",
     "save_adapter",
+    "save_residual",
     "setup_adapter",
 ]

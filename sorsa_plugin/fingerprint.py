@@ -47,6 +47,12 @@ def fingerprint(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.detach().float() @ probe(matrix.shape[1], matrix.device)
 
 
+def distance(saved: torch.Tensor, matrix: torch.Tensor) -> float:
+    """How far a matrix (out x in) is from a saved fingerprint (out), relative to its own."""
+    now = fingerprint(matrix)
+    return float((now - saved.to(now)).norm() / now.norm().clamp_min(torch.finfo(now.dtype).tiny))
+
+
 def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, storage: str, name: str) -> None:
     """Compare a saved fingerprint with the weight at hand.
 
@@ -60,21 +66,20 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
     Raises:
         BaseMismatchError: same storage and not the same weight, or another storage and a distance beyond 0.5.
     """
-    now = fingerprint(matrix)
-    distance = float((now - saved.to(now)).norm() / now.norm().clamp_min(torch.finfo(now.dtype).tiny))
+    found = distance(saved, matrix)
     same_storage = saved_storage == storage
     limit = same_storage_limit(storage) if same_storage else DIFFERENT_MODEL_LIMIT
-    if math.isnan(distance) or distance > limit:
+    if math.isnan(found) or found > limit:
         raise BaseMismatchError(
-            f"The adapter was not trained on this base model: the fingerprint of {name} differs by {distance:.2g} "
+            f"The adapter was not trained on this base model: the fingerprint of {name} differs by {found:.2g} "
             f"(relative; at most {limit:g} for a base stored as {storage}, saved from {saved_storage}). Load the base "
             "model that adapter_config.json names in base_model_name_or_path."
         )
     expected = sum(EXPECTED_ROUNDING.get(kind, QUANTISED_ROUNDING) for kind in {saved_storage or storage, storage})
-    if not same_storage and distance > expected:
+    if not same_storage and found > expected:
         logger.warning(
             "The fingerprint of %s differs by %.2g, more than the rounding from %s to %s explains (%.2g): is this the "
-            "base model that the adapter was trained on?", name, distance, saved_storage, storage, expected,
+            "base model that the adapter was trained on?", name, found, saved_storage, storage, expected,
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from .precision import full_precision
 from .regularizer import sorsa_layers
 
 if TYPE_CHECKING:
+    from .full_precision import FullPrecisionWeights
     from .layer import SORSALayer
 
 
@@ -37,6 +38,8 @@ class Foldable(nn.Module):
     """What a layer needs to be folded; a part of `SORSALayer`.
 
     Attributes:
+        full_precision: where W is read from, until the base stores its residual (`residual.py`).
+        rounding: relative error of W as it was quantised, and with the residual quantised; None where it was not.
         foldable: whether the kind's `forward` hands the base output of a folded layer to `complete`.
         quantised: whether what the base stores is rounded to a few bits, so that `fold` would round it anew.
         folded: the state, or None while the base layer stores W.
@@ -45,6 +48,8 @@ class Foldable(nn.Module):
     foldable = False
     quantised = False
     folded: Folded | None = None
+    full_precision: FullPrecisionWeights | None = None
+    rounding: tuple[float, float] | None = None
 
     def fold(self: SORSALayer) -> None:  # type: ignore[misc]
         """Store W - U0 S0 V0^T in the base layer; see `fold_layer`."""
@@ -54,13 +59,43 @@ class Foldable(nn.Module):
         """Put W back, bit for bit; see `unfold_layer`."""
         unfold_layer(self)
 
-    def refuse_beside_folded(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
-        """Raises FoldError where `fold` took an adapter's triplets out of the weight."""
-        if self.folded is not None and self.folded.intact is not None:
+    def refuse_beside_folded(self: SORSALayer, adapter_name: str, rank: int) -> None:  # type: ignore[misc]
+        """Raises FoldError where `fold` took an adapter's triplets out of the weight, or it stores the residual of
+        triplets of another rank."""
+        if self.folded is None:
+            return
+        if self.folded.intact is not None:
             raise FoldError(
                 f"{self.name} is folded, and a folded layer has one adapter: {adapter_name!r} cannot be added beside "
                 f"{self.folded.adapter!r}. Call unfold() first."
             )
+        known = self.factors(self.folded.adapter).rank if self.folded.adapter in self.sorsa_factors else rank
+        if known != rank:
+            raise FoldError(
+                f"{self.name} stores the residual of {known} singular triplets, so every adapter on it has rank "
+                f"{known}; {adapter_name!r} has {rank}. Give it that rank."
+            )
+
+    def refuse_to_factorise_residual(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
+        """Raises FoldError where the stored weight lacks the triplets that a factorisation would look for."""
+        if self.folded is not None:
+            raise FoldError(
+                f"{self.name} stores the residual of the triplets of {self.folded.adapter!r}, and {adapter_name!r} "
+                "cannot start from others. Give it the same svd, svd_seed and svd_energy."
+            )
+
+    def leave_folded(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
+        """Before an adapter is deleted: put W back, or where the base stores a residual, name another adapter that
+        holds what it lacks.
+
+        Raises:
+            FoldError: there is no other.
+        """
+        others = [name for name in self.sorsa_factors if name != adapter_name]
+        if self.folded is not None and self.folded.intact is None and others:
+            self.folded = Folded(others[0], None)
+        else:
+            self.unfold()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Foldable:
         """Take the kept weight along to another device or dtype."""
@@ -208,10 +243,9 @@ def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tenso
 
 
 def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """y + U0 S0 V0^T x, in the dtype of y."""
-    with torch.autocast(y.device.type, enabled=False):
-        U0, S0, V0 = (part.to(y.dtype) for part in parts[3:])
-        return y + ((x.to(y.dtype) @ V0) * S0) @ U0.mT
+    """y + U0 S0 V0^T x in the dtype of y, which is consumed: what `add_triplets` gives at init, bit for bit."""
+    zero = parts.S0.new_zeros(())
+    return add_triplets(y, x, parts._replace(dU=zero, dS=zero, dV=zero))
 
 
 def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:

@@ -92,7 +92,7 @@ class SORSALayer(Foldable, Mergeable, BaseTunerLayer):
             RankError: the rank is larger than the weight's smaller side.
             FoldError: another adapter is folded into the weight.
         """
-        self.refuse_beside_folded(adapter_name)
+        self.refuse_beside_folded(adapter_name, rank)
         matrix = self.base_matrix()
         if rank > min(matrix.shape):
             raise RankError(
@@ -116,6 +116,7 @@ class SORSALayer(Foldable, Mergeable, BaseTunerLayer):
 
         Raises:
             DecompositionError: see `decomposition.factorise`.
+            FoldError: the base stores the residual of other triplets.
         """
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
         matrix = self.base_matrix()
@@ -132,6 +133,7 @@ class SORSALayer(Foldable, Mergeable, BaseTunerLayer):
             triplets = Triplets(donor.U0[:, :rank], donor.S0[:rank], donor.V0[:, :rank])
             factors.set_initial(triplets, donor.fingerprint)
         else:
+            self.refuse_to_factorise_residual(adapter_name)
             triplets = factorise(
                 matrix,
                 factors.rank,
@@ -221,7 +223,7 @@ class SORSALayer(Foldable, Mergeable, BaseTunerLayer):
             self.unmerge()
             if others:
                 self.merge(adapter_names=others)
-        self.unfold()
+        self.leave_folded(adapter_name)
         super().delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
@@ -259,9 +261,13 @@ class SORSALayer(Foldable, Mergeable, BaseTunerLayer):
 
 def _check_after_load(layer: SORSALayer, incompatible_keys: Any) -> None:
     """After load_state_dict: compare the base at once where it can be, so that a wrong one is refused on loading."""
+    from .residual import settle_loaded
+
     for name in layer.sorsa_factors:
         factors = layer.factors(name)
         if not factors.base_checked and not factors.pending:
+            if layer.configs[name].residual_base and layer.folded is None:
+                settle_loaded(layer, name)
             layer.check_base(name)
     if layer.folded is not None and not layer.merged:
         refold(layer)

@@ -25,6 +25,7 @@ from .plugins import manager
 from .quantisation import is_quantised
 from .quantised import warn_about_rounding
 from .regularizer import sorsa_layers
+from .residual import check_request, forget_mark, make_residual, prepare, require_quantised, say_rounding
 from .watching import watch_optimizers
 
 
@@ -49,16 +50,24 @@ class SORSAModel(BaseTuner):
         Raises:
             RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
             DecompositionError: a weight holds NaN, or does not converge on any device.
+            FoldError, BaseFilesError, BaseMismatchError: see `residual.py`.
         """
+        check_request(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [layer for layer in sorsa_layers(model) if adapter_name in layer.sorsa_factors]
         config = self.peft_config[adapter_name]
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
+        if config.residual_base:
+            prepare(model, layers, adapter_name, config)
         fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
         slow = any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
         for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
-            layer.initialise(adapter_name)
+            if layer.full_precision is None:
+                layer.initialise(adapter_name)
+            else:
+                make_residual(layer, adapter_name)
+        say_rounding(fresh)
         watch_optimizers()
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
@@ -67,9 +76,13 @@ class SORSAModel(BaseTuner):
         found = {}
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
+                factors = layer.factors(adapter_name)
                 with intact_weight(layer):
-                    total = layer.base_matrix().float().square().sum()
-                found[layer.name] = float(layer.factors(adapter_name).S0.square().sum() / total)
+                    matrix = layer.base_matrix().float()
+                    if layer.folded is not None and layer.folded.intact is None:
+                        matrix = matrix + factors.initial_matrix().to(matrix.device)
+                    total = matrix.square().sum()
+                found[layer.name] = float(factors.S0.square().sum() / total)
         return found
 
     def fold(self) -> None:
@@ -94,11 +107,16 @@ class SORSAModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Unfold first: what is left must be the base model, or the merge of it."""
         layers = sorsa_layers(self)
+        merging = args[0] if args else kwargs.get("merge", True)
         for layer in layers:
+            residual = layer.folded is not None and layer.folded.intact is None
+            if residual and merging:  # W is made whole by merging
+                continue
             if layer.merged:  # the base layer stores W and the change already
                 layer.folded = None
             layer.unfold()
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        forget_mark(unloaded)
         warn_about_rounding(layers)
         return unloaded
 
@@ -188,7 +206,10 @@ class SORSAModel(BaseTuner):
                 stacklevel=2,
             )
             config.fan_in_fan_out = stored_in_out
-        return layer_class(target, name)
+        layer = layer_class(target, name)
+        if config.residual_base:
+            require_quantised(layer)
+        return layer
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse a file that has an adapter on some of its layers only, or damaged, before any layer is written; PEFT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sorsa_plugin.adapter_types import LORA_NAMES, build_config
 from sorsa_plugin.adapters import AdapterOptions, AdapterSetup, AdapterType
 from sorsa_plugin.errors import AdapterOptionsError
@@ -10,20 +12,25 @@ from sorsa_plugin.hookspecs import hookimpl
 
 @hookimpl
 def sorsa_adapters() -> list[AdapterType]:
-    """SORSA, EVA and AdaLoRA."""
+    """SORSA, its form on a quantised residual, EVA and AdaLoRA."""
     return [
         AdapterType("sorsa", "singular triplets U, S, V with an orthonormal regularizer", _sorsa),
+        AdapterType("qsorsa", "SORSA on a quantised base that stores the quantised residual", _qsorsa),
         AdapterType("eva", "LoRA from the activations of the first batches; redistributes ranks", _eva),
         AdapterType("adalora", "LoRA as P Lambda Q with ranks pruned during training", _adalora),
     ]
 
 
-def _sorsa(options: AdapterOptions) -> AdapterSetup:
+def _qsorsa(options: AdapterOptions) -> AdapterSetup:
+    return _sorsa(options, residual_base=True)
+
+
+def _sorsa(options: AdapterOptions, **fixed: Any) -> AdapterSetup:
     from sorsa_plugin import SORSAConfig
 
     from .callback import SORSACallback
 
-    config = build_config(SORSAConfig, options, names={"dropout": "sorsa_dropout"}, unused=("alpha",))
+    config = build_config(SORSAConfig, options, names={"dropout": "sorsa_dropout"}, fixed=fixed, unused=("alpha",))
     return AdapterSetup(options.adapter, config, [SORSACallback()])
 
 

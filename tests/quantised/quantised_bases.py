@@ -83,7 +83,7 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def _parts(base: Any, weight: Any) -> dict[str, torch.Tensor]:
     if hasattr(weight, "qdata"):
         return {"qdata": weight.qdata, "scale": weight.scale}
-    parts = {"weight": weight.data}
+    parts = {"weight": weight.data.view(torch.uint8) if hasattr(weight, "quant_state") else weight.data}
     state = getattr(weight, "quant_state", None)
     if state is not None:
         parts |= {"absmax": state.absmax, **({"nested": state.state2.absmax} if state.nested else {})}

@@ -17,7 +17,7 @@ from support import assert_same_tensors, perturb
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from sorsa_plugin import SORSAConfig, merge_and_dequantize
+from sorsa_plugin import SORSAConfig, merge_and_dequantize, setup_adapter
 from sorsa_plugin.quantised import SORSAQuantisedLinear
 from sorsa_plugin.regularizer import sorsa_layers
 from sorsa_quickstart.answering import BASE
@@ -161,15 +161,22 @@ def trl_trainer(kind: type, model: Any, directory: Path, config: SORSAConfig | N
     )
 
 
-def trl_config() -> SORSAConfig:
-    return SORSAConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", gamma=0.01)
+ADAPTERS = ("sorsa", "qsorsa")
+
+
+def trl_config(adapter: str = "sorsa") -> SORSAConfig:
+    recipe = {"adapter": adapter, "r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    return setup_adapter(recipe | {adapter: {"gamma": 0.01}}).peft_config
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_sft_trains_in_fp32_what_trl_casts_to_bfloat16(kind: str, checkpointing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_sft_trains_in_fp32_what_trl_casts_to_bfloat16(
+    adapter: str, kind: str, checkpointing: bool, tmp_path: Path
+) -> None:
     base = load_llama(str(BASE), kind)
-    trainer = trl_trainer(SFTTrainer, base, tmp_path, trl_config(), gradient_checkpointing=checkpointing)
+    trainer = trl_trainer(SFTTrainer, base, tmp_path, trl_config(adapter), gradient_checkpointing=checkpointing)
     before = base_tensors(trainer.model)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -181,8 +188,9 @@ def test_sft_trains_in_fp32_what_trl_casts_to_bfloat16(kind: str, checkpointing:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_dpos_reference_is_the_quantised_base(kind: str, tmp_path: Path) -> None:
-    trainer = trl_trainer(DPOTrainer, load_llama(str(BASE), kind), tmp_path, trl_config())
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_dpos_reference_is_the_quantised_base(adapter: str, kind: str, tmp_path: Path) -> None:
+    trainer = trl_trainer(DPOTrainer, load_llama(str(BASE), kind), tmp_path, trl_config(adapter))
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     # policy and reference are bit-equal, so every margin is 0 and the loss log(2), to the digits that are logged
@@ -190,17 +198,18 @@ def test_dpos_reference_is_the_quantised_base(kind: str, tmp_path: Path) -> None
     assert losses[-1] < losses[0]
 
 
-def test_dpo_on_a_trained_adapter_starts_from_exactly_that(tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_dpo_on_a_trained_adapter_starts_from_exactly_that(adapter: str, tmp_path: Path) -> None:
     """TRL copies the adapter to "ref", then rounds the trainable one to bfloat16: it is put back as it was."""
-    model = get_peft_model(load_llama(str(BASE)), trl_config())
+    model = get_peft_model(load_llama(str(BASE)), trl_config(adapter))
     perturb(model, scale=1e-2)
     model.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(load_llama(str(BASE)), tmp_path / "adapter", is_trainable=True)
     exact = {layer.name: [part.clone() for part in layer.factors("default").parts()] for layer in sorsa_layers(model)}
     trainer = trl_trainer(DPOTrainer, model, tmp_path / "run")
     for layer in sorsa_layers(trainer.model):
-        for adapter in ("default", "ref"):
-            found = layer.factors(adapter).parts()
+        for name in ("default", "ref"):
+            found = layer.factors(name).parts()
             assert all(torch.equal(a, b) for a, b in zip(found, exact[layer.name], strict=True))
     trainer.train()
     assert round(next(e["loss"] for e in trainer.state.log_history if "loss" in e), 4) == LN2
