@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import token_batches
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -225,3 +226,56 @@ def test_offsets_rounded_after_training_are_reported() -> None:
     factors.cast_offsets(torch.bfloat16)
     with pytest.warns(UserWarning, match="had been rounded to 16 bits"):
         factors.restore_fp32()
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_recipes_word_trains_on_four_bits(adapter: str, tmp_path: Path) -> None:
+    """`sorsa sft` with TRL's own keys for quantisation; the adapter then loads on the base quantised as it was."""
+    from sorsa_trl.recipe import RecipeParser
+    from sorsa_trl.train import train
+
+    path = tmp_path / "recipe.yaml"
+    recipe = {
+        "model_name_or_path": str(BASE),
+        "dataset_name": str(Path(__file__).parents[2] / "examples" / "data" / "gsm8k" / "train.jsonl"),
+        "output_dir": str(tmp_path / "run"),
+        "adapter": adapter,
+        "target_modules": "all-linear",
+        "r": 4,
+        "load_in_4bit": True,
+        "use_bnb_nested_quant": True,
+        "max_length": 64,
+        "bf16": False,
+        **OPTIONS,
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    trainer = train(RecipeParser("sft").parse(["--config", str(path)]))
+    assert all(isinstance(layer, SORSAQuantisedLinear) for layer in sorsa_layers(trainer.model))
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["base_storage"] == "4bit-nf4-64-double"
+    assert config["residual_base"] == (adapter == "qsorsa")
+    loaded = PeftModel.from_pretrained(load_llama(str(BASE)), tmp_path / "run")
+    for ours, theirs in zip(sorsa_layers(loaded), sorsa_layers(trainer.model), strict=True):
+        assert_same_tensors(ours.factors("default").state_dict(), theirs.factors("default").state_dict())
+        assert torch.equal(ours.base_matrix(), theirs.base_matrix())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_resumed_run_ends_as_the_uninterrupted_one(adapter: str, llama: str, tmp_path: Path) -> None:
+    def trainer(directory: Path, steps: int) -> Trainer:
+        options = OPTIONS | {
+            "max_steps": steps,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "lr_scheduler_type": "constant",
+        }
+        model = get_peft_model(load_llama(llama), trl_config(adapter))
+        return Trainer(model, TrainingArguments(str(directory), **options), train_dataset=token_batches(64))
+
+    whole = trainer(tmp_path / "whole", 4)
+    whole.train()
+    trainer(tmp_path / "parts", 2).train()
+    resumed = trainer(tmp_path / "parts", 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
+    for ours, theirs in zip(sorsa_layers(resumed.model), sorsa_layers(whole.model), strict=True):
+        assert_same_tensors(ours.factors("default").state_dict(), theirs.factors("default").state_dict())
