@@ -1,4 +1,4 @@
-"""Brings the result files into docs/performance.md: fills what stands between its table markers.
+"""Brings the result files into the pages of docs/ that have tables: fills what stands between their markers.
 
     python benchmarks/report.py
 
@@ -15,7 +15,8 @@ from typing import Any
 
 from common import RESULTS, Table
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = (DOCS / "performance.md", DOCS / "quantization.md")
 MARKER = re.compile(r"(<!-- table (\w+):(\d+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -39,8 +40,9 @@ def filled(match: re.Match[str]) -> str:
 
 
 def main() -> None:
-    PAGE.write_text(MARKER.sub(filled, PAGE.read_text()))
-    print(f"written: {PAGE}")
+    for page in (page for page in PAGES if page.exists()):
+        page.write_text(MARKER.sub(filled, page.read_text()))
+        print(f"written: {page}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class SORSALinear8bit(SORSAQuantisedLinear):
     def store_weight(self, stored: Any) -> None:
         base = self.get_base_layer()
         base.weight = stored
-        base.state.reset_grads()  # it takes over the scales of the new weight at the next forward
+        base.state.reset_grads()  # what the last forward left there: the next one takes over the new weight
 
     def dequantise(self, stored: Any) -> torch.Tensor:
         if stored.is_meta:

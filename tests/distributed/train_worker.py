@@ -45,6 +45,14 @@ def build_model() -> torch.nn.Module:
     return LlamaForCausalLM(config)
 
 
+def load_quantised(directory: Path) -> torch.nn.Module:
+    """A saved model with 4-bit linears, stored as fp32: what FSDP can shard."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.float32)
+
+
 def build_data(count: int = 32) -> list[dict[str, torch.Tensor]]:
     ids = torch.randint(1, 64, (count, 9), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row, "labels": row} for row in ids]
@@ -72,6 +80,8 @@ def main() -> None:
     parser.add_argument("--gamma", type=float, default=0.05)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--quantise", type=Path, help="directory of a model to load in 4 bits")
+    parser.add_argument("--residual", action="store_true")
     options = parser.parse_args()
 
     if options.engine == "fsdp2":
@@ -110,9 +120,15 @@ def main() -> None:
         **engine,
     )
     config = SORSAConfig(
-        r=4, target_modules="all-linear", task_type="CAUSAL_LM", gamma=options.gamma, reg_update=options.update
+        r=4,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        gamma=options.gamma,
+        reg_update=options.update,
+        residual_base=options.residual,
     )
-    model = get_peft_model(build_model(), config)
+    model = build_model() if options.quantise is None else load_quantised(options.quantise)
+    model = get_peft_model(model, config)
     perturb(model)
     callbacks = [] if options.self_attach else [SORSACallback()]
     trainer = Trainer(model, arguments, train_dataset=build_data(), callbacks=callbacks)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from support import OneLayer
 from torch import nn
@@ -27,7 +29,15 @@ EIGHT_BITS = {"int8": 0.0, "int8-outliers": 6.0}
 TORCHAO = {"torchao-rows": None, "torchao-groups": 32}
 """Columns that share a scale; None: the whole row."""
 
-KINDS = [*FOUR_BITS, *EIGHT_BITS, *TORCHAO]
+
+def kinds(*names: str) -> list[Any]:
+    """Parameters of a test: these kinds, those of a library that is not installed skipped."""
+    absent = importlib.util.find_spec("torchao") is None
+    skip = pytest.mark.skipif(absent, reason="torchao is not installed")
+    return [pytest.param(name, marks=skip) if name in TORCHAO else name for name in names]
+
+
+KINDS = kinds(*FOUR_BITS, *EIGHT_BITS, *TORCHAO)
 
 NF4_STEP, FP4_STEP = 0.3038, 0.3334
 """The largest distance of neighbouring codes, as a share of a block's largest magnitude (-1 to -0.696; 1 to 2/3)."""

@@ -16,10 +16,10 @@ from sorsa_plugin.errors import UnsupportedLayerError
 from sorsa_plugin.quantisation import is_quantised
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
-pytest.importorskip("torchao")
 
 
 def with_8_bit_activations() -> nn.Module:
+    pytest.importorskip("torchao")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = nn.Sequential(nn.Linear(IN, OUT))

@@ -17,6 +17,7 @@ from quantised_bases import (
     KINDS,
     OUT,
     base_tensors,
+    kinds,
     load_llama,
     quantised_base,
     rounding_bound,
@@ -31,7 +32,6 @@ from sorsa_plugin.full_precision import full_precision_weights
 from sorsa_plugin.regularizer import sorsa_layers
 
 pytest.importorskip("bitsandbytes")
-pytest.importorskip("torchao")
 
 EXACT = 10 * 3 * IN**0.5 * ROUNDOFF[torch.float32]
 """As in test_quantised_kinds.py."""
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_papers_form(kind: str) -> None:
         assert (found.double() - expected).norm() <= EXACT * expected.norm()
 
 
-@pytest.mark.parametrize("kind", ["nf4-double", "int8-outliers", "torchao-rows"])
+@pytest.mark.parametrize("kind", kinds("nf4-double", "int8-outliers", "torchao-rows"))
 def test_training_moves_the_factors_and_never_the_residual(kind: str) -> None:
     model = on_residual(kind).train()
     before, x = base_tensors(model), inputs(IN)
@@ -254,7 +254,7 @@ def test_options_that_contradict_a_residual_are_refused() -> None:
         SORSAConfig(full_precision_base="somewhere")
 
 
-@pytest.mark.parametrize("kind", ["nf4-double", "int8", "torchao-groups"])
+@pytest.mark.parametrize("kind", kinds("nf4-double", "int8", "torchao-groups"))
 def test_a_saved_adapter_makes_its_residual_again(kind: str, tmp_path: Path) -> None:
     model, x = on_residual(kind).eval(), inputs(IN)
     perturb(model)
@@ -381,12 +381,14 @@ def test_a_base_stored_quantised_has_no_full_weights(llama: str, tmp_path: Path)
     assert sorsa_layers(get_peft_model(base, config(full_precision_base=llama)))
 
 
-def test_every_storage_keeps_its_settings() -> None:
-    for kind in FOUR_BITS:
-        intact, residual = quantised_base(kind).proj.weight, only_layer(on_residual(kind)).get_base_layer().weight
-        state, own = intact.quant_state, residual.quant_state
-        assert (state.quant_type, state.blocksize, state.nested, state.dtype) == (
-            own.quant_type, own.blocksize, own.nested, own.dtype,
-        )  # fmt: skip
-        assert intact.dtype == residual.dtype
-        assert intact.shape == residual.shape
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_a_residual_is_stored_with_the_settings_of_the_weight(kind: str, dtype: torch.dtype) -> None:
+    intact = quantised_base(kind, dtype=dtype).proj.weight
+    model = quantize_residual(
+        quantised_base(kind, dtype=dtype), SORSAConfig(r=4, target_modules=["proj"]), {"proj.weight": plain_weight()}
+    )
+    weight = only_layer(model).get_base_layer().weight
+    for name in ("quant_type", "blocksize", "nested", "dtype", "shape"):
+        assert getattr(weight.quant_state, name) == getattr(intact.quant_state, name), name
+    assert (weight.dtype, weight.shape) == (intact.dtype, intact.shape)
