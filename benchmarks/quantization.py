@@ -277,12 +277,11 @@ def charts(result: dict[str, Any]) -> list[Chart]:
         own = [row for row in result["errors"] if row["source"] == source]
         ranks = sorted({row["rank"] for row in own if row["rank"]})
         series: dict[str, list[float]] = {}
-        for format_name in FORMATS:
-            plain = next(row["weight"] for row in own if row["format"] == format_name and row["rank"] is None)
-            for row in own:
-                if row["format"] == format_name and row["rank"]:
-                    series.setdefault(f"{row['method']}, {format_name}", []).append(row["weight"] / plain)
-        shown.append(Chart(source, "weight error / QLoRA's", ranks, series, "rank"))
+        plain = next(row["weight"] for row in own if row["format"] == "nf4" and row["rank"] is None)
+        for row in own:
+            if row["format"] == "nf4" and row["rank"]:
+                series.setdefault(row["method"], []).append(row["weight"] / plain)
+        shown.append(Chart(f"{source}, nf4", "weight error / QLoRA's", ranks, series, "rank"))
     return shown
 
 
