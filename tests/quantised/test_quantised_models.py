@@ -18,7 +18,7 @@ from support import assert_same_tensors, perturb
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from sorsa_plugin import SORSAConfig, merge_and_dequantize, setup_adapter
+from sorsa_plugin import SORSAConfig, merge_and_dequantize, save_residual, setup_adapter
 from sorsa_plugin.quantised import SORSAQuantisedLinear
 from sorsa_plugin.regularizer import sorsa_layers
 from sorsa_quickstart.answering import BASE
@@ -279,3 +279,34 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(adapter: str, llama: str, t
     resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2"))
     for ours, theirs in zip(sorsa_layers(resumed.model), sorsa_layers(whole.model), strict=True):
         assert_same_tensors(ours.factors("default").state_dict(), theirs.factors("default").state_dict())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_torchaos_linears_come_through_transformers_too(
+    adapter: str, llama: str, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    def load(directory: Any, **options: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **options)
+
+    quantisation = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    base = load(llama, **quantisation)
+    rounded = base(tokens).logits
+    model = get_peft_model(base, trl_config(adapter)).eval()
+    assert all(isinstance(layer, SORSAQuantisedLinear) for layer in sorsa_layers(model))
+    assert torch.equal(model(tokens).logits, rounded) == (adapter == "sorsa")
+    perturb(model)
+    expected = model(tokens).logits
+    if adapter == "sorsa":
+        model.save_pretrained(tmp_path / "adapter")
+        loaded = PeftModel.from_pretrained(load(llama, **quantisation), tmp_path / "adapter")
+    else:
+        save_residual(model, tmp_path / "residual")
+        loaded = PeftModel.from_pretrained(load(tmp_path / "residual"), tmp_path / "residual" / "adapter")
+    assert torch.equal(loaded(tokens).logits, expected)
+    plain = merge_and_dequantize(model, torch.float32)
+    # logits are below 1 here; bfloat16 rounds what passes through two layers a dozen times
+    torch.testing.assert_close(plain(tokens).logits, expected.float(), rtol=0, atol=12 * 2**-8)
