@@ -202,9 +202,9 @@ class SORSALayer(Foldable, Mergeable, BaseTunerLayer):
             BaseMismatchError: the adapter was made from another weight.
         """
         factors, config = self.factors(adapter_name), self.configs[adapter_name]
-        matrix = self.base_matrix()
-        sharded = hasattr(matrix, "device_mesh")  # outside FSDP2's forward
-        if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
+        weight = self.get_base_layer().weight
+        sharded = hasattr(weight, "device_mesh")  # outside FSDP2's forward
+        if weight.is_meta or sharded or factors.pending or self.merged or weight.device != factors.fingerprint.device:
             return
         with intact_weight(self):
             check(factors.fingerprint, self.base_matrix(), config.base_storage, self.storage(), self.name)

@@ -36,8 +36,7 @@ class Mergeable(nn.Module):
 
     def store_weight(self: SORSALayer, stored: Any) -> None:  # type: ignore[misc]
         """Make the base module store this, of the kind that `stored_weight` gives."""
-        weight = self.get_base_layer().weight
-        weight.data = stored.to(weight.device)
+        self.get_base_layer().weight.data = stored
 
     def in_full(self: SORSALayer, stored: Any) -> torch.Tensor:  # type: ignore[misc]
         """W from what is stored: a matrix of fp32 at least, in the shape of the base weight."""
@@ -93,7 +92,7 @@ class Mergeable(nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.store_weight(self._original.pop())
+        self.store_weight(self._original.pop().to(self.get_base_layer().weight.device))
         self.merged_adapters.clear()
         if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
             refold(self)

@@ -61,7 +61,7 @@ class SORSAModel(BaseTuner):
         if config.residual_base:
             prepare(model, layers, adapter_name, config)
         fresh = [layer for layer in layers if not layer.factors(adapter_name).pending]
-        slow = any(layer.base_matrix().numel() >= 2**20 for layer in fresh)
+        slow = any(layer.in_features * layer.out_features >= 2**20 for layer in fresh)
         for layer in tqdm(fresh, desc="SORSA: singular triplets", unit="layer", disable=not slow, leave=False):
             if layer.full_precision is None:
                 layer.initialise(adapter_name)

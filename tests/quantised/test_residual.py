@@ -319,6 +319,7 @@ def test_the_saved_residual_model_and_its_adapter_load_to_the_same_bits(
     perturb(loaded)
     trained = loaded(tokens).logits
     loaded.save_pretrained(tmp_path / "trained")
+    assert "The base stores quantised residuals" in (tmp_path / "trained" / "README.md").read_text()
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), tmp_path / "trained")
     assert torch.equal(again.eval()(tokens).logits, trained)
     # and where the residual model was not kept, from the original checkpoint
