@@ -29,12 +29,16 @@ class FullPrecisionWeights:
         source: a directory or hub id of safetensors, as the model's own; or {module name + ".weight": tensor}.
         model: the quantised model, for its names.
         revision: on the hub.
+
+    Attributes:
+        of_whole_model: whether the model has a config, which would say if its weights were residuals (`residual.py`).
     """
 
     def __init__(self, source: Source, model: nn.Module, revision: str | None = None) -> None:
         self.source = source
         self.revision = revision
         self.architecture = type(model).__name__
+        self.of_whole_model = hasattr(model, "config")
 
     def weight(self, name: str, base: nn.Module, rounded: torch.Tensor) -> torch.Tensor:
         """W (out x in) of a module, fp32, on the device of `rounded`.

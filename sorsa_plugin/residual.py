@@ -137,10 +137,13 @@ def settle_loaded(layer: Any, adapter_name: str) -> None:
         raise FoldError(
             f"The base weight of {layer.name} is on the meta device. Load the base model before its adapter."
         )
-    found = distance(factors.fingerprint, matrix)
-    known = config.base_storage == layer.storage() and found <= same_storage_limit(layer.storage())
-    if not known and layer.full_precision is not None:
-        _store(layer, adapter_name, layer.full_precision.weight(layer.name, layer.get_base_layer(), matrix))
+    weights = layer.full_precision
+    silent = weights is None or not weights.of_whole_model  # no config says what the base stores: its fingerprint does
+    near = distance(factors.fingerprint, matrix) <= same_storage_limit(layer.storage())
+    if silent and near and config.base_storage == layer.storage():
+        weights = None
+    if weights is not None:
+        _store(layer, adapter_name, weights.weight(layer.name, layer.get_base_layer(), matrix))
     layer.folded = Folded(adapter_name, None)
     layer.full_precision = None
 

@@ -393,3 +393,14 @@ def test_a_residual_is_stored_with_the_settings_of_the_weight(kind: str, dtype: 
     for name in ("quant_type", "blocksize", "nested", "dtype", "shape"):
         assert getattr(weight.quant_state, name) == getattr(intact.quant_state, name), name
     assert (weight.dtype, weight.shape) == (intact.dtype, intact.shape)
+
+
+def test_a_residual_that_no_config_announces_is_recognised(tmp_path: Path) -> None:
+    """A model that is no transformers model, its residual kept by its owner: nothing is made again."""
+    model, x = on_residual("nf4-double").eval(), inputs(IN)
+    perturb(model)
+    expected = model(x)
+    model.save_pretrained(tmp_path)
+    base = quantised_base("nf4-double")
+    base.proj.weight = only_layer(model).get_base_layer().weight
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), expected)
