@@ -9,6 +9,7 @@ from .analysis import Analysis, analyze  # noqa: E402
 from .attachment import Attachment, attach  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
+from .dequantising import merge_and_dequantize  # noqa: E402
 from .deviations import gaps  # noqa: E402
 from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
@@ -21,6 +22,7 @@ from .model import SORSAModel  # noqa: E402
 from .planning import Plan, plan  # noqa: E402
 from .registration import register  # noqa: E402
 from .regularizer import orthonormality  # noqa: E402
+from .residual import quantize_residual, save_residual  # noqa: E402
 from .saving import save_adapter  # noqa: E402
 
 register()
@@ -48,9 +50,12 @@ __all__ = [
     "hookimpl",
     "init_adapter",
     "merge_adapter",
+    "merge_and_dequantize",
     "orthonormality",
     "plan",
+    "quantize_residual",
     "registered_adapters",
     "save_adapter",
+    "save_residual",
     "setup_adapter",
 ]

@@ -55,6 +55,10 @@ class SORSAConfig(PeftConfig):
         svd_seed: seed of the randomized factorisation; the global random state is never touched.
         svd_energy: where the randomized factorisation stops, in (0, 1): its estimate of the captured share of the
             energy (sum sigma_i^2) of the best r triplets; None is 0.998. Not with svd="exact", which captures all.
+        residual_base: on a quantised base only (QSORSA): the base stores the quantised residual W - U0 S0 V0^T, made
+            from the full-precision weights when the adapter is new; see `residual.py`.
+        full_precision_base: with residual_base, the directory or hub id of these weights; None: where the base model
+            was loaded from, which is then filled in.
         gamma: learning rate of the orthonormal regularizer, >= 0, in the optimizer's units; None is the default of
             the chosen update (coupled 4e-4, the published script's). 0 turns the regularizer off.
         reg_update: "coupled" (the paper's: gamma/eta_max * dL_reg/dP joins the gradient once per optimizer step, after
@@ -115,6 +119,12 @@ class SORSAConfig(PeftConfig):
     reg_schedule: RegSchedule | None = field(
         default=None, metadata={"help": "Decoupled only: 'lr' follows the learning rate's schedule, or 'constant'."}
     )
+    residual_base: bool = field(
+        default=False, metadata={"help": "QSORSA: a quantised base stores the quantised residual W - U0 S0 V0^T."}
+    )
+    full_precision_base: str | None = field(
+        default=None, metadata={"help": "QSORSA: directory or hub id of the full-precision weights."}
+    )
     base_storage: str | None = field(
         default=None,
         metadata={"help": "Filled in: how the adapted base weights were stored when the adapter was made."},
@@ -146,6 +156,7 @@ class SORSAConfig(PeftConfig):
         self._check_layer_selection()
         self._check_choices()
         self._check_regularizer()
+        self._check_residual()
 
     @property
     def resolved_gamma(self) -> float:
@@ -233,6 +244,19 @@ class SORSAConfig(PeftConfig):
                 "learning rate. Drop reg_schedule, or choose reg_update='decoupled'."
             )
         check_gamma(self.gamma, self.reg_update)
+
+    def _check_residual(self) -> None:
+        if not isinstance(self.residual_base, bool):
+            raise SORSAConfigError(f"residual_base is {self.residual_base!r}; expected True or False.")
+        if self.residual_base and not self.init_weights:
+            raise SORSAConfigError(
+                "residual_base=True with init_weights=False: a residual is what the singular triplets leave. Drop one."
+            )
+        if self.full_precision_base is not None and not self.residual_base:
+            raise SORSAConfigError(
+                f"full_precision_base is {self.full_precision_base!r} without residual_base=True, which alone reads "
+                "it. Drop it, or set residual_base=True (adapter: qsorsa)."
+            )
 
 
 def check_gamma(gamma: float | None, reg_update: str) -> None:

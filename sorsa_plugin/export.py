@@ -204,7 +204,7 @@ def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfi
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,
-        base_model_name_or_path=config.base_model_name_or_path,
+        base_model_name_or_path=_base_of(config),
         revision=config.revision,
         inference_mode=True,
         auto_mapping=config.auto_mapping,
@@ -215,8 +215,13 @@ def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfi
     return lora
 
 
+def _base_of(config: SORSAConfig) -> str | None:
+    """The model that the change is to be added to: never one that stores residuals."""
+    return config.full_precision_base or config.base_model_name_or_path
+
+
 def _card(config: SORSAConfig, rank: int, error: float) -> str:
-    name = config.base_model_name_or_path
+    name = _base_of(config)
     base = f"base_model: {json.dumps(name)}\n" if name else ""
     return CARD.format(base=base, rank=rank, error=f"{error:.3g}, truncated" if error else "none, it is exact")
 

@@ -16,6 +16,7 @@ parameters to 16 bits, and saves no frozen ones).
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .decomposition import Triplets
 from .errors import FactorsNotLoadedError, IncompleteAdapterError
 from .lowrank import Parts
 from .plugins import manager
+from .precision import full_precision
 
 OFFSETS = ("dU", "dS", "dV")
 FROZEN = ("U0", "S0", "V0", "fingerprint")
@@ -82,6 +84,8 @@ class SORSAFactors(nn.Module):
             self.register_buffer(f"{part}0", torch.zeros(shape, **options))
         self.register_buffer("fingerprint", torch.zeros((*stack, out_features), **options))
         self.base_checked = False
+        # in the memory of the offsets: who gives these other memory (`parameter.data = ...`) leaves the values behind
+        self._as_loaded: dict[str, torch.Tensor] = {}
 
     @property
     def rank(self) -> int:
@@ -119,14 +123,26 @@ class SORSAFactors(nn.Module):
             offset.grad = None if gradient is None else gradient.to(dtype)
 
     def restore_fp32(self) -> list[nn.Parameter]:
-        """Cast offsets that somebody rounded to 16 bits (TRL does on quantised bases) back to fp32.
+        """Cast offsets that somebody rounded to 16 bits (TRL does on quantised bases) back to fp32, with the values
+        that a file gave them where these are what was rounded; else it warns, unless they are zero.
 
         Returns the offsets concerned. For before the optimizer has state for them.
         """
-        rounded = [self.get_parameter(name) for name in OFFSETS if getattr(self, name).dtype in ROUNDED]
+        rounded = {name: getattr(self, name).detach() for name in OFFSETS if getattr(self, name).dtype in ROUNDED}
         if rounded:
             self.cast_offsets(torch.float32)
-        return rounded
+        for name, value in rounded.items():
+            exact = self._as_loaded.get(name)
+            if exact is not None and torch.equal(exact.to(value), value):
+                getattr(self, name).data = exact
+            elif value.any():
+                warnings.warn(
+                    "Trained SORSA offsets had been rounded to 16 bits, which changes them by up to 0.4%; they go on "
+                    "in fp32 from there. Load the adapter from its file to keep them exact.",
+                    stacklevel=2,
+                )
+        self._as_loaded.clear()
+        return [self.get_parameter(name) for name in rounded]
 
     @torch.no_grad()
     def set_initial(self, triplets: Triplets, fingerprint: torch.Tensor) -> None:
@@ -175,6 +191,11 @@ class SORSAFactors(nn.Module):
         """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""
         return self.parts().pair()
 
+    @full_precision()
+    def initial_matrix(self) -> torch.Tensor:
+        """U0 diag(S0) V0^T (out x in), fp32."""
+        return (self.U0 * self.S0.unsqueeze(-2)) @ self.V0.mT
+
     def materialise(self, device: torch.device) -> None:
         """Give pending tensors storage on `device`, to be filled by whoever loads them."""
         if self.pending:
@@ -219,7 +240,9 @@ class SORSAFactors(nn.Module):
             return applied
 
         try:
-            return super()._apply(keeping_fp32, recurse)
+            super()._apply(keeping_fp32, recurse)
+            self._as_loaded = {name: getattr(self, name).data for name in self._as_loaded}
+            return self
         except NotImplementedError as error:  # what torch raises for a copy out of the meta device
             raise not_loaded("the adapter", awaited=True) from error
 
@@ -242,6 +265,7 @@ class SORSAFactors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if present:
             self.base_checked = False
+            self._as_loaded = {name: getattr(self, name).data for name in OFFSETS}
 
 
 def not_loaded(name: str, awaited: bool) -> FactorsNotLoadedError:

@@ -17,31 +17,39 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from .errors import FoldError
-from .lowrank import Parts, add_product, product_of_rows
+from .lowrank import Parts, add_low_rank, add_product, product_of_rows
 from .precision import full_precision
 from .regularizer import sorsa_layers
 
 if TYPE_CHECKING:
+    from .full_precision import FullPrecisionWeights
     from .layer import SORSALayer
 
 
 class Folded(NamedTuple):
-    """The state of a folded layer: the adapter whose initial triplets were taken out of W, and W as it was stored."""
+    """The state of a folded layer: the adapter whose initial triplets were taken out of W, and W as it was stored;
+    None where the base model has stored the residual from the start (`residual.py`): then it is folded for good."""
 
     adapter: str
-    intact: torch.Tensor
+    intact: torch.Tensor | None
 
 
 class Foldable(nn.Module):
     """What a layer needs to be folded; a part of `SORSALayer`.
 
     Attributes:
+        full_precision: where W is read from, until the base stores its residual (`residual.py`).
+        rounding: relative error of W as it was quantised, and with the residual quantised; None where it was not.
         foldable: whether the kind's `forward` hands the base output of a folded layer to `complete`.
+        quantised: whether what the base stores is rounded to a few bits, so that `fold` would round it anew.
         folded: the state, or None while the base layer stores W.
     """
 
     foldable = False
+    quantised = False
     folded: Folded | None = None
+    full_precision: FullPrecisionWeights | None = None
+    rounding: tuple[float, float] | None = None
 
     def fold(self: SORSALayer) -> None:  # type: ignore[misc]
         """Store W - U0 S0 V0^T in the base layer; see `fold_layer`."""
@@ -51,18 +59,48 @@ class Foldable(nn.Module):
         """Put W back, bit for bit; see `unfold_layer`."""
         unfold_layer(self)
 
-    def refuse_beside_folded(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
-        """Raises FoldError where an adapter is folded into the weight already."""
-        if self.folded is not None:
+    def refuse_beside_folded(self: SORSALayer, adapter_name: str, rank: int) -> None:  # type: ignore[misc]
+        """Raises FoldError where `fold` took an adapter's triplets out of the weight, or it stores the residual of
+        triplets of another rank."""
+        if self.folded is None:
+            return
+        if self.folded.intact is not None:
             raise FoldError(
                 f"{self.name} is folded, and a folded layer has one adapter: {adapter_name!r} cannot be added beside "
                 f"{self.folded.adapter!r}. Call unfold() first."
             )
+        known = self.factors(self.folded.adapter).rank if self.folded.adapter in self.sorsa_factors else rank
+        if known != rank:
+            raise FoldError(
+                f"{self.name} stores the residual of {known} singular triplets, so every adapter on it has rank "
+                f"{known}; {adapter_name!r} has {rank}. Give it that rank."
+            )
+
+    def refuse_to_factorise_residual(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
+        """Raises FoldError where the stored weight lacks the triplets that a factorisation would look for."""
+        if self.folded is not None:
+            raise FoldError(
+                f"{self.name} stores the residual of the triplets of {self.folded.adapter!r}, and {adapter_name!r} "
+                "cannot start from others. Give it the same svd, svd_seed and svd_energy."
+            )
+
+    def leave_folded(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
+        """Before an adapter is deleted: put W back, or where the base stores a residual, name another adapter that
+        holds what it lacks.
+
+        Raises:
+            FoldError: there is no other.
+        """
+        others = [name for name in self.sorsa_factors if name != adapter_name]
+        if self.folded is not None and self.folded.intact is None and others:
+            self.folded = Folded(others[0], None)
+        else:
+            self.unfold()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Foldable:
         """Take the kept weight along to another device or dtype."""
         super()._apply(fn, recurse)
-        if self.folded is not None:
+        if self.folded is not None and self.folded.intact is not None:
             self.folded = self.folded._replace(intact=fn(self.folded.intact))
         return self
 
@@ -102,8 +140,9 @@ def refold(layer: SORSALayer) -> None:
     """Write the residual of the kept weight and the adapter's initial triplets, which a file may have replaced."""
     assert layer.folded is not None
     adapter, intact = layer.folded
-    parts = layer.ready_factors(adapter).parts()
-    initial = layer.delta_to_weight((parts.U0 * parts.S0) @ parts.V0.mT)
+    if intact is None:
+        return
+    initial = layer.delta_to_weight(layer.ready_factors(adapter).initial_matrix())
     total = intact.to(torch.promote_types(intact.dtype, torch.float32)) - initial.to(intact.device)
     layer.get_base_layer().weight.data = total.to(intact.dtype)
 
@@ -113,10 +152,15 @@ def unfold_layer(layer: SORSALayer) -> None:
     """Put the kept weight back, bit for bit; does nothing to a layer that is not folded.
 
     Raises:
-        FoldError: the adapter is merged into it.
+        FoldError: the adapter is merged into it, or it is folded for good.
     """
     if layer.folded is None:
         return
+    if layer.folded.intact is None:
+        raise FoldError(
+            f"The base model stores a quantised residual of {layer.name}, so there is no W to put back. Merge with "
+            "merge_and_unload() or merge_and_dequantize(), or load the model that it was made from."
+        )
     if layer.merged:
         raise FoldError(f"{layer.name} is merged, and unfolding would lose the change. Call unmerge_adapter() first.")
     weight = layer.get_base_layer().weight
@@ -126,8 +170,8 @@ def unfold_layer(layer: SORSALayer) -> None:
 
 @contextmanager
 def intact_weight(layer: SORSALayer) -> Iterator[None]:
-    """In this context the base layer shows W, folded or not."""
-    if layer.folded is None:
+    """In this context the base layer shows W, folded or not; where it is folded for good, the residual."""
+    if layer.folded is None or layer.folded.intact is None:
         yield
         return
     weight = layer.get_base_layer().weight
@@ -136,6 +180,13 @@ def intact_weight(layer: SORSALayer) -> Iterator[None]:
         yield
     finally:
         weight.data = stored
+
+
+def with_removed(layer: SORSALayer, weight: torch.Tensor) -> torch.Tensor:
+    """W from what the base stores (in its shape): where that is the residual for good, with the triplets it lacks."""
+    if layer.folded is None or layer.folded.intact is not None:
+        return weight
+    return weight + layer.delta_to_weight(layer.factors(layer.folded.adapter).initial_matrix()).to(weight.device)
 
 
 def check_foldable(layer: SORSALayer) -> str:
@@ -152,6 +203,8 @@ def check_foldable(layer: SORSALayer) -> str:
         engine = engine or "FSDP, tensor parallelism or DeepSpeed"
     problems = {
         "its kind has no folded form; leave it out of target_modules, or train intact": not layer.foldable,
+        "its weight is quantised, and would be rounded anew; a quantised residual is made from full precision, with "
+        "residual_base=True": layer.quantised,
         f"it has {len(adapters)} adapters ({', '.join(adapters)}); expected one, delete the others": len(adapters) != 1,
         "an adapter is merged into it; call unmerge_adapter() first": layer.merged,
         f"{engine} shards the weights, and the kept copies would not be; train intact": engine is not None,
@@ -171,7 +224,7 @@ def check_foldable(layer: SORSALayer) -> str:
 
 
 def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What a folded layer's base output lacks: U S V^T, or U0 S0 V0^T where the adapter is not in use.
+    """What a folded layer's base output lacks: U S V^T of an adapter in use, U0 S0 V0^T where none is.
 
     Args:
         y: output of the folded base layer (... x out), fresh: it is written to.
@@ -180,12 +233,19 @@ def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tenso
     assert layer.folded is not None
     if layer.merged:
         return y
-    parts = layer.ready_factors(layer.folded.adapter).parts()
-    if layer.folded.adapter in layer.adapters_in_use():
-        return add_triplets(y, x, parts)
-    with torch.autocast(y.device.type, enabled=False):
-        U0, S0, V0 = (part.to(y.dtype) for part in parts[3:])
-        return y + ((x.to(y.dtype) @ V0) * S0) @ U0.mT
+    names = layer.adapters_in_use()
+    if len(names) == 1 and isinstance(layer.sorsa_dropout[names[0]], nn.Identity):
+        return add_triplets(y, x, layer.ready_factors(names[0]).parts())
+    y = add_initial(y, x, layer.ready_factors(layer.folded.adapter).parts())
+    for name in names:
+        y = add_low_rank(y, layer.sorsa_dropout[name](x), layer.ready_factors(name).parts())
+    return y
+
+
+def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """y + U0 S0 V0^T x in the dtype of y, which is consumed: what `add_triplets` gives at init, bit for bit."""
+    zero = parts.S0.new_zeros(())
+    return add_triplets(y, x, parts._replace(dU=zero, dS=zero, dV=zero))
 
 
 def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:

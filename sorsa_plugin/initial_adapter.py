@@ -30,6 +30,7 @@ from .empty_adapter import ADAPTER, adapt_empty
 from .errors import OutputExistsError, SORSAConfigError
 from .factors import FROZEN
 from .fingerprint import fingerprint
+from .initialisation import initialise
 from .json_values import json_values
 from .layer import SORSALayer
 from .outputs import appearing_whole, refuse_occupied
@@ -169,7 +170,7 @@ def _write_factors(
                 resumed += 1
             else:
                 layer.factors(ADAPTER).to_empty(device="cpu")
-                layer.initialise(ADAPTER)
+                initialise(layer, ADAPTER)
                 for part in FROZEN:
                     file.write(prefix + part, getattr(layer.factors(ADAPTER), part))
                 file.flush()  # before the journal says so

@@ -17,10 +17,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .decomposition import Triplets, factorise
 from .errors import RankError
 from .factors import SORSAFactors, frozen_as_parameters, not_loaded
-from .fingerprint import check, fingerprint, storage_of
+from .fingerprint import check, storage_of
 from .folding import Foldable, intact_weight, refold
 from .mergeable import Mergeable
 from .offloading import base_weight_here, with_base_weight
@@ -70,7 +69,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
-        self._original: list[torch.Tensor] = []  # see `mergeable.py`
+        self._original: list[nn.Parameter] = []  # see `mergeable.py`
         with base_weight_here(self.get_base_layer()):
             *self.stack, self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
@@ -82,7 +81,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         self.number = next(_numbers)
         live_layers.add(self)
 
-    def base_weight(self) -> torch.Tensor:
+    def base_weight(self) -> nn.Parameter:
         """The base weight as the base module holds it."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
@@ -94,6 +93,10 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
     @abstractmethod
     def base_matrix(self) -> torch.Tensor:
         """The base weight as a matrix (out x in), a view where possible, in its own dtype and on its own device."""
+
+    def storage(self) -> str:
+        """How the base weight is stored, as the fingerprint needs to know it ("float32", "4bit-nf4-64", ...)."""
+        return storage_of(self.base_weight())
 
     @abstractmethod
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
@@ -113,7 +116,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
             RankError: the rank is larger than the weight's smaller side.
             FoldError: another adapter is folded into the weight.
         """
-        self.refuse_beside_folded(adapter_name)
+        self.refuse_beside_folded(adapter_name, rank)
         matrix = self.base_matrix()
         limit = min(matrix.shape[-2:])
         if rank > limit:
@@ -132,60 +135,6 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.configs[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def must_factorise(self, adapter_name: str) -> bool:
-        """Whether this new adapter takes a factorisation of the weight, here or in a process that has the weight."""
-        factors, config = self.factors(adapter_name), self.configs[adapter_name]
-        cloned = self._donor(factors.rank, config, excluding=adapter_name) is not None
-        awaited = factors.pending and (config.factors_from_file or not self.base_matrix().is_meta)
-        return config.init_weights and not cloned and not awaited
-
-    def initialise(self, adapter_name: str, matrix: torch.Tensor | None = None) -> None:
-        """Fill a new adapter: clone a sibling's factors where they are the same triplets, else factorise the weight.
-
-        Does nothing to an adapter on the meta device, or one whose tensors are awaited from a file.
-
-        Args:
-            adapter_name: the adapter.
-            matrix: the base weight (out x in), if the caller has it at hand.
-
-        Raises:
-            DecompositionError: see `decomposition.factorise`.
-        """
-        factors, config = self.factors(adapter_name), self.configs[adapter_name]
-        matrix = self.base_matrix() if matrix is None else matrix
-        if factors.pending or matrix.is_meta:
-            return
-        if not config.init_weights:
-            factors.randomise()
-            factors.fingerprint.data.copy_(fingerprint(matrix))
-            factors.base_checked = True
-            return
-        donor = self._donor(factors.rank, config, excluding=adapter_name)
-        if donor is not None:
-            rank = factors.rank
-            triplets = Triplets(donor.U0[..., :rank], donor.S0[..., :rank], donor.V0[..., :rank])
-            factors.set_initial(triplets, donor.fingerprint)
-        else:
-            factors.set_initial(self._factorise(matrix, factors.rank, config), fingerprint(matrix))
-
-    def _factorise(self, matrix: torch.Tensor, rank: int, config: SORSAConfig) -> Triplets:
-        options: Any = {"svd": config.svd, "seed": config.svd_seed, "energy": config.resolved_svd_energy}
-        if matrix.ndim == 2:
-            return factorise(matrix, rank, **options, name=self.name)
-        each = [factorise(expert, rank, **options, name=f"{self.name}[{i}]") for i, expert in enumerate(matrix)]
-        return Triplets(*(torch.stack(parts) for parts in zip(*each, strict=True)))
-
-    def _donor(self, rank: int, config: SORSAConfig, excluding: str | None = None) -> SORSAFactors | None:
-        """A sibling whose first `rank` triplets are the ones a factorisation with this config would give."""
-        wanted = (config.svd, config.svd_seed, config.resolved_svd_energy)
-        for name, sibling in self.configs.items():
-            factors = self.factors(name)
-            options = (sibling.svd, sibling.svd_seed, sibling.resolved_svd_energy)
-            same = sibling.init_weights and config.init_weights and options == wanted
-            if name != excluding and same and factors.rank >= rank and not factors.pending:
-                return factors
-        return None
 
     def factors(self, adapter_name: str) -> SORSAFactors:
         """The adapter's tensors.
@@ -239,9 +188,8 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         sharded = hasattr(matrix, "device_mesh") or 0 in (matrix.numel(), factors.fingerprint.numel())
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
-        storage = storage_of(self.base_weight())
         with intact_weight(self):
-            check(factors.fingerprint, self.base_matrix(), config.base_storage, storage, self.name)
+            check(factors.fingerprint, self.base_matrix(), config.base_storage, self.storage(), self.name)
         factors.base_checked = True
 
     # -- what PEFT calls --------------------------------------------------------------------------------------------
@@ -257,7 +205,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
             self.unmerge()
             if others:
                 self.merge(adapter_names=others)
-        self.unfold()
+        self.leave_folded(adapter_name)
         super().delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
@@ -296,9 +244,13 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
 
 def _check_after_load(layer: SORSALayer, incompatible_keys: Any) -> None:
     """After load_state_dict: compare the base at once where it can be, so that a wrong one is refused on loading."""
+    from .residual import settle_loaded
+
     for name in layer.sorsa_factors:
         factors = layer.factors(name)
         if not factors.base_checked and not factors.pending:
+            if layer.configs[name].residual_base and layer.folded is None:
+                settle_loaded(layer, name)
             layer.check_base(name)
     if layer.folded is not None and not layer.merged:
         refold(layer)

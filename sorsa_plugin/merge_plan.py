@@ -11,8 +11,8 @@ import torch
 
 from .base_files import empty_model
 from .errors import BaseFilesError
-from .layers.linear import PLAIN_DTYPES
 from .merged_weights import MergedWeights
+from .quantisation import PLAIN_DTYPES
 from .stored_weights import StoredWeights
 
 IN_MEMORY = (

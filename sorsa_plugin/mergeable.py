@@ -1,4 +1,9 @@
-"""Merging into the base weight, and back bit for bit: the original is kept, another tensor takes its place."""
+"""Merging: a layer's changes added to the weight that its base module stores, and the original put back, bit for bit.
+
+The original is kept, and another parameter takes its place: a module that shares it (tied embeddings) keeps it. Kinds
+that store no plain matrix (quantised ones) say how W is read from what they store and written back; everything else is
+the same for all.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +14,61 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from .folding import refold
+from .folding import refold, with_removed
 
 if TYPE_CHECKING:
     from .layer import SORSALayer
 
 
 class Mergeable(nn.Module):
-    """What a layer needs to be merged; a part of `SORSALayer`."""
+    """What a layer needs to be merged; a part of `SORSALayer`.
 
-    _original: list[torch.Tensor]
-    """The weight while an adapter is merged; in a list, so that it is not registered."""
+    Attributes:
+        merged_adapters: names of the adapters whose changes are in the stored weight.
+    """
+
+    merged_adapters: list[str]
+    _original: list[nn.Parameter]
+    """What the base stored before merging; in a list, so that it is not registered."""
+
+    def stored_weight(self: SORSALayer) -> nn.Parameter:  # type: ignore[misc]
+        """What the base module stores for W, to be given back to `store_weight`."""
+        return self.base_weight()
+
+    def store_weight(self: SORSALayer, stored: nn.Parameter) -> None:  # type: ignore[misc]
+        """Make the base module store this, of the kind that `stored_weight` gives."""
+        setattr(self.get_base_layer(), self.parameter_name, stored)
+
+    def in_full(self: SORSALayer, stored: nn.Parameter) -> torch.Tensor:  # type: ignore[misc]
+        """W from what is stored: a matrix of fp32 at least, in the shape of the base weight."""
+        kept = self.folded.intact if self.folded is not None else None
+        base = stored.detach() if kept is None else kept.to(stored.device)
+        return with_removed(self, base.to(torch.promote_types(base.dtype, torch.float32)))
+
+    def as_stored(self: SORSALayer, weight: torch.Tensor, original: nn.Parameter) -> nn.Parameter:  # type: ignore[misc]
+        """A weight (as `in_full` gives it) in the form in which `original` is stored."""
+        return nn.Parameter(weight.to(original.dtype), requires_grad=original.requires_grad)
 
     @torch.no_grad()
-    def merge(self: SORSALayer, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # type: ignore[misc]
+    def merged_weight(self: SORSALayer, names: list[str], safe: bool = False) -> torch.Tensor:  # type: ignore[misc]
+        """W and the changes of the adapters named, in fp32 at least, in the shape of the base weight.
+
+        Raises:
+            ValueError: safe, and there is NaN or infinity.
+        """
+        total = self.in_full(self._original[0] if self._original else self.stored_weight())
+        for name in names:
+            total = total + self.get_delta_weight(name).to(total.device)
+            if safe and not torch.isfinite(total).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
+                )
+        return total
+
+    @torch.no_grad()
+    def merge(  # type: ignore[misc]
+        self: SORSALayer, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
         """Add the changes of the given (default: active) adapters to the base weight, in fp32 at least, rounded once.
 
         Args:
@@ -35,17 +81,10 @@ class Mergeable(nn.Module):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
         if not names:
             return
-        original = self._original[0] if self._original else self.base_weight()
-        base = original if self.folded is None else self.folded.intact.to(original.device)
-        total = base.to(torch.promote_types(base.dtype, torch.float32))
-        for name in [*self.merged_adapters, *names]:
-            total = total + self.get_delta_weight(name).to(total.device)
-            if safe_merge and not torch.isfinite(total).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
-                )
-        self._original = [original]
-        self._set_base_weight(nn.Parameter(total.to(original.dtype), requires_grad=original.requires_grad))
+        total = self.merged_weight([*self.merged_adapters, *names], safe_merge)
+        if not self._original:
+            self._original = [self.stored_weight()]
+        self.store_weight(self.as_stored(total, self._original[0]))
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -54,18 +93,18 @@ class Mergeable(nn.Module):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self._original.pop()
-        weight.data = weight.data.to(self.base_weight().device)
-        self._set_base_weight(weight)
+        self.store_weight(_moved(self._original.pop(), self.base_weight().device))
         self.merged_adapters.clear()
         if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
             refold(self)
-
-    def _set_base_weight(self: SORSALayer, weight: torch.Tensor) -> None:  # type: ignore[misc]
-        """Another tensor as the base weight; a module that shares the first one (tied embeddings) keeps that."""
-        setattr(self.get_base_layer(), self.parameter_name, weight)
 
     def unmerge_if_disabled(self: SORSALayer) -> None:  # type: ignore[misc]
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+
+
+def _moved(stored: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """A parameter on a device; quantised ones bring their scales."""
+    moved = stored.to(device)
+    return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=stored.requires_grad)

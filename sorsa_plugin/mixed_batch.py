@@ -80,7 +80,7 @@ def rows_by_adapter(layer: SORSALayer, rows: int, adapter_names: Sequence[str]) 
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    if layer.folded is not None:
+    if layer.folded is not None and layer.folded.intact is not None:
         raise FoldError("Cannot pass `adapter_names` while the model is folded, please call `unfold()` first.")
     own = [name for name in dict.fromkeys(adapter_names) if name in layer.sorsa_factors]
     return {name: [row for row, given in enumerate(adapter_names) if given == name] for name in own}

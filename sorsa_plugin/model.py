@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from .config import SORSAConfig
 from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
-from .fingerprint import storage_of
 from .folding import fold_model, intact_weight
 from .initialisation import initialise_layers
 from .layer import SORSALayer
@@ -27,7 +26,10 @@ from .layers.tied import tied_layer
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
 from .plugins import manager
+from .quantisation import is_quantised
+from .quantised import warn_about_rounding
 from .regularizer import sorsa_layers
+from .residual import check_request, forget_mark, prepare, require_quantised, say_rounding
 from .watching import watch_optimizers
 
 
@@ -52,7 +54,9 @@ class SORSAModel(BaseTuner):
         Raises:
             RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
             DecompositionError: a weight holds NaN, or does not converge on any device.
+            FoldError, BaseFilesError, BaseMismatchError: see `residual.py`.
         """
+        check_request(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fused_encoders(model)
         layers = [layer for layer in sorsa_layers(model) if adapter_name in layer.sorsa_factors]
@@ -64,7 +68,10 @@ class SORSAModel(BaseTuner):
                 for name, layer in model.named_modules()
                 if isinstance(layer, SORSALayer) and adapter_name in layer.configs and (layout := layer.lora_layout())
             }
+        if config.residual_base:
+            prepare(model, layers, adapter_name, config)
         initialise_layers(layers, adapter_name)
+        say_rounding(layers)
         watch_optimizers()
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
@@ -73,9 +80,13 @@ class SORSAModel(BaseTuner):
         found = {}
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
+                factors = layer.factors(adapter_name)
                 with intact_weight(layer):
-                    total = layer.base_matrix().float().square().sum()
-                found[layer.name] = float(layer.factors(adapter_name).S0.square().sum() / total)
+                    matrix = layer.base_matrix().float()
+                    if layer.folded is not None and layer.folded.intact is None:
+                        matrix = matrix + factors.initial_matrix().to(matrix.device)
+                    total = matrix.square().sum()
+                found[layer.name] = float(factors.S0.square().sum() / total)
         return found
 
     def fold(self) -> None:
@@ -99,11 +110,24 @@ class SORSAModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Unfold first: what is left must be the base model, or the merge of it."""
-        for layer in sorsa_layers(self):
+        layers = sorsa_layers(self)
+        merging = args[0] if args else kwargs.get("merge", True)
+        for layer in layers:
+            residual = layer.folded is not None and layer.folded.intact is None
+            if residual and merging:  # W is made whole by merging
+                continue
             if layer.merged:  # the base layer stores W and the change already
                 layer.folded = None
             layer.unfold()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        forget_mark(unloaded)
+        warn_about_rounding(layers)
+        return unloaded
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; on quantised layers the sum is quantised again, which says what that costs."""
+        super().merge_adapter(*args, **kwargs)
+        warn_about_rounding(sorsa_layers(self))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's `generate`, with each adapter's pair L, R formed once and not for every token."""
@@ -206,6 +230,12 @@ class SORSAModel(BaseTuner):
     def _create_new_module(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
         base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_class = manager().hook.sorsa_layer(target=base, config=config)
+        if layer_class is None and is_quantised(base):
+            raise UnsupportedLayerError(
+                f"Target module {name} of type {type(base).__name__} is quantised in a way that SORSA cannot adapt; "
+                "bitsandbytes' Linear4bit and Linear8bitLt, quantised by moving them to their device, and torchao's "
+                "int8 weight-only linears are. Load the base so, or unquantised, or add the module to exclude_modules."
+            )
         if layer_class is None:
             raise UnsupportedLayerError(
                 f"Target module {name} of type {type(base).__name__} is not supported by SORSA; unquantised "
@@ -221,7 +251,10 @@ class SORSAModel(BaseTuner):
                 stacklevel=2,
             )
             config.fan_in_fan_out = stored_in_out
-        return layer_class(target, name)
+        layer = layer_class(target, name)
+        if config.residual_base:
+            require_quantised(layer)
+        return layer
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Refuse a file that has an adapter on some of its layers only, or damaged, before any layer is written; PEFT
@@ -245,5 +278,5 @@ class SORSAModel(BaseTuner):
 
 
 def _common_storage(layers: list[SORSALayer]) -> str | None:
-    kinds = {storage_of(layer.base_weight()) for layer in layers}
+    kinds = {layer.storage() for layer in layers}
     return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else None

@@ -16,7 +16,7 @@ SECTION = """{heading}
 
 This adapter was trained with SORSA ([arXiv 2409.00055](https://arxiv.org/abs/2409.00055)): the top singular triplets
 U, S, V of each adapted weight are trained beside the frozen residual, with an orthonormal regularizer
-(gamma {gamma:g}, {update}). Rank {rank}; base model `{base}`.
+(gamma {gamma:g}, {update}). Rank {rank}; base model `{base}`.{storage}
 
 PEFT knows the type only after the package is imported:
 
@@ -43,6 +43,9 @@ exactly, which PEFT, vLLM, TGI and llama.cpp load. A plain model, with the adapt
 ```
 """
 
+RESIDUAL = """ The base stores quantised residuals
+({storage}): load it with that quantisation, or the full-precision model with the LoRA below."""
+
 
 MERGED = """# Merged SORSA adapter
 
@@ -66,6 +69,7 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
         update=config.reg_update,
         rank=config.r,
         base=config.base_model_name_or_path or "the base model",
+        storage=RESIDUAL.format(storage=config.base_storage) if config.residual_base else "",
     )
     before, _, earlier = card.text.partition(HEADING)
     after = earlier.partition("\n## ")

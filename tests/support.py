@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import sorsa_plugin.layer
+import sorsa_plugin.initialisation
 from sorsa_plugin import SORSAConfig, SORSALayer
 from sorsa_plugin.regularizer import sorsa_layers
 
@@ -122,7 +122,7 @@ def refuse_to_factorise(monkeypatch: pytest.MonkeyPatch) -> None:
     def factorise(*args: object, **kwargs: object) -> None:
         raise AssertionError("a weight was factorised")
 
-    monkeypatch.setattr(sorsa_plugin.layer, "factorise", factorise)
+    monkeypatch.setattr(sorsa_plugin.initialisation, "factorise", factorise)
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:

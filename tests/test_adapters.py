@@ -24,6 +24,7 @@ from sorsa_transformers import AdapterArguments, SORSACallback
 COMMON = {"r": 4, "target_modules": ["q_proj", "v_proj"], "dropout": 0.1, "modules_to_save": ["lm_head"]}
 KINDS = {
     "sorsa": (PeftType.SORSA, {"r": 4, "sorsa_dropout": 0.1}),
+    "qsorsa": (PeftType.SORSA, {"r": 4, "sorsa_dropout": 0.1, "residual_base": True}),
     "lora": (PeftType.LORA, {"r": 4, "lora_dropout": 0.1, "init_lora_weights": True, "use_dora": False}),
     "pissa": (PeftType.LORA, {"r": 4, "lora_dropout": 0.1, "init_lora_weights": "pissa"}),
     "olora": (PeftType.LORA, {"r": 4, "lora_dropout": 0.1, "init_lora_weights": "olora"}),
@@ -208,7 +209,7 @@ def test_words_arrive_whatever_the_method(r, dropout, names, name):
     config = setup_adapter({"adapter": name, "r": r, "dropout": dropout, "target_modules": names}).peft_config
     assert config.r == r
     assert config.target_modules == set(names)
-    field = {"sorsa": "sorsa_dropout", "miss": "miss_dropout"}.get(name, "lora_dropout")
+    field = {"sorsa": "sorsa_dropout", "qsorsa": "sorsa_dropout", "miss": "miss_dropout"}.get(name, "lora_dropout")
     assert getattr(config, field) == dropout
 
 

@@ -272,7 +272,7 @@ def test_a_second_adapter_clones_the_first_exactly_when_its_triplets_are_the_sam
         factorised.append(rank)
         return factorise(matrix, rank, **kwargs)
 
-    monkeypatch.setattr("sorsa_plugin.layer.factorise", counting)
+    monkeypatch.setattr("sorsa_plugin.initialisation.factorise", counting)
     _, layer = two_adapters(**options)
     first, second = layer.factors("default"), layer.factors("second")
     rank = options["r"]
@@ -536,12 +536,3 @@ def test_a_config_from_another_directory_does_not_leak_into_the_layer(tmp_path):
     base, x = make_base(), inputs(24)
     expected = base(x)
     assert torch.equal(get_peft_model(base, config)(x), expected)
-
-
-@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
-def test_quantised_linears_are_refused_by_name(kind):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    model = nn.Sequential()
-    model.add_module("lin", getattr(bitsandbytes.nn, kind)(64, 64, bias=False))
-    with pytest.raises(UnsupportedLayerError, match=rf"lin of type {kind} is not supported by SORSA; unquantised"):
-        get_peft_model(model.to("cpu"), SORSAConfig(r=4, target_modules=["lin"]))

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {"sorsa_plugin", "sorsa_transformers", "sorsa_trl", "sorsa_axolotl", "sorsa_quickstart"}
+PACKAGES = {
+    "sorsa_plugin",
+    "sorsa_transformers",
+    "sorsa_trl",
+    "sorsa_axolotl",
+    "sorsa_bitsandbytes",
+    "sorsa_torchao",
+    "sorsa_quickstart",
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +56,9 @@ def test_the_wheel_holds_every_module_the_types_and_the_base_model(wheel: Path) 
 def test_the_core_imports_no_trainer_and_no_integration() -> None:
     code = (
         "import sys, sorsa_plugin; "
-        "print([name for name in sys.modules if name.split('.')[0] in ('trl', 'axolotl', 'bitsandbytes', "
-        "'deepspeed', 'sorsa_transformers', 'sorsa_trl', 'sorsa_axolotl', 'sorsa_quickstart') "
-        "or name == 'transformers.trainer'])"
+        "print([name for name in sys.modules if name.split('.')[0] in ('trl', 'axolotl', 'bitsandbytes', 'torchao', "
+        "'deepspeed', 'sorsa_transformers', 'sorsa_trl', 'sorsa_axolotl', 'sorsa_bitsandbytes', 'sorsa_torchao', "
+        "'sorsa_quickstart') or name == 'transformers.trainer'])"
     )
     # PEFT itself imports bitsandbytes where it is installed, so what PEFT brings is not ours
     peft = subprocess.run(

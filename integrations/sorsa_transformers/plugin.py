@@ -43,20 +43,25 @@ def sorsa_gather(parameters: list[torch.nn.Parameter]) -> AbstractContextManager
 
 @hookimpl
 def sorsa_adapters() -> list[AdapterType]:
-    """SORSA, EVA and AdaLoRA."""
+    """SORSA, its form on a quantised residual, EVA and AdaLoRA."""
     return [
         AdapterType("sorsa", "singular triplets U, S, V with an orthonormal regularizer", _sorsa),
+        AdapterType("qsorsa", "SORSA on a quantised base that stores the quantised residual", _qsorsa),
         AdapterType("eva", "LoRA from the activations of the first batches; redistributes ranks", _eva),
         AdapterType("adalora", "LoRA as P Lambda Q with ranks pruned during training", _adalora),
     ]
 
 
-def _sorsa(options: AdapterOptions) -> AdapterSetup:
+def _qsorsa(options: AdapterOptions) -> AdapterSetup:
+    return _sorsa(options, residual_base=True)
+
+
+def _sorsa(options: AdapterOptions, **fixed: Any) -> AdapterSetup:
     from sorsa_plugin import SORSAConfig
 
     from .callback import SORSACallback
 
-    config = build_config(SORSAConfig, options, names={"dropout": "sorsa_dropout"}, unused=("alpha",))
+    config = build_config(SORSAConfig, options, names={"dropout": "sorsa_dropout"}, fixed=fixed, unused=("alpha",))
     return AdapterSetup(options.adapter, config, [SORSACallback()])
 
 

@@ -26,7 +26,7 @@ TRAINING_ARGUMENTS = {"sft": SFTConfig, "dpo": DPOConfig}
 LORAS = ("lora", "pissa", "olora", "dora", "rslora", "eva", "adalora")
 """Methods for which keys that a recipe leaves out keep TRL's defaults: what `trl sft` trains."""
 
-SAME_RANK = (*LORAS, "sorsa", "miss")
+SAME_RANK = (*LORAS, "sorsa", "qsorsa", "miss")
 """Methods that share TRL's default rank, so that changing the word does not change the rank."""
 
 HEADER = "# What `sorsa {command}` ran. Again: sorsa {command} --config {name}\n"

@@ -12,14 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from ..hookspecs import hookimpl
 from ..layer import SORSALayer
 from ..lowrank import add_low_rank
+from ..quantisation import is_quantised
 from .additive import AdditiveLayer
 from .transposed import TransposedLayer
 
 if TYPE_CHECKING:
     from ..config import SORSAConfig
-
-
-PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class SORSALinear(AdditiveLayer):
@@ -49,11 +47,10 @@ def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | No
     """The kinds of this file: nn.Linear and transformers' Conv1D, subclasses of theirs included.
 
     Not nn.MultiheadAttention's out_proj: the attention reads its weight and never calls it (see `attention.py`). Not
-    quantised linears: what they store is no matrix (bitsandbytes' are subclasses of nn.Linear).
+    quantised linears, whose kinds are plug-ins: see `quantised.py`.
     """
     if isinstance(target, Conv1D):
         return SORSAConv1DLinear
     if not isinstance(target, nn.Linear) or isinstance(target, NonDynamicallyQuantizableLinear):
         return None
-    quantised = target.weight.dtype not in PLAIN_DTYPES or type(target).__module__.startswith("bitsandbytes")
-    return None if quantised else SORSALinear
+    return None if is_quantised(target) else SORSALinear

@@ -70,7 +70,7 @@ class TiedLayer(SORSALayer):
             self.source.merge(safe_merge=safe_merge, adapter_names=missing)
         if names:
             self._original = self._original or [self.base_weight()]
-            self._set_base_weight(self.source.base_weight())
+            self.store_weight(self.source.base_weight())
             self.merged_adapters.extend(names)
 
 

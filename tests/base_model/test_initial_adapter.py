@@ -25,7 +25,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-import sorsa_plugin.layer
+import sorsa_plugin.initialisation
 from sorsa_plugin import SORSAConfig, init_adapter
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import (

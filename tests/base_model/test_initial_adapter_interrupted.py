@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama
 
 import sorsa_plugin.initial_adapter
-import sorsa_plugin.layer
+import sorsa_plugin.initialisation
 import sorsa_plugin.outputs
 from sorsa_plugin import SORSAConfig, init_adapter
 from sorsa_plugin.errors import OutputExistsError
@@ -43,13 +43,13 @@ def die(*args, **kwargs):
 
 
 def in_the_sixth_factorisation():
-    original, calls = sorsa_plugin.layer.factorise, []
+    original, calls = sorsa_plugin.initialisation.factorise, []
 
     def factorise(*args, **kwargs):
         calls.append(1)
         return die() if len(calls) == 6 else original(*args, **kwargs)
 
-    sorsa_plugin.layer.factorise = factorise
+    sorsa_plugin.initialisation.factorise = factorise
 
 
 def between_two_tensors_of_a_layer():
@@ -113,9 +113,9 @@ def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole,
     if moment not in (before_the_journal_goes, before_it_takes_its_name):  # then it is complete
         assert not {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in partial.iterdir()}
     factorised = []
-    original = sorsa_plugin.layer.factorise
+    original = sorsa_plugin.initialisation.factorise
     monkeypatch.setattr(
-        sorsa_plugin.layer, "factorise", lambda *a, **k: factorised.append(k["name"]) or original(*a, **k)
+        sorsa_plugin.initialisation, "factorise", lambda *a, **k: factorised.append(k["name"]) or original(*a, **k)
     )
     report = init_adapter(base, output, everything(), progress=False)
     assert report.resumed == MOMENTS[moment] == 14 - len(factorised)
@@ -128,7 +128,7 @@ def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole,
 
 def interrupted(base, output, monkeypatch) -> None:
     """An init that an error stopped at its sixth weight."""
-    original, calls = sorsa_plugin.layer.factorise, []
+    original, calls = sorsa_plugin.initialisation.factorise, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -137,7 +137,7 @@ def interrupted(base, output, monkeypatch) -> None:
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sorsa_plugin.layer, "factorise", failing)
+        patched.setattr(sorsa_plugin.initialisation, "factorise", failing)
         with pytest.raises(KeyboardInterrupt):
             init_adapter(base, output, everything(), progress=False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,14 @@ def build_model(layers: int = 2) -> torch.nn.Module:
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
+
+
+def load_quantised(directory: Path) -> torch.nn.Module:
+    """A saved model with 4-bit linears, stored as fp32: what FSDP can shard."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.float32)
 
 
 def build_data(count: int = 32) -> list[dict[str, torch.Tensor]]:

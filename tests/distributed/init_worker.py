@@ -45,19 +45,19 @@ def main() -> None:
     from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    import sorsa_plugin.layer
+    import sorsa_plugin.initialisation
     from sorsa_plugin import SORSAConfig
     from sorsa_plugin.regularizer import sorsa_layers
     from sorsa_transformers import SORSACallback
 
     factorised = []
-    original = sorsa_plugin.layer.factorise
+    original = sorsa_plugin.initialisation.factorise
 
     def counted(matrix, *args, **kwargs):
         factorised.append(kwargs["name"])
         return original(matrix, *args, **kwargs)
 
-    sorsa_plugin.layer.factorise = counted
+    sorsa_plugin.initialisation.factorise = counted
     world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         str(options.output / "run"),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import ENGINES, build_data, build_model, engine_arguments, leave, perturb, prepare
+from engines import ENGINES, build_data, build_model, engine_arguments, leave, load_quantised, perturb, prepare
 
 GAMMA = 0.05
 STEPS = 30
@@ -29,11 +29,12 @@ SCENARIOS: dict[str, dict] = {
     "unclipped": {"max_grad_norm": 0.0},
     "two groups": {"groups": True},
     "ram-efficient": {"ram_efficient": True},
+    "residual": {"residual_base": True},
     "offloaded": {"zero": {"offload_optimizer": {"device": "cpu"}}},
 }
 
 
-def train(engine: str, scenario: str, output: Path) -> dict:
+def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> dict:
     from accelerate.state import AcceleratorState
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -49,6 +50,7 @@ def train(engine: str, scenario: str, output: Path) -> dict:
     attached, groups = options.pop("attached", True), options.pop("groups", False)
     how = {name: options.pop(name) for name in ("ram_efficient", "zero") if name in options}
     gamma, update = options.pop("gamma", GAMMA), options.pop("reg_update", "coupled")
+    residual = options.pop("residual_base", False)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     defaults = {
         "max_steps": STEPS,
@@ -72,8 +74,9 @@ def train(engine: str, scenario: str, output: Path) -> dict:
         task_type="CAUSAL_LM",
         gamma=gamma,
         reg_update=update,
+        residual_base=residual,
     )
-    model = get_peft_model(build_model(), config)
+    model = get_peft_model(build_model() if quantised is None else load_quantised(quantised), config)
     perturb(model, to_bf16="bf16" in scenario)
     trainer = Trainer(
         model,
@@ -131,11 +134,12 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("scenarios", nargs="+", choices=list(SCENARIOS))
+    parser.add_argument("--quantised", type=Path, help="directory of a model to load in 4 bits")
     options = parser.parse_args()
     prepare(options.engine)
     reports = {}
     for scenario in options.scenarios:
-        reports[scenario] = train(options.engine, scenario, options.output / scenario)
+        reports[scenario] = train(options.engine, scenario, options.output / scenario, options.quantised)
         gc.collect()
         if int(os.environ.get("RANK", "0")) == 0:
             (options.output / "report.json").write_text(json.dumps(reports))

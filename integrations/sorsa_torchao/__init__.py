@@ -1,0 +1,1 @@
+"""SORSA on torchao's int8 weight-only linear layers; imports torchao only when one is met."""

@@ -1,0 +1,59 @@
+"""DDP and FSDP2 on a 4-bit base, intact and residual: two processes follow the trajectory of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import report, run
+from test_engines import CLASSES, FP32, adapter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.distributed
+
+KINDS = ["coupled", "residual"]
+"""Scenarios of the worker: SORSA on the quantised weights, and on their quantised residuals."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama whose rows fit bitsandbytes' blocks of 64: its CPU kernels misread shorter ones."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    directory = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    run("train_worker.py", 1, str(output), "single", *KINDS, "--quantised", base)
+    return output
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_on_four_bits_follow_the_trajectory_of_one(
+    engine: str, base: str, alone: Path, tmp_path: Path
+) -> None:
+    run("train_worker.py", 2, str(tmp_path), engine, *KINDS, "--quantised", base)
+    for kind in KINDS:
+        assert report(tmp_path)[kind]["engine"] == CLASSES[engine]
+        # as in test_engines.py
+        assert report(tmp_path)[kind]["losses"] == pytest.approx(report(alone)[kind]["losses"], abs=1e-5)
+        expected, saved = adapter(alone / kind), adapter(tmp_path / kind)
+        assert saved.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(
+                saved[key], tensor, rtol=0, atol=FP32, msg=lambda text, key=key: f"{key}: {text}"
+            )
