@@ -263,7 +263,7 @@ def test_two_plugins_that_claim_one_name_are_an_error_naming_both() -> None:
 def test_the_list_of_plugins_says_who_adds_what() -> None:
     output = CliRunner().invoke(build_app(), ["plugins", "--json"]).output
     listed = {plugin["name"]: plugin for plugin in json.loads(output)["plugins"]}
-    assert listed["transformers"]["adapters"] == ["sorsa", "eva", "adalora"]
+    assert listed["transformers"]["adapters"] == ["sorsa", "qsorsa", "eva", "adalora"]
     assert listed["transformers"]["distribution"].startswith("sorsa-plugin ")
     assert listed["trl"]["hooks"] == ["sorsa_commands"]
     assert "lora" in listed["sorsa_plugin.adapter_types"]["adapters"]
