@@ -27,7 +27,7 @@ from .errors import AttachError
 from .factors import FROZEN, ROUNDED
 from .peak_rate import ETA_MAX, peak_rate
 from .precision import full_precision
-from .regularizer import floor, model_factors, sorsa_layers, trainable_factors
+from .regularizer import Adapter, factors_of, floor, model_factors, sorsa_layers, trainable_factors, trained_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,8 @@ class Attachment:
         self.eta = 0.0
         self.peak_moved = False
         self.handles: list[Any] = []
+        self._stepping: tuple[list[Adapter], Settings]
+        """Which adapters the step under way trains, and how: every layer is asked once a step."""
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer will not attach by itself again."""
@@ -72,10 +74,13 @@ class Attachment:
         Raises:
             AttachError: active adapters disagree.
         """
+        return self._settings_of(trained_adapters(self.layers))
+
+    def _settings_of(self, adapters: list[Adapter]) -> Settings:
+        configs = {id(config): config for config in (adapter.layer.configs[adapter.name] for adapter in adapters)}
         found = {
             Settings(config.resolved_gamma, config.reg_update, config.resolved_reg_schedule)
-            for layer in self.layers
-            for config in (layer.configs[name] for name in layer.trainable_adapters())
+            for config in configs.values()
         }
         if len(found) > 1:
             raise AttachError(
@@ -89,7 +94,9 @@ class Attachment:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
-        settings = self.settings()
+        adapters = trained_adapters(self.layers)
+        settings = self._settings_of(adapters)
+        self._stepping = adapters, settings
         # args[0] is the optimizer itself
         coupled = settings.update == "coupled" and settings.gamma > 0.0
         if coupled and any(callable(closure) for closure in (*args[1:], kwargs.get("closure"))):
@@ -102,7 +109,7 @@ class Attachment:
         if not coupled:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
-        for batch, group, count in self._stepping():
+        for batch, group, count in self._batches(adapters):
             weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
             scale = weight / batch.gaps().clamp_min(floor(batch.rank))
             if loss_scale is not None:
@@ -122,15 +129,17 @@ class Attachment:
                 self.peak_moved = True
                 group[ETA_MAX] = rate
 
-    @full_precision()
-    @torch.no_grad()
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
-        settings = self.settings()
-        if settings.update != "decoupled" or settings.gamma == 0.0:
-            return
+        adapters, settings = self._stepping
+        if settings.update == "decoupled" and settings.gamma > 0.0:
+            self._pull(adapters, settings, optimizer)
+
+    @full_precision()
+    @torch.no_grad()
+    def _pull(self, adapters: list[Adapter], settings: Settings, optimizer: Optimizer) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # as above: a fused step that fp16 scaling skipped
-        for batch, group, _ in self._stepping():
+        for batch, group, _ in self._batches(adapters):
             gamma = settings.gamma
             if settings.schedule == "lr":
                 gamma = gamma * float(group["lr"]) / peak_rate(group, gamma)
@@ -180,9 +189,9 @@ class Attachment:
         shares = self.engine.shares(trainable_factors(self.layers))
         return all_gaps(shares) if shares else torch.zeros(1)
 
-    def _stepping(self) -> Iterator[tuple[Batch, dict[str, Any], int]]:
+    def _batches(self, adapters: list[Adapter]) -> Iterator[tuple[Batch, dict[str, Any], int]]:
         """The factors that this call to `step()` updates, in batches of one parameter group, and the count F."""
-        factors = trainable_factors(self.layers)
+        factors = factors_of(adapters)
         for batch in deviations(self.engine.stepping(factors)):
             group = batch.shares[0].group
             assert group is not None
@@ -255,7 +264,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
 
 def _require_fp32(layers: list[Any], engine: Engine) -> None:
     """Make the optimizer step fp32 offsets, and refuse frozen factors that an engine rounded."""
-    adapters = [layer.factors(adapter) for layer in layers for adapter in layer.trainable_adapters()]
+    adapters = [adapter.tensors for adapter in trained_adapters(layers)]
     if any(getattr(adapter, name).dtype in ROUNDED for adapter in adapters for name in FROZEN):
         raise AttachError(
             "The frozen factors were cast to 16 bits, where they are no longer the triplets of the base weight; "

@@ -51,10 +51,11 @@ class Batch(NamedTuple):
         if not present or not self.P.numel():
             return
         found: list[Any] = [targets[i] for i in present]
-        size = found[0].numel()
-        products = (self.P @ self.E).flatten(1)[:, self.head : self.head + size].unbind()
-        added = [products[i].view(target.shape).to(target.device) for i, target in zip(present, found, strict=True)]
-        torch._foreach_add_(found, added)
+        products, shape = self.P @ self.E, found[0].shape
+        if shape != products.shape[1:]:  # elements, of which the first row may begin elsewhere
+            products = products.flatten(1)[:, self.head : self.head + shape.numel()]
+        parts = products.to(found[0].device).unbind()
+        torch._foreach_add_(found, [parts[i] for i in present])
 
 
 @torch.no_grad()

@@ -155,12 +155,13 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         """Make U, S, V the adapter's current factors (one fp32 rounding); shapes as `get_factors` returns them."""
         self.ready_factors(adapter_name).set(U, S, V)
 
-    def trainable_adapters(self) -> list[str]:
-        """Names of the active adapters that train; none while adapters are disabled."""
+    def trained(self) -> dict[str, SORSAFactors]:
+        """The active adapters that train; none while adapters are disabled."""
         if self._disable_adapters:
-            return []
+            return {}
         factors = self.sorsa_factors  # once: every optimizer step asks every layer, and modules look names up slowly
-        return [name for name in self.active_adapters if name in factors and factors[name].dU.requires_grad]
+        active = {name: factors[name] for name in self.active_adapters if name in factors}
+        return {name: tensors for name, tensors in active.items() if tensors.dU.requires_grad}  # type: ignore[misc]
 
     def ready_factors(self, adapter_name: str) -> SORSAFactors:
         """The adapter's tensors, loaded and checked against the base weight.

@@ -19,6 +19,7 @@ from .errors import NoAdaptedLayersError
 from .precision import full_precision
 
 if TYPE_CHECKING:
+    from .factors import SORSAFactors
     from .layer import SORSALayer
 
 
@@ -35,20 +36,36 @@ class Factor(NamedTuple):
         return self.offset.shape[0] if self.offset.ndim == 3 else 1
 
 
+class Adapter(NamedTuple):
+    """An adapter of one layer, by its name there."""
+
+    layer: SORSALayer
+    name: str
+    tensors: SORSAFactors
+
+
 def floor(rank: int) -> float:
     """eps = 1e-5 sqrt(r): the gap below which a factor counts as orthonormal."""
     return 1e-5 * rank**0.5
 
 
+def trained_adapters(layers: Iterable[SORSALayer]) -> list[Adapter]:
+    """Every active, trainable adapter, in the layers' order."""
+    return [Adapter(layer, name, tensors) for layer in layers for name, tensors in layer.trained().items()]
+
+
+def factors_of(adapters: Iterable[Adapter]) -> list[Factor]:
+    """U and V of every adapter."""
+    found = []
+    for layer, adapter, tensors in adapters:
+        found.append(Factor(f"{layer.name}.{adapter}.U", tensors.U0, tensors.dU))
+        found.append(Factor(f"{layer.name}.{adapter}.V", tensors.V0, tensors.dV))
+    return found
+
+
 def trainable_factors(layers: Iterable[SORSALayer]) -> list[Factor]:
     """U and V of every active, trainable adapter, in the layers' order."""
-    found = []
-    for layer in layers:
-        for adapter in layer.trainable_adapters():
-            tensors = layer.factors(adapter)
-            found.append(Factor(f"{layer.name}.{adapter}.U", tensors.U0, tensors.dU))
-            found.append(Factor(f"{layer.name}.{adapter}.V", tensors.V0, tensors.dV))
-    return found
+    return factors_of(trained_adapters(layers))
 
 
 def sorsa_layers(model: nn.Module) -> list[SORSALayer]:

@@ -57,11 +57,11 @@ def _trained_layers(optimizer: Optimizer) -> list[Any]:
     def place(layer: Any) -> tuple[int, int]:
         return min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])), layer.number
 
-    return sorted((layer for layer in list(live_layers) if layer.trainable_adapters()), key=place)
+    return sorted((layer for layer in list(live_layers) if layer.trained()), key=place)
 
 
 def _is_regularized(layer: Any) -> bool:
-    return any(layer.configs[name].resolved_gamma > 0 for name in layer.trainable_adapters())
+    return any(layer.configs[name].resolved_gamma > 0 for name in layer.trained())
 
 
 def _refuse_hidden_factors(layers: list[Any], optimizer: Optimizer) -> None:

@@ -244,7 +244,7 @@ def test_only_the_active_adapter_counts():
     outputs = {}
     for name in ("default", "second"):
         model.set_adapter(name)
-        assert layer.trainable_adapters() == [name]
+        assert list(layer.trained()) == [name]
         outputs[name] = model(x).detach()
         assert (
             (outputs[name].double() - paper_forward(layer, x, name)).abs() <= forward_bound(layer, x, (name,))

@@ -119,7 +119,7 @@ class SORSACallback(TrainerCallback):
             for adapter in layer.sorsa_factors:
                 factors = layer.factors(adapter)
                 factors.place_frozen(frozen_as_parameters())
-                if adapter in layer.trainable_adapters():
+                if adapter in layer.trained():
                     factors.restore_fp32()
 
 
