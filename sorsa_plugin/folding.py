@@ -17,7 +17,7 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from .errors import FoldError
-from .lowrank import Parts, add_product, product_of_rows
+from .lowrank import Parts, add_product, input_gradient, own_tensor, product_of_rows
 from .precision import full_precision
 from .regularizer import sorsa_layers
 
@@ -188,43 +188,45 @@ def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tenso
         return y + ((x.to(y.dtype) @ V0) * S0) @ U0.mT
 
 
-def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """y + ((x V) * S) U^T in the dtype of y, which is consumed; differentiable once, as `lowrank.add_low_rank`."""
+def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """y + ((x V) * S) U^T in the dtype of y, which is consumed; `weight` and the rest as in `lowrank.add_low_rank`."""
     if torch.compiler.is_compiling():
         U, S, V = (part.to(y.dtype) for part in parts.current())
         return y + ((x.to(y.dtype) @ V) * S) @ U.mT
-    return _AddTriplets.apply(y, x, *parts)
+    return _AddTriplets.apply(own_tensor(y), x, weight, *parts)
 
 
 class _AddTriplets(torch.autograd.Function):
     """With C = x V, G = (g U) * S and K = g^T C: grad x = G V^T, dU = K * S, dS = diag(U^T K), dV = x^T G."""
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *tensors: torch.Tensor
+    ) -> torch.Tensor:
         with torch.autocast(y.device.type, enabled=False):
             U, S, V = (part.to(y.dtype) for part in Parts(*tensors).current())
             C = x.to(y.dtype) @ V
             add_product(y, C * S, U)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, C, *tensors)
+        ctx.save_for_backward(x, C, weight, *tensors)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, C, *tensors = ctx.saved_tensors
+        x, C, weight, *tensors = ctx.saved_tensors
         grad_x = grad_U = grad_S = grad_V = None
         with torch.autocast(g.device.type, enabled=False):
             U, S, V = Parts(*tensors).current()
             G = (g @ U.to(g.dtype)) * S.to(g.dtype)
             if ctx.needs_input_grad[1]:
-                grad_x = (G @ V.to(g.dtype).mT).to(x.dtype)
-            if any(ctx.needs_input_grad[2:5]):
+                grad_x = input_gradient(g, G, V.to(g.dtype), weight).to(x.dtype)
+            if any(ctx.needs_input_grad[3:6]):
                 K = product_of_rows(g, C).to(S.dtype)
                 grad_U = (K * S).to(tensors[0].dtype)
                 grad_S = (K * U).sum(0).to(tensors[1].dtype)
                 grad_V = product_of_rows(x.to(g.dtype), G).to(tensors[2].dtype)
-        return g, grad_x, grad_U, grad_S, grad_V, None, None, None
+        return g, grad_x, None, grad_U, grad_S, grad_V, None, None, None
 
 
 def _announced(engine: str) -> bool:
