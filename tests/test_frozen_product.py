@@ -13,6 +13,7 @@ from support import KINDS, ROUNDOFF, OneLayer, adapt, inputs, make_base, only_la
 from torch import nn
 from torch.nn.modules import module as global_hooks
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sorsa_plugin import SORSAConfig, SORSALayer
@@ -136,6 +137,23 @@ def test_an_output_may_be_written_to_as_the_bases_may(fold: bool) -> None:
     (found,) = torch.autograd.grad(model(x).relu_().sum(), [x])
     (expected,) = torch.autograd.grad(model(x).relu().sum(), [x])
     assert torch.equal(found, expected)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that ran."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names = [*getattr(self, "names", []), func.name()]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_copy_of_the_base_output_is_made(kind: str) -> None:
+    model, x = adapted(kind), LAYOUTS["batch"](source())
+    with Operators() as operators:
+        model(x)
+    assert "aten::addmm_" in operators.names
+    assert operators.names.count("aten::clone") == 1, "of the columns x V"
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
