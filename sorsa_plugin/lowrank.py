@@ -7,6 +7,9 @@ gradient g, with C1 = x V (the first r columns of x R), D = g L and K = g^T C1:
 
 because g U S = D1 + D2 * S. Five products of r columns each way in all; no out x in matrix is ever formed, and x and
 x V are all that is kept for backward.
+
+Where y is x W^T + b with a frozen W, it need have no graph of its own: given W, the function makes the whole gradient
+of x, g W + D R^T, in one tensor, which autograd would add up from two.
 """
 
 from __future__ import annotations
@@ -54,22 +57,24 @@ def change_norm(L: torch.Tensor, R: torch.Tensor) -> float:
     return float(((L.mT @ L) * (R.mT @ R)).sum().clamp_min(0.0).sqrt())
 
 
-def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Add the change to a base output, in its dtype; `y` is consumed.
 
     Args:
         y: base output (... x out), fresh from the base layer: it is written to.
         x: input (... x in) of any floating dtype; products are computed in the dtype of `y`.
         parts: the adapter's tensors, fp32.
+        weight: W (out x in) in the dtype of `y`, where y is x W^T + b made without a graph (`torch.no_grad`).
 
     Returns:
-        y + (x R) L^T (... x out). Differentiable once, with respect to y, x and the offsets.
+        y + (x R) L^T (... x out). Differentiable once, with respect to y, x and the offsets; where W is given, the
+        gradient of x is that of the base product too.
     """
     if torch.compiler.is_compiling():  # the compiler fuses this better than it could a custom function
         L, R = parts.pair()
         return y + (x.to(y.dtype) @ R.to(y.dtype)) @ L.to(y.dtype).mT
     if torch.is_grad_enabled():
-        return _AddLowRank.apply(y, x, *parts)
+        return _AddLowRank.apply(own_tensor(y), x, weight, *parts)
     with torch.autocast(y.device.type, enabled=False):
         L, R = _held_pair(parts, y.dtype)
         return add_product(y, x.to(y.dtype) @ R, L)
@@ -84,9 +89,21 @@ def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tens
     return y
 
 
+def own_tensor(y: torch.Tensor) -> torch.Tensor:
+    """y as a tensor that an autograd function may write to: writing to a view (the output of a biased linear on three
+    dimensions is one) costs five passes over its gradient in backward, copying it costs one."""
+    return y.clone() if y._is_view() else y
+
+
 def rows(tensor: torch.Tensor) -> torch.Tensor:
     """(... x n) as a matrix."""
     return tensor.reshape(-1, tensor.shape[-1])
+
+
+def input_gradient(g: torch.Tensor, D: torch.Tensor, R: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """D R^T, or g W + D R^T, for g (... x out), D (... x n), R (in x n); no view of another tensor: autograd adds
+    other gradients in place then."""
+    return D @ R.mT if weight is None else add_product(g @ weight, D, R)
 
 
 def product_of_rows(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
@@ -97,30 +114,33 @@ def product_of_rows(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *tensors: torch.Tensor
+    ) -> torch.Tensor:
         parts = Parts(*tensors)
         with torch.autocast(y.device.type, enabled=False):
             L, R = _formed(parts, y.dtype)
             C = x.to(y.dtype) @ R
             add_product(y, C, L)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, C[..., : parts.dS.shape[0]].contiguous(), *parts)  # not a view: frees half of C
+        C1 = C[..., : parts.dS.shape[0]].contiguous()  # not a view: frees half of C
+        ctx.save_for_backward(x, C1, weight, *parts)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, C1, *tensors = ctx.saved_tensors
+        x, C1, weight, *tensors = ctx.saved_tensors
         parts = Parts(*tensors)
         rank = parts.dS.shape[0]
         grads: dict[str, torch.Tensor] = {}
         with torch.autocast(g.device.type, enabled=False):
             S = parts.S0 + parts.dS
-            needs_x, needs_offsets = ctx.needs_input_grad[1], any(ctx.needs_input_grad[2:5])
+            needs_x, needs_offsets = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:6])
             L, R = _formed(parts, g.dtype)
             D = g @ L
-            if needs_x:  # no view of another tensor: autograd then adds the base layer's gradient in place
-                grads["x"] = (D @ R.mT).to(x.dtype)
+            if needs_x:
+                grads["x"] = input_gradient(g, D, R, weight).to(x.dtype)
             if needs_offsets:
                 K = product_of_rows(g, C1).to(S.dtype)
                 grads["dU"] = K * S
@@ -130,7 +150,7 @@ class _AddLowRank(torch.autograd.Function):
         for name, offset in zip(("dU", "dS", "dV"), parts, strict=False):
             if name in grads:
                 grads[name] = grads[name].to(offset.dtype)
-        return g, grads.get("x"), grads.get("dU"), grads.get("dS"), grads.get("dV"), None, None, None
+        return g, grads.get("x"), None, grads.get("dU"), grads.get("dS"), grads.get("dV"), None, None, None
 
 
 _held: ContextVar[dict[Any, tuple[Any, Pair, Parts]] | None] = ContextVar("sorsa_held_pairs", default=None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -79,11 +79,6 @@ class SORSAQuantisedLinear(SORSALinear):
     def unmerge(self) -> None:
         super().unmerge()
         self.merge_error = None
-
-    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What the base layer gives; a copy where it is a view, which autograd lets nobody write to."""
-        y = super().base_output(x, *args, **kwargs)
-        return y.clone() if y._is_view() and torch.is_grad_enabled() else y
 
 
 def merge_errors(layers: Iterable[SORSALayer]) -> dict[str, MergeError]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from ..folding import add_initial, complete
 from ..layer import SORSALayer
+from ..lowrank import own_tensor
 from ..mixed_batch import rows_by_adapter
+from ..triplets import add_initial, complete
 
 
 class AdditiveLayer(SORSALayer):
@@ -29,20 +30,16 @@ class AdditiveLayer(SORSALayer):
         self.unmerge_if_disabled()
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        y = self.base_output(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
         if self.folded is not None:
             return complete(self, y, x)
         for name in self.adapters_in_use():
             y = self.add_change(y, x, name)
         return y
 
-    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """What the base layer gives, in memory that nobody else looks at: it is written to."""
-        return self.base_layer(x, *args, **kwargs)
-
     def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
         groups = rows_by_adapter(self, len(x), adapter_names)
-        y = self.base_output(x, *args, **kwargs)
+        y = own_tensor(self.base_layer(x, *args, **kwargs))
         if self.folded is not None:
             y = add_initial(y, x, self.ready_factors(self.folded.adapter).parts())
         for name, rows in groups.items():

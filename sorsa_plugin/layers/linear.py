@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,7 +13,9 @@ from ..hookspecs import hookimpl
 from ..layer import SORSALayer
 from ..lowrank import add_low_rank
 from ..quantisation import is_quantised
+from ..triplets import add_triplets
 from .additive import AdditiveLayer
+from .frozen_product import is_frozen_product
 from .transposed import TransposedLayer
 
 if TYPE_CHECKING:
@@ -33,6 +35,20 @@ class SORSALinear(AdditiveLayer):
 
     def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         return add_low_rank(y, self.sorsa_dropout[adapter_name](x), self.ready_factors(adapter_name).parts())
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As every additive layer's; where it can be, base and change are one node of the graph."""
+        names = self.adapters_in_use()
+        undropped = bool(names) and isinstance(self.sorsa_dropout[names[0]], nn.Identity)
+        if args or kwargs or not undropped or not is_frozen_product(self.base_layer, x):
+            return super().forward(x, *args, **kwargs)
+        with torch.no_grad():
+            y = self.base_layer(x).detach()  # no view (a biased layer gives one), which would be copied
+        add = add_low_rank if self.folded is None else add_triplets
+        y = add(y, x, self.ready_factors(names[0]).parts(), self.base_matrix())
+        for name in names[1:]:
+            y = self.add_change(y, x, name)
+        return y
 
 
 class SORSAConv1DLinear(TransposedLayer, SORSALinear):

@@ -1,0 +1,37 @@
+"""Base modules that do nothing but x W^T + b with frozen tensors: the change's autograd function sees to their gradient
+as well (`lowrank.py`), and the module runs without a graph.
+
+Any other base module keeps its own graph: one with hooks, whose tensors somebody looks at; one that a library has
+wrapped (offloading) or whose weight is no plain tensor (quantised, sharded); one with something to train; one whose
+dtype autocast changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+KINDS = (nn.Linear, Conv1D)
+PLAIN = (torch.Tensor, nn.Parameter)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ENGINES = ("ds_id", "_is_fsdp_flattened")
+"""Attributes by which DeepSpeed and FSDP know the weights that they gather and free around a module's own forward."""
+
+
+def is_frozen_product(base: nn.Module, x: torch.Tensor) -> bool:
+    """Whether base(x) is x W^T + b and no more, with a gradient for x alone, in the dtype of x."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(base) not in KINDS:
+        return False
+    tensors = [x, base.weight] if base.bias is None else [x, base.weight, base.bias]
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return (
+        [tensor.requires_grad for tensor in tensors] == [True, False, False][: len(tensors)]
+        and all(type(tensor) in PLAIN and tensor.dtype == dtype for tensor in tensors)
+        and not any(getattr(base, hooks) for hooks in HOOKS)
+        and not any(hasattr(base.weight, engine) for engine in ENGINES)
+        and "forward" not in vars(base)
+        and not _has_any_global_hook()
+    )
