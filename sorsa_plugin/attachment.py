@@ -25,6 +25,7 @@ from .deviations import Batch, all_gaps, deviations
 from .engines import Engine, find_engine
 from .errors import AttachError
 from .factors import FROZEN, ROUNDED
+from .nonfinite import GradientWatch, origin, own_gradients
 from .peak_rate import ETA_MAX, peak_rate
 from .precision import full_precision
 from .regularizer import floor, model_factors, sorsa_layers, trainable_factors
@@ -59,6 +60,8 @@ class Attachment:
         self.eta = 0.0
         self.peak_moved = False
         self.handles: list[Any] = []
+        self.watch = GradientWatch()
+        self.own_gradients: dict[str, torch.Tensor] = {}
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer will not attach by itself again."""
@@ -97,8 +100,10 @@ class Attachment:
                 "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
-        self.steps += self.engine.begins_step()
+        begins = self.engine.begins_step()
+        self.steps += begins
         self._follow_peak(optimizer)
+        self._refuse_nonfinite(optimizer, begins)
         if not coupled:
             return
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
@@ -109,6 +114,24 @@ class Attachment:
                 scale = scale * loss_scale
             batch.E.mul_(scale[:, None, None])
             batch.add_product_to([share.gradient for share in batch.shares])
+
+    def _refuse_nonfinite(self, optimizer: Optimizer, begins: bool) -> None:
+        """Raises NonFiniteGradientError where the factors' gradients hold NaN or infinity, see `nonfinite.py`; where a
+        fused optimizer leaves such a step out itself (fp16 scaling), it may."""
+        if begins:
+            self.own_gradients = own_gradients(self.layers)
+        if getattr(optimizer, "found_inf", None) is None:
+            shares = self.engine.stepping(trainable_factors(self.layers))
+            self.watch.note(self.steps, shares, self.own_gradients)
+
+    def name_skipped_step(self, number: int) -> None:
+        """Log which process and layers made an engine (DeepSpeed) leave an optimizer step out; every process calls it.
+
+        Args:
+            number: of the step, alike on all processes.
+        """
+        found = origin(own_gradients(self.layers), f"skipped step {number}")
+        say("Optimizer step %d was left out, because a gradient is not finite. %s", number, found)
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""

@@ -59,6 +59,10 @@ class AttachError(SORSAError, RuntimeError):
     """The regularizer cannot be delivered through this optimizer."""
 
 
+class NonFiniteGradientError(SORSAError, FloatingPointError):
+    """The gradient of a factor holds NaN or infinity."""
+
+
 class FoldError(SORSAError, RuntimeError):
     """A layer cannot be folded or unfolded, or not be used so while it is folded."""
 
