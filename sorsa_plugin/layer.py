@@ -285,7 +285,13 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         return True
 
     def adapters_in_use(self) -> list[str]:
-        """The adapters whose change joins the output now: none while disabled or merged."""
+        """The adapters whose change joins the output now: none while disabled or merged.
+
+        Raises:
+            MergeError: see `refuse_lost_merge`.
+        """
+        if self.merged:
+            self.refuse_lost_merge()
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.sorsa_factors]

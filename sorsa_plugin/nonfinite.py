@@ -4,7 +4,7 @@ What an optimizer steps has been reduced and clipped, so that one bad number has
 Where it came from is told by what each process keeps of its own gradients, one number a layer: the sum of dL/ddS. As
 dL/ddS = diag(U^T (dL/dy)^T x V), that sum is finite only where the layer's input and the gradient of its output are.
 
-No device is waited for: on an accelerator the norms of a step are read when the next one begins.
+No GPU is waited for: the norms of a step are read when the next one begins. Elsewhere they are read at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Norms(NamedTuple):
         step: number of the step, from 1.
         names: of the factors.
         values: their gradients' norms (n), in host memory once `arrived`.
-        arrived: an event of the device, or None where the values were on the host from the first.
+        arrived: an event of the GPU, or None where the values were on the host from the first.
         own: {layer: sum of this process's own gradient of dS}, scalars on the device.
     """
 
@@ -47,7 +47,7 @@ class Norms(NamedTuple):
 
 
 class GradientWatch:
-    """Raises at the first optimizer step whose gradients are not finite; on an accelerator, as the next one begins."""
+    """Raises at the first optimizer step whose gradients are not finite; on a GPU, as the next one begins."""
 
     def __init__(self) -> None:
         self._pending: list[Norms] = []
@@ -70,11 +70,11 @@ class GradientWatch:
         for device, numbers in by_device.items():
             values = torch.stack(torch._foreach_norm([gradients[i] for i in numbers])).float()
             arrived = None
-            if device.type != "cpu":
+            if device.type == "cuda":
                 host = torch.empty(values.shape, pin_memory=True)
                 values = host.copy_(values, non_blocking=True)
-                arrived = torch.Event(device)
-                arrived.record()
+                arrived = torch.cuda.Event()
+                arrived.record(torch.cuda.current_stream(device))
             self._pending.append(Norms(step, [present[i].name for i in numbers], values, arrived, own))
         if all(norms.arrived is None for norms in self._pending):
             self.settle()

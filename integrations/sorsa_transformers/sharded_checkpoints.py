@@ -1,4 +1,4 @@
-"""Makes one adapter of a checkpoint that several processes wrote in pieces: FSDP2's shards, DeepSpeed ZeRO's partitions.
+"""Makes one adapter of a checkpoint that processes wrote in pieces: FSDP2's shards, DeepSpeed ZeRO's partitions.
 
 The pieces are read by the libraries that wrote them: `torch.distributed.checkpoint` and DeepSpeed's `zero_to_fp32`.
 """
@@ -84,7 +84,7 @@ def convert_checkpoint(
             f"{source} cannot be read ({error!r}); expected every piece that {written_by} wrote. Copy the directory "
             "from the original run again, or take an earlier checkpoint."
         ) from error
-    tensors = _of_adapter(state, adapter_name, source)
+    tensors = adapter_tensors(state, adapter_name, source)
     options.inference_mode = True
     with appearing_whole(output) as directory:
         save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -164,8 +164,13 @@ def _directory_of_config(source: Path, given: str | PathLike[str] | None) -> Pat
     return found
 
 
-def _of_adapter(state: dict[str, Any], adapter_name: str, source: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter under the names of an adapter file.
+def adapter_tensors(state: dict[str, Any], adapter_name: str, source: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter in a state dict, under the names of an adapter file.
+
+    Args:
+        state: trained tensors and buffers, named as in a model or as in an adapter file.
+        adapter_name: which adapter.
+        source: where the state is from, for messages.
 
     Raises:
         ForeignAdapterError: there are none.

@@ -103,13 +103,32 @@ def make_trainer(engine: str, output: Path) -> Any:
     return Trainer(model, arguments, train_dataset=build_data(), callbacks=[SORSACallback()])
 
 
-def live(engine: str, output: Path) -> dict[str, int]:
-    """Train with reading and saving in between; what this process holds of the factors, in elements."""
-    from sorsa_plugin.regularizer import sorsa_layers
+def refusal(action: Any) -> str:
+    from sorsa_plugin.errors import MergeError
 
+    try:
+        action()
+    except MergeError as error:
+        return str(error)
+    return "nothing"
+
+
+def misuse(engine: str, trainer: Any) -> str:
+    """Merge where the engine cannot have it; what was raised."""
+    model, tokens = trainer.model, torch.ones(1, 4, dtype=torch.int64)
+    if engine == "zero3":
+        return refusal(model.merge_adapter)
+    if engine == "fsdp2":
+        model.merge_adapter()
+        raised = refusal(lambda: model(input_ids=tokens))
+        model.unmerge_adapter()
+        return raised
+    return "nothing"
+
+
+def live(engine: str, output: Path) -> dict[str, Any]:
+    """Train with reading and saving in between; what this process holds of the factors, in elements."""
     trainer = make_trainer(engine, output)
-    base = next(layer for layer in sorsa_layers(trainer.model)).get_base_layer()
-    before = id(base)
     reads = []
 
     class Late(TrainerCallback):  # the engine has its model by now
@@ -120,13 +139,12 @@ def live(engine: str, output: Path) -> dict[str, int]:
     trainer.add_callback(Late())
     trainer.add_callback(Saves(trainer, output / "middle"))
     trainer.train()
-    assert id(base) == before
     trainer.save_model(str(output / "adapter"))
     if trainer.is_world_process_zero():
         from safetensors.torch import save_file
 
         save_file({name: weight.contiguous() for name, weight in reads[0].read.items()}, output / "read.safetensors")
-    return elements(trainer.model)
+    return elements(trainer.model) | {"misuse": misuse(engine, trainer)}
 
 
 def elements(model: torch.nn.Module) -> dict[str, int]:

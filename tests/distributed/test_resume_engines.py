@@ -77,15 +77,17 @@ def test_a_run_resumes_on_fewer_and_on_more_processes(straight: tuple[str, Path]
     case, output = straight
     options = (*CASES[case], *(["--universal"] if case.startswith("zero") else []))
     resume(output, 3, tmp_path / "one", 1, *options, steps=6)
-    resumed = resume(tmp_path / "one", 6, tmp_path / "four", 4, *options)
+    more = 4 if case == "fsdp2-sharded" else 2
+    resumed = resume(tmp_path / "one", 6, tmp_path / "more", more, *options)
     rounded = "--bf16" in options
     assert resumed["losses"] == pytest.approx(report(output)["losses"], abs=2.0**-6 if rounded else 5e-6)
-    found, expected = tensors(tmp_path / "four" / "adapter"), tensors(output / "adapter")
+    found, expected = tensors(tmp_path / "more" / "adapter"), tensors(output / "adapter")
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        # Six steps summed in another order, see test_engines.py; a bf16 gradient differs by 2^-7 of itself when its
-        # sums are split otherwise: six steps of 1e-2 of gradients of norm 0.02 clipped, and the adapter's bf16 copy.
-        atol, rtol = (1e-5, 2.0**-8) if rounded else (2e-6, 0.0)
+        # Six steps summed in another order, see test_engines.py. A bf16 gradient differs by 2^-7 of itself when its
+        # sums are split otherwise: six steps of 1e-2 of gradients clipped to 0.02; and the saved bf16 copies of offsets
+        # that differ at all may be neighbours, which are 2^-7 of themselves apart.
+        atol, rtol = (1e-5, 2.0**-7) if rounded else (2e-6, 0.0)
         torch.testing.assert_close(found[key], tensor, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
 
 
