@@ -22,12 +22,22 @@ from torch.optim.optimizer import Optimizer
 
 from .config import check_gamma
 from .deviations import Batch, all_gaps, deviations
-from .engines import Engine, find_engine
+from .engines import Engine, Share, find_engine
 from .errors import AttachError
 from .factors import FROZEN, ROUNDED
+from .nonfinite import GradientWatch, origin, own_gradients
 from .peak_rate import ETA_MAX, peak_rate
 from .precision import full_precision
-from .regularizer import Adapter, factors_of, floor, model_factors, sorsa_layers, trainable_factors, trained_adapters
+from .regularizer import (
+    Adapter,
+    Factor,
+    factors_of,
+    floor,
+    model_factors,
+    sorsa_layers,
+    trainable_factors,
+    trained_adapters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +69,10 @@ class Attachment:
         self.eta = 0.0
         self.peak_moved = False
         self.handles: list[Any] = []
-        self._stepping: tuple[list[Adapter], Settings]
-        """Which adapters the step under way trains, and how: every layer is asked once a step."""
+        self._stepping: tuple[Settings, list[Factor]]
+        """How the step under way is regularized, and all trained factors: layers are asked once a step."""
+        self.watch = GradientWatch()
+        self.own_gradients: dict[str, torch.Tensor] = {}
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer will not attach by itself again."""
@@ -96,7 +108,6 @@ class Attachment:
         """Coupled: add the regularizer's gradient. Counts the step."""
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
-        self._stepping = adapters, settings
         # args[0] is the optimizer itself
         coupled = settings.update == "coupled" and settings.gamma > 0.0
         if coupled and any(callable(closure) for closure in (*args[1:], kwargs.get("closure"))):
@@ -104,18 +115,35 @@ class Attachment:
                 "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
-        self.steps += self.engine.begins_step()
+        begins = self.engine.begins_step()
+        self.steps += begins
         self._follow_peak(optimizer)
+        factors = factors_of(adapters)
+        self._stepping = settings, factors
+        shares, count = self.engine.stepping(factors), sum(factor.matrices for factor in factors)
+        if begins:
+            self.own_gradients = own_gradients(adapters)
+        loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
+        if getattr(optimizer, "found_inf", None) is None:  # where they also leave out steps that are not finite
+            self.watch.note(self.steps, shares, self.own_gradients)
         if not coupled:
             return
-        loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
-        for batch, group, count in self._batches(adapters):
+        for batch, group in _batches(shares):
             weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
             scale = weight / batch.gaps().clamp_min(floor(batch.rank))
             if loss_scale is not None:
                 scale = scale * loss_scale
             batch.E.mul_(scale[:, None, None])
             batch.add_product_to([share.gradient for share in batch.shares])
+
+    def name_skipped_step(self, number: int) -> None:
+        """Log which process and layers made an engine (DeepSpeed) leave an optimizer step out; every process calls it.
+
+        Args:
+            number: of the step, alike on all processes.
+        """
+        found = origin(own_gradients(trained_adapters(self.layers)), f"skipped step {number}")
+        say("Optimizer step %d was left out, because a gradient is not finite. %s", number, found)
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
@@ -131,15 +159,15 @@ class Attachment:
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
-        adapters, settings = self._stepping
+        settings, factors = self._stepping
         if settings.update == "decoupled" and settings.gamma > 0.0:
-            self._pull(adapters, settings, optimizer)
+            self._pull(settings, self.engine.stepping(factors), optimizer)
 
     @full_precision()
     @torch.no_grad()
-    def _pull(self, adapters: list[Adapter], settings: Settings, optimizer: Optimizer) -> None:
+    def _pull(self, settings: Settings, shares: list[Share], optimizer: Optimizer) -> None:
         overflow = getattr(optimizer, "found_inf", None)  # as above: a fused step that fp16 scaling skipped
-        for batch, group, _ in self._batches(adapters):
+        for batch, group in _batches(shares):
             gamma = settings.gamma
             if settings.schedule == "lr":
                 gamma = gamma * float(group["lr"]) / peak_rate(group, gamma)
@@ -189,13 +217,13 @@ class Attachment:
         shares = self.engine.shares(trainable_factors(self.layers))
         return all_gaps(shares) if shares else torch.zeros(1)
 
-    def _batches(self, adapters: list[Adapter]) -> Iterator[tuple[Batch, dict[str, Any], int]]:
-        """The factors that this call to `step()` updates, in batches of one parameter group, and the count F."""
-        factors = factors_of(adapters)
-        for batch in deviations(self.engine.stepping(factors)):
-            group = batch.shares[0].group
-            assert group is not None
-            yield batch, group, sum(factor.matrices for factor in factors)
+
+def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    """The shares in batches of one parameter group, and that group."""
+    for batch in deviations(shares):
+        group = batch.shares[0].group
+        assert group is not None
+        yield batch, group
 
 
 attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()

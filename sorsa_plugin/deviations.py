@@ -84,9 +84,9 @@ def _alike(shares: list[Share]) -> Iterator[list[int]]:
 
 def _batch(numbers: list[int], shares: list[Share]) -> Batch:
     """The values of some shares as rows, those at the ends with zeros for what other processes have; E to come."""
-    initial = [share.initial for share in shares]
-    offsets = [share.offset.to(share.initial.device) for share in shares]
-    P, rank, head = torch.stack(torch._foreach_add(initial, offsets)), shares[0].rank, 0
+    P = torch.stack([share.initial for share in shares])
+    P.add_(torch.stack([share.offset for share in shares]).to(P.device))
+    rank, head = shares[0].rank, 0
     if P.dim() == 2:
         head = shares[0].start % rank if P.shape[1] else 0
         rows = -(-(head + P.shape[1]) // rank)

@@ -59,6 +59,14 @@ class AttachError(SORSAError, RuntimeError):
     """The regularizer cannot be delivered through this optimizer."""
 
 
+class NonFiniteGradientError(SORSAError, FloatingPointError):
+    """The gradient of a factor holds NaN or infinity."""
+
+
+class MergeError(SORSAError, RuntimeError):
+    """An adapter cannot be merged into a weight, or the weight not be used so, where an engine keeps it."""
+
+
 class FoldError(SORSAError, RuntimeError):
     """A layer cannot be folded or unfolded, or not be used so while it is folded."""
 

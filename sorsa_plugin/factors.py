@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -35,10 +36,11 @@ ROUNDED = (torch.float16, torch.bfloat16)
 
 def launched_on_many() -> bool:
     """Whether torchrun, accelerate or a process group has announced several processes, or FSDP on one."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return True
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size() > 1
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def frozen_as_parameters() -> bool:
@@ -86,6 +88,7 @@ class SORSAFactors(nn.Module):
         self.base_checked = False
         # in the memory of the offsets: who gives these other memory (`parameter.data = ...`) leaves the values behind
         self._as_loaded: dict[str, torch.Tensor] = {}
+        self._gradient_sum: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -185,7 +188,31 @@ class SORSAFactors(nn.Module):
 
     def parts(self) -> Parts:
         """The tensors as `lowrank.py` takes them."""
+        if self.dS.requires_grad and not torch.compiler.is_compiling():
+            self._watch(self.dS)
         return Parts(self.dU, self.dS, self.dV, self.U0, self.S0, self.V0)
+
+    def _watch(self, dS: Any) -> None:
+        """Keep the sum of this process's own gradient of dS; in forward, where engines show the tensor that gets it."""
+        if getattr(dS, "_sorsa_watched_by", None) == id(self):
+            return
+        dS._sorsa_watched_by = id(self)  # a number, because it is pickled with the tensor
+        here = weakref.ref(self)
+
+        def add(gradient: torch.Tensor) -> None:
+            factors = here()
+            if factors is not None:
+                total = gradient.detach().sum()
+                before = factors._gradient_sum
+                factors._gradient_sum = total if before is None else before + total
+
+        dS.register_hook(add)
+
+    def take_gradient_sum(self) -> torch.Tensor | None:
+        """The sum of all entries of dL/ddS that this process's backward passes gave since the last call, before any
+        reduction: a scalar on its device, finite where they all were; None where there were none."""
+        total, self._gradient_sum = self._gradient_sum, None
+        return total
 
     def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""

@@ -159,9 +159,10 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         """The active adapters that train; none while adapters are disabled."""
         if self._disable_adapters:
             return {}
-        factors = self.sorsa_factors  # once: every optimizer step asks every layer, and modules look names up slowly
+        # by the dictionaries: every optimizer step asks every layer, and modules look attributes up slowly
+        factors: Any = self._modules["sorsa_factors"]._modules  # type: ignore[union-attr]
         active = {name: factors[name] for name in self.active_adapters if name in factors}
-        return {name: tensors for name, tensors in active.items() if tensors.dU.requires_grad}  # type: ignore[misc]
+        return {name: tensors for name, tensors in active.items() if tensors._parameters["dU"].requires_grad}
 
     def ready_factors(self, adapter_name: str) -> SORSAFactors:
         """The adapter's tensors, loaded and checked against the base weight.
@@ -234,7 +235,13 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         return True
 
     def adapters_in_use(self) -> list[str]:
-        """The adapters whose change joins the output now: none while disabled or merged."""
+        """The adapters whose change joins the output now: none while disabled or merged.
+
+        Raises:
+            MergeError: see `refuse_lost_merge`.
+        """
+        if self.merged:
+            self.refuse_lost_merge()
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.sorsa_factors]

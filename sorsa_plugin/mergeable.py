@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from .errors import MergeError
 from .folding import refold, with_removed
 
 if TYPE_CHECKING:
@@ -77,14 +78,21 @@ class Mergeable(nn.Module):
 
         Raises:
             ValueError: safe_merge found NaN or infinity; the weight is untouched.
+            MergeError: the weight is not here as a whole.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
         if not names:
             return
+        original = self._original[0] if self._original else self.stored_weight()
+        if original.numel() == 0 and self.out_features and self.in_features:
+            raise MergeError(
+                f"The weight of {self.name} is partitioned over processes (DeepSpeed ZeRO 3), and merging takes the "
+                "whole one. Merge, read and unmerge within deepspeed.zero.GatheredParameters(model.parameters()), as "
+                "TRL does; or save the adapter and use `sorsa merge`."
+            )
         total = self.merged_weight([*self.merged_adapters, *names], safe_merge)
-        if not self._original:
-            self._original = [self.stored_weight()]
-        self.store_weight(self.as_stored(total, self._original[0]))
+        self._original = [original]
+        self.store_weight(self.as_stored(total, original))
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
@@ -102,6 +110,18 @@ class Mergeable(nn.Module):
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+
+    def refuse_lost_merge(self: SORSALayer) -> None:  # type: ignore[misc]
+        """For a forward with a merged weight.
+
+        Raises:
+            MergeError: FSDP2 gathered its own weight, which lacks the change.
+        """
+        if hasattr(self._original[0], "device_mesh") and not hasattr(self.base_weight(), "device_mesh"):
+            raise MergeError(
+                f"{self.name} is merged, and FSDP2 runs its forward with the weight that it sharded, without the "
+                "change. Merge to read the weights, as TRL does, and call unmerge_adapter() before the next forward."
+            )
 
 
 def _moved(stored: nn.Parameter, device: torch.device) -> nn.Parameter:

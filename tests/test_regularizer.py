@@ -290,11 +290,12 @@ def launches_of_a_step(count: int, update: str) -> list[str]:
 
 
 @pytest.mark.parametrize("update", ["coupled", "decoupled"])
-def test_a_step_launches_the_same_few_operators_for_any_number_of_layers_and_reads_none_back(update: str) -> None:
+def test_a_step_launches_the_same_few_operators_for_any_number_of_layers_and_reads_one_value_back(update: str) -> None:
     few, many = launches_of_a_step(2, update), launches_of_a_step(9, update)
     assert any("bmm" in name for name in few)
     assert [name for name in few if "view" not in name] == [name for name in many if "view" not in name]
-    assert not any("_local_scalar_dense" in name for name in many), "reading a value back waits for the device"
+    # on the CPU the watch for NaN reads its one value at once; on a GPU when the next step begins
+    assert sum("_local_scalar_dense" in name for name in many) == 1, "reading a value back waits for the device"
 
 
 @pytest.mark.parametrize("measure", [gaps, orthonormality])

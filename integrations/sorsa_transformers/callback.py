@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,8 @@ from sorsa_plugin.errors import AttachError
 from sorsa_plugin.factors import frozen_as_parameters
 from sorsa_plugin.model_card import complete_model_card
 from sorsa_plugin.regularizer import sorsa_layers
+
+from .sharded_checkpoints import complete_sharded_checkpoint
 
 
 class SORSACallback(TrainerCallback):
@@ -82,6 +85,10 @@ class SORSACallback(TrainerCallback):
                 "or set gamma=0."
             )
         self._steps_seen = self.attachment.steps
+        if skipped and not args.fp16:  # which skips steps as a matter of course
+            self.attachment.name_skipped_step(state.global_step)
+        if control.should_save:
+            self.attachment.watch.settle()  # no checkpoint of factors that are lost
         self._log_everywhere(control, optimizer)
 
     def on_epoch_end(
@@ -93,6 +100,12 @@ class SORSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._log_everywhere(control, optimizer)  # logging_strategy="epoch"
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and model is not None:
+            complete_sharded_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", model)
 
     def on_log(
         self,

@@ -1,4 +1,4 @@
-"""What the Trainer's world adds: its engines, and the adapter types that come with a callback."""
+"""What the Trainer's world adds: its engines, the adapter types that come with a callback, and a command."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def sorsa_gather(parameters: list[torch.nn.Parameter]) -> AbstractContextManager
     from .engines.deepspeed import gathered
 
     return gathered(parameters)
+
+
+@hookimpl
+def sorsa_commands(app: Any) -> None:
+    """`sorsa convert-checkpoint`."""
+    from .commands import convert_checkpoint
+
+    app.command("convert-checkpoint")(convert_checkpoint)
 
 
 @hookimpl

@@ -12,13 +12,17 @@ HERE = Path(__file__).parent
 ANNOUNCED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
+def environment() -> dict[str, str]:
+    """This process's, less what a launcher announced in it."""
+    kept = {key: value for key, value in os.environ.items() if key not in ANNOUNCED}
+    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
 def start(script: str, processes: int, *options: str) -> subprocess.Popen[str]:
-    """torchrun, or plain python for one process; both streams are in `stdout`."""
+    """torchrun, or plain python without an engine; both streams are in `stdout`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*(launcher if processes > 1 else [sys.executable]), str(HERE / script), *options]
-    environment = {key: value for key, value in os.environ.items() if key not in ANNOUNCED}
-    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [*([sys.executable] if "single" in options else launcher), str(HERE / script), *options]
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def run(script: str, processes: int, *options: str, timeout: float = 400, fails: bool = False) -> str:

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--update", default="coupled")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--universal", action="store_true", help="resume from DeepSpeed's universal format")
     parser.add_argument("--die-at", type=int)
     options = parser.parse_args()
     prepare(options.engine)
@@ -50,6 +51,10 @@ def main() -> None:
     engine = engine_arguments(options.engine)
     if options.state_dict:
         engine["fsdp_config"]["state_dict_type"] = options.state_dict
+    if options.universal:
+        engine["deepspeed"]["checkpoint"] = {"load_universal": True}
+        # DeepSpeed gives the sub-groups of ZeRO 3 one and the same `step` tensor, which then counts each of them
+        engine["deepspeed"]["zero_optimization"].pop("sub_group_size")
     arguments = TrainingArguments(
         str(options.output / "run"),
         max_steps=options.steps,
@@ -82,6 +87,8 @@ def main() -> None:
     trainer = Trainer(model, arguments, train_dataset=build_data(96), callbacks=callbacks)
     checkpoint = last_complete_checkpoint(arguments.output_dir) if options.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
+    if options.state_dict:  # as transformers' examples do: with sharded state dicts the trainer saves no model
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(options.output / "adapter"))
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
