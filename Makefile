@@ -9,7 +9,8 @@ BENCHMARKS := layer_step model_step scaling initialisation regularizer_share ada
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
 	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
 RESULTS := runs/support
-DEEPSPEED := .venv-deepspeed
+GLOO_HELPER := -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
+AXOLOTL_BUILT := $(CURDIR)/$(AXOLOTL)/built# what DeepSpeed compiles, apart from the other environment's
 PIP := -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -49,7 +50,8 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 	$(VENV)/bin/python tests/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > docs/support.md
 
 test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)
-	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(ARGS)
+	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) \
+	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(ARGS)
 
 test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
 
@@ -87,8 +89,7 @@ $(VENV)/bench: $(VENV)/package tests/oracles.txt
 $(DISTRIBUTED)/tests: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DISTRIBUTED)
 	$(DISTRIBUTED)/bin/python $(PIP) -c constraints.txt -e ".[test,deepspeed]"
-	DS_ACCELERATOR=cpu $(DISTRIBUTED)/bin/python -c \
-	    "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python $(GLOO_HELPER)
 	touch $@
 
 $(OLDEST)/tests: pyproject.toml constraints-oldest.txt tests/oracles.txt
@@ -99,5 +100,6 @@ $(OLDEST)/tests: pyproject.toml constraints-oldest.txt tests/oracles.txt
 
 $(AXOLOTL)/tests: pyproject.toml constraints-axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
-	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl]" pytest
+	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl,deepspeed]" pytest
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) PATH="$(CURDIR)/$(AXOLOTL)/bin:$$PATH" python $(GLOO_HELPER)
 	touch $@
