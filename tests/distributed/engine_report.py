@@ -12,13 +12,17 @@ from typing import Any
 import torch
 
 
-def report_when_training_ends(directory: str) -> None:
-    """From now on, at the end of every training with a `SORSACallback`."""
+def report_after_steps(directory: str) -> None:
+    """From now on, after every optimizer step of a training with a `SORSACallback`.
+
+    Not when training ends: an evaluation leaves the outermost of FSDP2's modules whole.
+    """
     from sorsa_transformers import SORSACallback
 
-    def on_train_end(
-        self: SORSACallback, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
+    original = SORSACallback.on_step_end
+
+    def on_step_end(self: SORSACallback, *args: Any, model: Any, **kwargs: Any) -> None:
+        original(self, *args, model=model, **kwargs)
         from sorsa_plugin.regularizer import model_factors
 
         assert self.attachment is not None
@@ -35,7 +39,7 @@ def report_when_training_ends(directory: str) -> None:
         }
         (Path(directory) / f"report-{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
 
-    SORSACallback.on_train_end = on_train_end
+    SORSACallback.on_step_end = on_step_end
 
 
 def _elements(parameter: Any) -> int:

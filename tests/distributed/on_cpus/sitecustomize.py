@@ -15,6 +15,6 @@ if "LOCAL_RANK" in os.environ:
         build_device_mesh = ParallelismConfig.build_device_mesh
         ParallelismConfig.build_device_mesh = lambda self, device_type: build_device_mesh(self, "cpu")
     if "SORSA_TEST_REPORT" in os.environ:
-        from engine_report import report_when_training_ends
+        from engine_report import report_after_steps
 
-        report_when_training_ends(os.environ["SORSA_TEST_REPORT"])
+        report_after_steps(os.environ["SORSA_TEST_REPORT"])
