@@ -18,7 +18,7 @@ export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
-	support-table bench lint format clean
+	support-table bench bench-distributed lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -58,6 +58,11 @@ test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distri
 bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
 	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
 	$(VENV)/bin/python benchmarks/report.py
+
+bench-distributed: $(DISTRIBUTED)/tests  ## what every engine sends and holds, and new adapters on several processes
+	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/distributed_costs.py
+	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/initialisation_ranks.py $(ARGS)
+	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/report.py
 
 lint: $(VENV)/tests
 	$(VENV)/bin/ruff check .
