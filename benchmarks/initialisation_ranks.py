@@ -4,7 +4,8 @@
 
 Starts itself under torchrun with gloo on the CPU, one thread a process; once with the whole base in every process, once
 with a base that DeepSpeed's `zero.Init` (ZeRO 3) partitioned. Memory is each process's largest resident set during
-initialisation, above what it held before: the new factors, and what the factorisation needs for a moment.
+initialisation, above what it held before: the new factors, and what the factorisation needs for a moment (freed memory
+goes back to the system at once here, which glibc otherwise leaves to chance).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import tempfile
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -100,7 +103,7 @@ def main() -> None:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [*(launcher if processes > 1 else [sys.executable]), __file__, "--worker", str(file), *size]
             command += ["--partitioned"] if kind == "partitioned" else []
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
             runs[f"{processes} {kind}"] = json.loads(file.read_text())["processes"]
     from common import Table, publish
 

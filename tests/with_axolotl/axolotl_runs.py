@@ -23,7 +23,7 @@ BASE = ROOT / "integrations" / "sorsa_quickstart" / "base"
 GSM8K = ROOT / "examples" / "data" / "gsm8k" / "train.jsonl"
 PREFERENCES = ROOT / "examples" / "data" / "gsm8k_preferences.jsonl"
 
-TIMEOUT = 400
+TIMEOUT = 900
 """Seconds after which a command hangs."""
 
 METRICS = ("sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma")
