@@ -9,7 +9,8 @@ BENCHMARKS := layer_step model_step scaling initialisation regularizer_share ada
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
 	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
 RESULTS := runs/support
-DEEPSPEED := .venv-deepspeed
+GLOO_HELPER := -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
+AXOLOTL_BUILT := $(CURDIR)/$(AXOLOTL)/built# what DeepSpeed compiles, apart from the other environment's
 PIP := -m pip install -q --disable-pip-version-check
 export HF_HUB_OFFLINE = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
@@ -17,7 +18,7 @@ export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
-	support-table bench lint format clean
+	support-table bench bench-distributed lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -49,13 +50,19 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 	$(VENV)/bin/python tests/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > docs/support.md
 
 test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)
-	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(ARGS)
+	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) \
+	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(ARGS)
 
 test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
 
 bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
 	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
 	$(VENV)/bin/python benchmarks/report.py
+
+bench-distributed: $(DISTRIBUTED)/tests  ## what every engine sends and holds, and new adapters on several processes
+	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/distributed_costs.py
+	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/initialisation_ranks.py $(ARGS)
+	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/report.py
 
 lint: $(VENV)/tests
 	$(VENV)/bin/ruff check .
@@ -87,8 +94,7 @@ $(VENV)/bench: $(VENV)/package tests/oracles.txt
 $(DISTRIBUTED)/tests: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DISTRIBUTED)
 	$(DISTRIBUTED)/bin/python $(PIP) -c constraints.txt -e ".[test,deepspeed]"
-	DS_ACCELERATOR=cpu $(DISTRIBUTED)/bin/python -c \
-	    "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
+	DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python $(GLOO_HELPER)
 	touch $@
 
 $(OLDEST)/tests: pyproject.toml constraints-oldest.txt tests/oracles.txt
@@ -99,5 +105,6 @@ $(OLDEST)/tests: pyproject.toml constraints-oldest.txt tests/oracles.txt
 
 $(AXOLOTL)/tests: pyproject.toml constraints-axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
-	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl]" pytest
+	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl,deepspeed]" pytest
+	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) PATH="$(CURDIR)/$(AXOLOTL)/bin:$$PATH" python $(GLOO_HELPER)
 	touch $@

@@ -115,7 +115,8 @@ def publish(name: str, device: str, result: dict[str, Any], table: Table, charts
         shown.add_row(*row)
     Console(width=170).print(shown)
     stem = name if device == "cpu" else f"{name}_{device}"
-    draw(charts, RESULTS / f"{stem}.png")
+    if charts:
+        draw(charts, RESULTS / f"{stem}.png")
     write(stem, {"table": table._asdict(), **result}, device)
 
 

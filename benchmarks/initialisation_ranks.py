@@ -2,8 +2,10 @@
 
     python benchmarks/initialisation_ranks.py [--processes 1 2 4] [--hidden 1024] [--layers 8] [--rank 64]
 
-Starts itself under torchrun with gloo on the CPU, one thread a process. Peak memory is each process's largest resident
-set during initialisation, above what it held before.
+Starts itself under torchrun with gloo on the CPU, one thread a process; once with the whole base in every process, once
+with a base that DeepSpeed's `zero.Init` (ZeRO 3) partitioned. Memory is each process's largest resident set during
+initialisation, above what it held before: the new factors, and what the factorisation needs for a moment (freed memory
+goes back to the system at once here, which glibc otherwise leaves to chance).
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -34,6 +37,7 @@ def measure(options: argparse.Namespace) -> dict:
     from sorsa_plugin.regularizer import sorsa_layers
 
     torch.set_num_threads(1)
+    os.environ["DS_ACCELERATOR"] = "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         distributed.init_process_group("gloo")
     torch.manual_seed(0)
@@ -42,7 +46,8 @@ def measure(options: argparse.Namespace) -> dict:
         vocab_size=64, hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=options.layers,
         num_attention_heads=8, num_key_value_heads=8,
     )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    with partitioned() if options.partitioned else nullcontext():
+        model = LlamaForCausalLM(config)
     if distributed.is_initialized():
         distributed.barrier()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -63,12 +68,24 @@ def measure(options: argparse.Namespace) -> dict:
     return {"processes": everyone}
 
 
+def partitioned() -> AbstractContextManager[object]:
+    """A context in which new parameters are cut into one part a process, as they are made."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    stage = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": stage}
+    partitioned.announced = HfDeepSpeedConfig(config)  # type: ignore[attr-defined]  # alive as long as this module
+    return deepspeed.zero.Init(config_dict_or_path=config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--partitioned", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker is not None:
@@ -77,22 +94,29 @@ def main() -> None:
             options.worker.write_text(json.dumps(found))
         return
     size = ["--hidden", str(options.hidden), "--layers", str(options.layers), "--rank", str(options.rank)]
-    runs = {}
-    for processes in options.processes:
+    runs, kinds = {}, [(n, kind) for kind in ("whole", "partitioned") for n in options.processes]
+    for processes, kind in kinds:
+        if kind == "partitioned" and processes == 1:
+            continue
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory) / "found.json"
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
             command = [*(launcher if processes > 1 else [sys.executable]), __file__, "--worker", str(file), *size]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            runs[processes] = json.loads(file.read_text())["processes"]
-        slowest = max(found["seconds"] for found in runs[processes])
-        memory = max(found["peak_mib"] for found in runs[processes])
-        same = len({found["digest"] for ranks in runs.values() for found in ranks}) == 1
-        print(f"{processes} processes: {slowest:.1f} s, {memory:.0f} MiB more a process, same bits: {same}")
-    from common import machine
+            command += ["--partitioned"] if kind == "partitioned" else []
+            subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT})
+            runs[f"{processes} {kind}"] = json.loads(file.read_text())["processes"]
+    from common import Table, publish
 
-    result = {"machine": machine("cpu"), "settings": {k: v for k, v in vars(options).items() if k != "worker"}}
-    (RESULTS / "initialisation_ranks.json").write_text(json.dumps(result | {"runs": runs}, indent=1) + "\n")
+    rows = []
+    for name, ranks in runs.items():
+        slowest, memory = (max(found[key] for found in ranks) for key in ("seconds", "peak_mib"))
+        digests = {found["digest"] for found in ranks}
+        rows.append([*name.split(), f"{slowest:.1f}", f"{memory:.0f}", str(ranks[0]["layers"]), " ".join(digests)])
+    width = f"Llama of {options.layers} layers, d {options.hidden}, r {options.rank}"
+    columns = ["processes", "base in each", "seconds", "MiB more a process", "weights", "digest of the factors"]
+    settings = {key: value for key, value in vars(options).items() if key not in ("worker", "partitioned")}
+    table = Table(f"A new adapter, slowest and largest process: {width}", columns, rows)
+    publish("initialisation_ranks", "cpu", {"settings": settings, "runs": runs}, table, [])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes the tables of the result files into docs/performance.md and docs/folding.md, between their markers.
+"""Writes the tables of the result files into docs/performance.md, folding.md and scaling.md, between their markers.
 
     python benchmarks/report.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import RESULTS
 
-PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("performance.md", "folding.md")]
+PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("performance.md", "folding.md", "scaling.md")]
 MARKER = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -6,7 +6,8 @@
 The data is jsonl, json or parquet, or a hub data set, with one of
     {"prompt": ..., "completion": ...}      {"question": ..., "answer": ...}      {"instruction": ..., "output": ...}
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
-Run it again with --resume after an interruption. What differs from a LoRA script is marked with (1) to (3).
+Run it again with --resume after an interruption. On several GPUs launch the same script by torchrun, accelerate launch
+or deepspeed: examples/distributed. What differs from a LoRA script is marked with (1) to (3).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--eval-examples", type=int, default=64, help="held out from the end of the data")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast")
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--deepspeed", help="DeepSpeed's configuration, where accelerate's does not name one")
     parser.add_argument("--report-to", default="none", help="tensorboard, wandb, ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
@@ -70,7 +72,6 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model)
 
     examples = load_examples(options.data)
     if options.limit:
@@ -79,6 +80,28 @@ def main() -> None:
     held_out = min(options.eval_examples, len(encoded) // 10)
     train, evaluation = encoded[: len(encoded) - held_out], encoded[len(encoded) - held_out :]
 
+    arguments = TrainingArguments(  # before the model: an engine that shards it announces itself here
+        str(options.output),
+        learning_rate=options.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # as a share of all steps
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulation,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        bf16=options.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        eval_strategy="epoch" if held_out else "no",
+        eval_on_start=held_out > 0,
+        logging_steps=10,
+        logging_first_step=True,
+        save_steps=200,
+        save_total_limit=2,
+        report_to=options.report_to,
+        seed=options.seed,
+        deepspeed=options.deepspeed,
+    )
+    model = AutoModelForCausalLM.from_pretrained(options.model)
     names = options.target_modules
     setup = setup_adapter(  # (1) one word for the method; SORSA has no alpha, and a learning rate ten times smaller
         {
@@ -91,27 +114,9 @@ def main() -> None:
     )
     model = setup.wrap(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"{options.adapter}: {trained:,} trainable parameters")
+    if arguments.process_index == 0:
+        print(f"{options.adapter}: {trained:,} trainable parameters")
 
-    arguments = TrainingArguments(
-        str(options.output),
-        learning_rate=options.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.03,  # as a share of all steps
-        per_device_train_batch_size=options.batch,
-        gradient_accumulation_steps=options.accumulation,
-        num_train_epochs=options.epochs,
-        max_steps=options.max_steps,
-        bf16=options.bf16,
-        gradient_checkpointing=options.gradient_checkpointing,
-        eval_strategy="epoch" if held_out else "no",
-        logging_steps=10,
-        logging_first_step=True,
-        save_steps=200,
-        save_total_limit=2,
-        report_to=options.report_to,
-        seed=options.seed,
-    )
     trainer = Trainer(
         model,
         arguments,
@@ -121,17 +126,19 @@ def main() -> None:
         processing_class=tokenizer,
     )
     setup.add_callbacks(trainer)  # (2) what the method needs during training; SORSA's logs the gaps
-    before = trainer.evaluate()["eval_loss"] if held_out else math.nan
     checkpoint = last_complete_checkpoint(options.output) if options.resume else None  # (3) never a half-written one
     result = trainer.train(resume_from_checkpoint=checkpoint)
+    before = next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), math.nan)
     after = trainer.evaluate()["eval_loss"] if held_out else math.nan
     trainer.save_model(str(options.output / "adapter"))
 
-    final_gaps = gaps(model).values() if options.adapter == "sorsa" else []
+    # a collective where an engine shards the factors: every process asks
+    final_gaps = gaps(trainer.model).values() if options.adapter == "sorsa" else []
     summary = {
         "adapter": options.adapter,
         "trainable": trained,
         "examples": len(train),
+        "processes": arguments.world_size,
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "eval_loss_before": before,
@@ -140,8 +147,9 @@ def main() -> None:
         "gap_max": max(final_gaps, default=None),
         "seconds": result.metrics["train_runtime"],
     }
-    (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(json.dumps(summary, indent=2))
+    if trainer.is_world_process_zero():
+        (options.output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":

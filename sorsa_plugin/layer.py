@@ -22,7 +22,7 @@ from .factors import SORSAFactors, frozen_as_parameters, not_loaded
 from .fingerprint import check, storage_of
 from .folding import Foldable, intact_weight, refold
 from .mergeable import Mergeable
-from .offloading import base_weight_here, with_base_weight
+from .offloading import base_weight_here, refuse_sharded, with_base_weight
 from .precision import full_precision
 from .read_through import ReadThrough
 
@@ -44,6 +44,9 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
     Args:
         base_layer: the module to adapt; kept, called and never copied.
         name: its dotted name in the model, for messages.
+
+    Raises:
+        UnsupportedLayerError: the weight is a DTensor; see `offloading.refuse_sharded`.
     """
 
     if TYPE_CHECKING:  # what BaseTunerLayer provides, which nn.Module's __getattr__ hides from type checkers
@@ -70,6 +73,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         self.cast_input_dtype_enabled = True  # PEFT's helper toggles it on every tuner layer
         self._disable_adapters = False
         self._original: list[nn.Parameter] = []  # see `mergeable.py`
+        refuse_sharded(self.base_weight(), self.parameter_path)
         with base_weight_here(self.get_base_layer()):
             *self.stack, self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import nn
 
+from .errors import UnsupportedLayerError
 from .plugins import manager
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -40,3 +41,17 @@ def with_base_weight(method: Method) -> Method:
             return method(layer, *args, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+def refuse_sharded(weight: Any, path: str) -> None:
+    """Refuse a weight of which each process keeps a part for good, as tensor parallelism has it.
+
+    Raises:
+        UnsupportedLayerError: it is a DTensor.
+    """
+    if hasattr(weight, "placements"):
+        raise UnsupportedLayerError(
+            f"{path} is a DTensor placed as {tuple(weight.placements)}; expected a whole weight. Tensor parallelism "
+            "(tp_plan, parallelize_module) is not supported on adapted layers: exclude them, or load the model without "
+            "a plan. For FSDP2 call get_peft_model() first, and shard the result."
+        )

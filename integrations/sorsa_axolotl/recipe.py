@@ -48,7 +48,6 @@ REFUSED = {
     "qat": "the change that SORSA trains would not be quantised with the weight",
     "flash_attn_fuse_mlp": "it replaces the linear layers that are adapted",
     "trl.vllm_lora_sync": "vLLM takes LoRA files only; without the line TRL sends the merged weights",
-    "deepspeed": "the regularizer is not delivered under DeepSpeed yet; FSDP2 is the way to shard (fsdp_version: 2)",
 }
 """Keys that would change nothing, or another method than SORSA; by dotted name, with the reason."""
 

@@ -23,12 +23,12 @@ FORCED_PARTITIONS = {
 def prepare(engine: str) -> None:
     """What has to happen before TrainingArguments."""
     if engine.startswith("fsdp"):
-        _pretend_cpu_is_an_fsdp_device()
+        pretend_cpu_is_an_accelerator()
     if engine.startswith("zero"):
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
-def _pretend_cpu_is_an_fsdp_device() -> None:
+def pretend_cpu_is_an_accelerator() -> None:
     """accelerate runs FSDP on accelerators only, and transformers bf16: make them say gloo, CPU and yes."""
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     import torch.distributed as dist

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ ROOT = HERE.parents[1]
 BASE = ROOT / "integrations" / "sorsa_quickstart" / "base"
 GSM8K = ROOT / "examples" / "data" / "gsm8k" / "train.jsonl"
 PREFERENCES = ROOT / "examples" / "data" / "gsm8k_preferences.jsonl"
+
+TIMEOUT = 900
+"""Seconds after which a command hangs."""
 
 METRICS = ("sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma")
 
@@ -127,19 +131,26 @@ def axolotl(
     places = [f"--output-dir={output}", f"--dataset-prepared-path={output.parent / 'prepared'}"]
     launcher = ["--launcher", "python"] if command in ("train", "inference") else []
     if processes > 1:
-        path = [HERE / "two_cpus", HERE.parent / "distributed"]
+        path = [HERE.parent / "distributed" / "on_cpus", HERE.parent / "distributed"]
         launcher = ["--launcher", "torchrun", "--", "--standalone", f"--nproc_per_node={processes}"]
     before = hashes(BASE)
-    result = subprocess.run(
+    started = subprocess.Popen(
         [sys.executable, "-m", "axolotl.cli.main", command, str(written), *places, *options, *launcher],
-        input=stdin,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd=output.parent,
         env=environment(*path),
+        start_new_session=True,
     )
+    try:
+        printed, complained = started.communicate(stdin, timeout=TIMEOUT)
+    finally:
+        if started.poll() is None:  # it hangs: with all that it started
+            os.killpg(started.pid, signal.SIGKILL)
     assert hashes(BASE) == before
-    return Run(written, output, result.stdout + result.stderr, result.returncode)
+    return Run(written, output, printed + complained, started.returncode)
 
 
 def trained(text: str | dict[str, Any], output: Path, *options: str, processes: int = 1) -> Run:

@@ -19,6 +19,10 @@ INPUT_IDS = torch.arange(3, 35)[None]
 class ProbePlugin(BasePlugin):
     activations: set[str]
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        if cfg.world_size > 1:  # the first call after Axolotl asked for the GPU of each process's number
+            cfg.device_map = None
+
     def get_training_args(self, cfg: Any) -> dict[str, Any]:
         return {"use_cpu": True}  # Axolotl drops its recipe's key, and the Trainer refuses bf16 without it
 

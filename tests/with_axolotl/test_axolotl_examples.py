@@ -40,17 +40,24 @@ def uncommented_variant(text: str) -> str:
 def recipes() -> dict[str, str]:
     files = {path.name: path.read_text() for path in sorted(EXAMPLES.glob("*.yaml"))}
     variants = {f"{name}, several GPUs": uncommented_variant(text) for name, text in files.items()}
+    variants |= {f"{name}, DeepSpeed": with_deepspeed(text) for name, text in files.items()}
     return files | {name: text for name, text in variants.items() if text}
+
+
+def with_deepspeed(text: str) -> str:
+    """The recipe with its commented DeepSpeed line instead of FSDP's."""
+    recipe, marker, line = text.partition("# DeepSpeed instead of the lines above, from fsdp_version on;")
+    plain = "\n".join(line for line in recipe.split("\nfsdp_version")[0].splitlines() if not line.startswith("#"))
+    return plain + "\n" + line.partition("\n")[2].replace("# deepspeed", "deepspeed") if marker else ""
 
 
 @pytest.mark.parametrize("name", recipes())
 def test_axolotl_accepts_the_recipe(name: str) -> None:
     text = recipes()[name]
-    sharded = "\nfsdp_config:" in text
-    assert sharded == ("fsdp2" in name or "several GPUs" in name)
-    capabilities = {
-        "bf16": True, "fp8": False, "tf32": True, "n_gpu": 8 if sharded else 1, "compute_capability": "sm_90"
-    }  # fmt: skip
+    sharded, deepspeed = "\nfsdp_config:" in text, name.endswith("DeepSpeed")
+    assert sharded == (("fsdp2" in name or "several GPUs" in name) and not deepspeed)
+    gpus = 8 if sharded or deepspeed else 1
+    capabilities = {"bf16": True, "fp8": False, "tf32": True, "n_gpu": gpus, "compute_capability": "sm_90"}
     cfg = DictDefault(yaml.safe_load(text))
     try:
         prepare_plugins(cfg)
@@ -59,6 +66,8 @@ def test_axolotl_accepts_the_recipe(name: str) -> None:
         PluginManager.get_instance().plugins.clear()
     assert cfg.adapter == "sorsa"
     assert cfg.sorsa.gamma == 4e-4
+    if deepspeed:
+        assert (ROOT / cfg.deepspeed).is_file()
     if sharded:
         assert cfg.fsdp_version == 2
         assert cfg.fsdp_config.transformer_layer_cls_to_wrap

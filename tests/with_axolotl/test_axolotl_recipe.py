@@ -68,7 +68,6 @@ ASKING: dict[str, Any] = {
     "qat": {"weight_dtype": "int8"},
     "flash_attn_fuse_mlp": True,
     "trl": {"vllm_lora_sync": True},
-    "deepspeed": "zero3.json",
     "peft_autocast_adapter_dtype": False,
 }
 

@@ -1,7 +1,8 @@
-"""FSDP2 as the recipes for large models ask for it, on two CPU processes: the same training as one process's."""
+"""FSDP2 and DeepSpeed as the recipes for large models ask for them, on two CPU processes: the training of one."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,14 @@ from sorsa_plugin.errors import IncompleteAdapterError
 pytestmark = pytest.mark.axolotl
 
 
+TWO_PROCESSES = {"gradient_accumulation_steps": 1, "dataset_num_proc": 1}
+"""Each takes every other batch of the single process's accumulated two."""
+
+
 def sharded(**changes: Any) -> dict[str, Any]:
-    """The recipe on two processes, each of which takes every other batch of the single process's accumulated two."""
     example = yaml.safe_load((ROOT / "examples" / "axolotl" / "llama-70b-fsdp2.yaml").read_text())
     keys = {key: example[key] for key in ("fsdp_version", "fsdp_config")}
-    return recipe(**keys, gradient_accumulation_steps=1, dataset_num_proc=1, **changes)
+    return recipe(**keys, **TWO_PROCESSES, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +36,36 @@ def sharded_run(sorsa_run: Run, runs: Path) -> Run:
     return trained(sharded(), runs / "sharded", processes=2)
 
 
-def test_two_processes_train_the_adapter_of_one(sorsa_run: Run, sharded_run: Run) -> None:
-    assert sharded_run.adapter.keys() == sorsa_run.adapter.keys()
+def assert_trained_alike(run: Run, alone: Run) -> None:
+    """That a run on two processes is the one on one process, but for the order of sums."""
+    assert run.adapter.keys() == alone.adapter.keys()
     # Adam makes steps of full size where the gradient is rounding noise, which differs between orders of summation: a
     # per mille here; a regularizer counted twice, or half the rows lost, is some ten per cent
     for key in ("loss", "sorsa/gap_mean", "sorsa/reg_loss", "sorsa/gamma"):
-        assert sharded_run.logged(key) == pytest.approx(sorsa_run.logged(key), rel=1e-2, abs=1e-6), key
-    change = sorsa_run.logits - base_logits()
-    assert (plain_peft_logits(sharded_run.output) - sorsa_run.logits).norm() < 0.05 * change.norm()
+        assert run.logged(key) == pytest.approx(alone.logged(key), rel=1e-2, abs=1e-6), key
+    change = alone.logits - base_logits()
+    assert (plain_peft_logits(run.output) - alone.logits).norm() < 0.05 * change.norm()
+
+
+def test_two_processes_train_the_adapter_of_one(sorsa_run: Run, sharded_run: Run) -> None:
+    assert_trained_alike(sharded_run, sorsa_run)
+
+
+@pytest.mark.parametrize(("stage", "engine"), [(2, "ZeRO12"), (3, "ZeRO3")])
+def test_deepspeed_trains_the_adapter_of_one_process(
+    stage: int, engine: str, sorsa_run: Run, runs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = json.loads((ROOT / "examples" / "distributed" / f"zero{stage}.json").read_text())
+    if stage == 3:  # else all of a small model is kept whole
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+    written = runs / f"zero{stage}.json"
+    written.write_text(json.dumps(config))
+    monkeypatch.setenv("SORSA_TEST_REPORT", str(tmp_path))
+    run = trained(recipe(deepspeed=str(written), **TWO_PROCESSES), runs / f"zero{stage}", processes=2)
+    found = [json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2)]
+    assert [report["engine"] for report in found] == [engine] * 2
+    assert all(report["factors_here"] < 0.6 * report["factors"] for report in found)
+    assert_trained_alike(run, sorsa_run)
 
 
 def test_a_sharded_run_resumes_bit_equal(sharded_run: Run, runs: Path) -> None:
