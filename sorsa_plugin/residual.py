@@ -193,16 +193,21 @@ def save_residual(model: PeftModel, directory: str | PathLike[str], adapter_name
             "quantize_residual() or residual_base=True, and unmerge adapters first."
         )
     refuse_occupied(output)
-    base: Any = model.base_model.model
     with appearing_whole(output) as partial:
-        with without_adapters(base):
-            base.save_pretrained(partial)
-        model.save_pretrained(str(partial / ADAPTER), selected_adapters=[adapter_name])
-        folder = partial / ADAPTER if adapter_name == "default" else partial / ADAPTER / adapter_name
-        path = folder / "adapter_config.json"
-        options = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(output)}
-        path.write_text(json.dumps(options, indent=2, sort_keys=True), encoding="utf-8")
+        write_residual(model, partial, output, adapter_name)
     return output
+
+
+def write_residual(model: PeftModel, directory: Path, name: Path, adapter_name: str = "default") -> None:
+    """Write the quantised residual model and its adapter into a directory whose name will be `name`."""
+    base: Any = model.base_model.model
+    with without_adapters(base):
+        base.save_pretrained(directory)
+    model.save_pretrained(str(directory / ADAPTER), selected_adapters=[adapter_name])
+    folder = directory / ADAPTER if adapter_name == "default" else directory / ADAPTER / adapter_name
+    path = folder / "adapter_config.json"
+    options = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(name)}
+    path.write_text(json.dumps(options, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @contextmanager
