@@ -17,7 +17,7 @@ export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
-	support-table bench lint format clean
+	support-table bench bench-quantization lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -55,6 +55,11 @@ test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distri
 
 bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
 	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
+	$(VENV)/bin/python benchmarks/report.py
+
+bench-quantization: $(VENV)/tests  ## quantised bases beside QLoRA, LoftQ and QPiSSA: an hour
+	set -e; for name in quantization quantization_step quantization_training; do \
+	    $(VENV)/bin/python benchmarks/$$name.py; done
 	$(VENV)/bin/python benchmarks/report.py
 
 lint: $(VENV)/tests

@@ -1,4 +1,4 @@
-"""Writes the tables of the result files into docs/performance.md and docs/folding.md, between their markers.
+"""Writes the tables of the result files into the pages of docs that show them, between their markers.
 
     python benchmarks/report.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common import RESULTS
 
-PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("performance.md", "folding.md")]
+PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("performance.md", "folding.md", "quantization.md")]
 MARKER = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
