@@ -84,8 +84,9 @@ def test_merge_lora_adds_the_change_to_the_full_precision_base(adapter: str, fou
 
 
 def test_inference_on_the_residual(four_bit_runs: dict[str, Run]) -> None:
+    """In bf16: Axolotl casts the packed weights, which are stored as bfloat16, to the recipe's dtype, QLoRA's too."""
     output, question = four_bit_runs["qsorsa"].output, "Natalia sold clips to 48 of her friends."
-    run = axolotl("inference", in_four_bits("qsorsa"), output, f"--lora-model-dir={output}", stdin=question)
+    run = axolotl("inference", in_four_bits("qsorsa", bf16=True), output, f"--lora-model-dir={output}", stdin=question)
     assert run.returncode == 0, run.log[-4000:]
     assert f"<|bos|>{question}" in run.log
 
