@@ -18,7 +18,7 @@ export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
-	support-table bench bench-distributed lint format clean
+	support-table bench bench-distributed bench-quantization lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -63,6 +63,11 @@ bench-distributed: $(DISTRIBUTED)/tests  ## what every engine sends and holds, a
 	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/distributed_costs.py
 	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/initialisation_ranks.py $(ARGS)
 	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/report.py
+
+bench-quantization: $(VENV)/tests  ## quantised bases beside QLoRA, LoftQ and QPiSSA: an hour
+	set -e; for name in quantization quantization_step quantization_training; do \
+	    $(VENV)/bin/python benchmarks/$$name.py; done
+	$(VENV)/bin/python benchmarks/report.py
 
 lint: $(VENV)/tests
 	$(VENV)/bin/ruff check .

@@ -107,7 +107,8 @@ def ratios(times: dict[str, list[float]], floor: str) -> dict[str, dict[str, flo
 
 
 def publish(name: str, device: str, result: dict[str, Any], table: Table, charts: list[Chart]) -> None:
-    """Print the table; write results/<name>.json (<name>_cuda.json) with it and the machine, and the charts as .png."""
+    """Print the table; write results/<name>.json (<name>_cuda.json) with it and the machine, and the charts as .png, if
+    there are any."""
     shown = RichTable(title=table.title)
     for column in table.columns:
         shown.add_column(column, justify="left" if column == table.columns[0] else "right")

@@ -1,4 +1,4 @@
-"""What quantising loses of a weight and of a layer's output, by method, rank and format; memory and time of a step.
+"""What quantising loses of a weight and of a layer's output, by method, rank and format.
 
     python benchmarks/quantization.py
 
@@ -27,13 +27,11 @@ from bitsandbytes.functional import (
     int8_vectorwise_quant,
     quantize_4bit,
 )
-from bitsandbytes.nn import Linear4bit
-from common import Chart, Table, arguments, interleave, peak_memory, publish, ratios, spread, training_step
-from peft import LoraConfig, get_peft_model
+from common import Chart, Table, arguments, publish
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-from sorsa_plugin import SORSAConfig, factorise, quantize_residual
+from sorsa_plugin import factorise
 from sorsa_quickstart.answering import load_base
 from sorsa_quickstart.task import train_examples
 
@@ -41,8 +39,6 @@ RANKS = (8, 16, 32, 64, 128)
 ITERATIONS = 5
 GSM8K = Path(__file__).parents[1] / "examples" / "data" / "gsm8k" / "train.jsonl"
 SHAPES_7B = {"attention 4096 x 4096": (4096, 4096), "MLP 11008 x 4096": (11008, 4096)}
-STEPS = [(1024, 16, 512), (1024, 64, 512), (2048, 64, 256)]
-"""Width, rank and tokens of the layers whose steps are measured."""
 
 Quantiser = Callable[[torch.Tensor], torch.Tensor]
 
@@ -181,115 +177,55 @@ def measure_errors(source: str) -> list[dict[str, Any]]:
     return rows
 
 
-# -- a step ----------------------------------------------------------------------------------------------------------
-
-
-class One(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.proj = Linear4bit(width, width, bias=False, quant_type="nf4")
-        self.full = self.proj.weight.data.clone()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(x)
-
-
-def peers(width: int, rank: int, device: str) -> dict[str, nn.Module]:
-    def base() -> One:
-        return One(width).to(device)
-
-    options: dict[str, Any] = {"r": rank, "target_modules": ["proj"]}
-    full = One(width).full
-    return {
-        "frozen nf4": base().requires_grad_(False),
-        "QLoRA": get_peft_model(base(), LoraConfig(lora_alpha=rank, **options)),
-        "SORSA on nf4": get_peft_model(base(), SORSAConfig(**options)),
-        "QSORSA": quantize_residual(base(), SORSAConfig(**options), {"proj.weight": full}),
-    }
-
-
-def measure_step(width: int, rank: int, tokens: int, options: Any) -> dict[str, Any]:
-    models = {name: model.train() for name, model in peers(width, rank, options.device).items()}
-    steps = {}
-    for name, model in models.items():
-        x = torch.randn(1, tokens, width, device=options.device).requires_grad_()
-        steps[name] = training_step(model, partial(model, x), autocast=False)
-    times = interleave(steps, options.repeats)
-    over = ratios(times, "QLoRA")
-    return {
-        "width": width,
-        "rank": rank,
-        "tokens": tokens,
-        "peers": {
-            name: {
-                "seconds": spread(times[name])["median"],
-                "ratio": over[name],
-                "peak bytes": peak_memory(steps[name], options.device),
-                "trained bytes": sum(p.numel() * 4 for p in models[name].parameters() if p.requires_grad),
-                "frozen fp32 bytes": sum(b.numel() * 4 for n, b in models[name].named_buffers() if "sorsa" in n),
-            }
-            for name in steps
-        },
-    }
-
-
 # -- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    shown = []
-    for quantity in ("weight", "output"):
-        for format_name in FORMATS:
-            rows = []
-            for source in SOURCES:
-                own = [r for r in result["errors"] if (r["source"], r["format"]) == (source, format_name)]
-                if not own or own[0][quantity] is None:
-                    continue
-                plain = own[0][quantity]
-                for method in dict.fromkeys(r["method"] for r in own[1:]):
-                    cells = {
-                        r["rank"]: f"{r[quantity]:.4f} ({r[quantity] / plain:.2f})"
-                        for r in own
-                        if r["method"] == method
-                    }
-                    rows.append([source, f"{plain:.4f}", method, *(cells.get(rank, "") for rank in RANKS)])
-            columns = ["weights", "QLoRA", "method", *(f"r {rank}" for rank in RANKS)]
-            shown.append(Table(f"relative error of the {quantity}, {format_name} (over QLoRA's)", columns, rows))
-    rows = [
-        [
-            f"{row['width']}, {row['rank']}, {row['tokens']}",
-            name,
-            f"{peer['seconds'] * 1e3:.1f}",
-            f"{peer['ratio']['median']:.2f}",
-            *(f"{peer[key] / 2**20:.2f}" for key in ("peak bytes", "trained bytes", "frozen fp32 bytes")),
-        ]
-        for row in result["steps"]
-        for name, peer in row["peers"].items()
-    ]
-    columns = ["d, r, tokens", "layer", "ms", "x QLoRA", "peak MiB", "trained MiB", "frozen fp32 MiB"]
-    return [*shown, Table("a training step of one nf4 layer", columns, rows)]
+def table(rows: list[dict[str, Any]], quantity: str, format_name: str) -> Table:
+    lines = []
+    for source in dict.fromkeys(row["source"] for row in rows):
+        own = [row for row in rows if row["source"] == source]
+        plain = own[0][quantity]
+        if plain is None:
+            continue
+        for method in dict.fromkeys(row["method"] for row in own[1:]):
+            cells = {
+                row["rank"]: f"{row[quantity]:.4f} ({row[quantity] / plain:.2f})"
+                for row in own
+                if row["method"] == method
+            }
+            lines.append([source, f"{plain:.4f}", method, *(cells.get(rank, "") for rank in RANKS)])
+    columns = ["weights", "QLoRA", "method", *(f"r {rank}" for rank in RANKS)]
+    return Table(f"relative error of the {quantity}, {format_name} (over QLoRA's)", columns, lines)
 
 
-def charts(result: dict[str, Any]) -> list[Chart]:
+def charts(rows: list[dict[str, Any]], quantity: str) -> list[Chart]:
     shown = []
-    for source in SOURCES:
-        own = [row for row in result["errors"] if row["source"] == source]
-        ranks = sorted({row["rank"] for row in own if row["rank"]})
-        series: dict[str, list[float]] = {}
-        plain = next(row["weight"] for row in own if row["format"] == "nf4" and row["rank"] is None)
-        for row in own:
-            if row["format"] == "nf4" and row["rank"]:
-                series.setdefault(row["method"], []).append(row["weight"] / plain)
-        shown.append(Chart(f"{source}, nf4", "weight error / QLoRA's", ranks, series, "rank"))
+    for source in dict.fromkeys(row["source"] for row in rows):
+        plain, *others = [row for row in rows if row["source"] == source]
+        if plain[quantity] is None:
+            continue
+        series: dict[str, list[tuple[int, float]]] = {}
+        for row in others:
+            series.setdefault(row["method"], []).append((row["rank"], row[quantity] / plain[quantity]))
+        shown.append(Chart(f"{source}, {plain['format']}", f"{quantity} error / QLoRA's", [], series, "rank"))
     return shown
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=15).parse_args()
+    options = arguments(__doc__, repeats=1).parse_args()
     errors = [row for source in SOURCES for row in measure_errors(source)]
-    result = {"errors": errors, "steps": [measure_step(*shape, options) for shape in STEPS]}
-    publish("quantization", options.device, result, tables(result), charts(result))
+    for format_name in FORMATS:
+        rows = [row for row in errors if row["format"] == format_name]
+        for quantity in ("weight", "output"):
+            result = {"rows": [row for row in rows if row[quantity] is not None]}
+            shown = charts(rows, quantity) if format_name == "nf4" else []
+            publish(
+                f"quantization_{quantity}_{format_name}",
+                options.device,
+                result,
+                table(rows, quantity, format_name),
+                shown,
+            )
 
 
 if __name__ == "__main__":

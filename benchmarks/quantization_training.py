@@ -92,14 +92,14 @@ def loss_of(model: nn.Module, trainer: Trainer) -> float:
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def table(result: dict[str, Any]) -> Table:
     rows = []
     for method in METHODS:
         own = [row for row in result["rows"] if row["method"] == method]
         best = min(own, key=lambda row: row["after"])
         rows.append([method, f"{own[0]['before']:.4f}", *(f"{row['after']:.4f}" for row in own), f"{best['rate']:g}"])
     columns = ["method", "before", *(f"lr {rate:g}" for rate in RATES), "best rate"]
-    return [Table(f"held-out loss after {result['steps']} steps, nf4, rank {quickstart.RANK}", columns, rows)]
+    return Table(f"held-out loss after {result['steps']} steps, nf4, rank {quickstart.RANK}", columns, rows)
 
 
 def charts(result: dict[str, Any]) -> list[Chart]:
@@ -115,7 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [train(method, rate, options) for method in METHODS for rate in RATES]
     result = {"steps": options.steps, "seed": options.seed, "rows": rows}
-    publish("quantization_training", "cpu", result, tables(result), charts(result))
+    publish("quantization_training", "cpu", result, table(result), charts(result))
 
 
 if __name__ == "__main__":

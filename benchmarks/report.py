@@ -1,4 +1,4 @@
-"""Writes the tables of the result files into docs/performance.md, folding.md and scaling.md, between their markers.
+"""Writes the tables of the result files into the pages of docs that show them, between their markers.
 
     python benchmarks/report.py
 
@@ -13,7 +13,10 @@ from pathlib import Path
 
 from common import RESULTS
 
-PAGES = [Path(__file__).parent.parent / "docs" / name for name in ("performance.md", "folding.md", "scaling.md")]
+PAGES = [
+    Path(__file__).parent.parent / "docs" / name
+    for name in ("performance.md", "folding.md", "quantization.md", "scaling.md")
+]
 MARKER = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

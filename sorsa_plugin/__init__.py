@@ -15,6 +15,7 @@ from .errors import SORSAError  # noqa: E402
 from .export import ExportReport, export_lora  # noqa: E402
 from .hookspecs import hookimpl  # noqa: E402
 from .initial_adapter import InitReport, init_adapter  # noqa: E402
+from .initial_residual import ResidualReport, init_residual  # noqa: E402
 from .layer import SORSALayer  # noqa: E402
 from .lowrank import holding_pairs  # noqa: E402
 from .merging import MergeReport, merge_adapter  # noqa: E402
@@ -36,6 +37,7 @@ __all__ = [
     "InitReport",
     "MergeReport",
     "Plan",
+    "ResidualReport",
     "SORSAConfig",
     "SORSAError",
     "SORSALayer",
@@ -49,6 +51,7 @@ __all__ = [
     "holding_pairs",
     "hookimpl",
     "init_adapter",
+    "init_residual",
     "merge_adapter",
     "merge_and_dequantize",
     "orthonormality",

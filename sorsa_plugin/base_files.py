@@ -173,18 +173,15 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
         BaseFilesError: transformers has no model for it.
     """
     dtype = dtype or config.dtype or torch.float32
-    named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-    wanted = AUTO_CLASSES.get(task_type, "AutoModel") if task_type else named
-    model_class: Any = getattr(transformers, wanted, None)
-    if model_class is None:
-        raise BaseFilesError(f"transformers has no class {wanted}, which the config of {config.name_or_path} names.")
+    model_class = class_for(config, task_type)
     build = getattr(model_class, "from_config", None) or model_class._from_config
     try:
         with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
             model = build(deepcopy(config), dtype=dtype)
     except ValueError as error:
         raise BaseFilesError(
-            f"{wanted} cannot be made from the config of {config.name_or_path}: {str(error).splitlines()[0]}"
+            f"{model_class.__name__} cannot be made from the config of {config.name_or_path}: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     kept_in_fp32 = model._get_dtype_plan(dtype)
     if kept_in_fp32:
@@ -193,6 +190,16 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
             if pattern.search(name):
                 parameter.data = parameter.data.float()
     return model.eval()
+
+
+def class_for(config: Any, task_type: str | None = None) -> Any:
+    """transformers' class that users load the model of a config with; arguments and errors as `empty_model`."""
+    named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
+    wanted = AUTO_CLASSES.get(task_type, "AutoModel") if task_type else named
+    found = getattr(transformers, wanted, None)
+    if found is None:
+        raise BaseFilesError(f"transformers has no class {wanted}, which the config of {config.name_or_path} names.")
+    return found
 
 
 def local_directory(source: str | PathLike[str], revision: str | None, patterns: list[str] | None) -> Path:

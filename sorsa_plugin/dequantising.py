@@ -13,7 +13,7 @@ from .config import SORSAConfig
 from .errors import UnsupportedLayerError
 from .plugins import manager
 from .quantisation import is_quantised
-from .quantised import MergeError, SORSAQuantisedLinear, say_rounding
+from .quantised import MergeRounding, SORSAQuantisedLinear, say_rounding
 from .regularizer import sorsa_layers
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _quantised_modules(base: nn.Module, adapted: dict[str, SORSAQuantisedLinear]
     return found
 
 
-def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype: torch.dtype) -> MergeError:
+def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype: torch.dtype) -> MergeRounding:
     """Put a plain linear layer with the merged weight in the place of a quantised one."""
     names = [adapter for adapter in adapters if adapter in layer.sorsa_factors]
     total, before = layer.merged_weight(names), layer.merged_weight([])
@@ -90,7 +90,7 @@ def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype:
         remove_hook_from_module(old)
         add_hook_to_module(linear, hook)
     base.set_submodule(name, linear.train(layer.training))
-    return MergeError.between(linear.weight, total, before)
+    return MergeRounding.between(linear.weight, total, before)
 
 
 def _forget_quantisation(model: Any) -> None:

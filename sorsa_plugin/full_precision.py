@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from .errors import BaseFilesError, BaseMismatchError
@@ -89,6 +90,11 @@ class FullPrecisionWeights:
             raise BaseFilesError(
                 "The base model does not say where it was loaded from, so its full-precision weights cannot be read. "
                 "Name them in full_precision_base, or give quantize_residual() the weights."
+            )
+        if is_deepspeed_zero3_enabled():  # no model of whole shapes can be made then
+            raise BaseFilesError(
+                "Under DeepSpeed ZeRO 3 residuals cannot be made: the full-precision weights are partitioned as they "
+                "are read. Use DDP, FSDP2 or ZeRO 2, or adapter: sorsa."
             )
         files = BaseFiles(self.source, self.revision)
         files.config.architectures = [self.architecture]  # as the model was loaded, whatever its config.json says

@@ -19,7 +19,7 @@ from torch import nn
 
 from .errors import RankError
 from .factors import SORSAFactors, frozen_as_parameters, not_loaded
-from .fingerprint import check, storage_of
+from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
 from .mergeable import Mergeable
 from .offloading import base_weight_here, refuse_sharded, with_base_weight
@@ -195,7 +195,10 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
             return
         with intact_weight(self):
-            check(factors.fingerprint, self.base_matrix(), config.base_storage, self.storage(), self.name)
+            saved = factors.fingerprint
+            if config.residual_base and not self.quantised:  # of the residual, and this is the full-precision weight
+                saved = saved + fingerprint(factors.initial_matrix())
+            check(saved, self.base_matrix(), config.base_storage, self.storage(), self.name)
         factors.base_checked = True
 
     # -- what PEFT calls --------------------------------------------------------------------------------------------
@@ -261,7 +264,7 @@ def _check_after_load(layer: SORSALayer, incompatible_keys: Any) -> None:
     for name in layer.sorsa_factors:
         factors = layer.factors(name)
         if not factors.base_checked and not factors.pending:
-            if layer.configs[name].residual_base and layer.folded is None:
+            if layer.configs[name].residual_base and layer.quantised and layer.folded is None:
                 settle_loaded(layer, name)
             layer.check_base(name)
     if layer.folded is not None and not layer.merged:

@@ -252,7 +252,7 @@ class SORSAModel(BaseTuner):
             )
             config.fan_in_fan_out = stored_in_out
         layer = layer_class(target, name)
-        if config.residual_base:
+        if config.residual_base and not config.factors_from_file:
             require_quantised(layer)
         return layer
 

@@ -44,7 +44,7 @@ exactly, which PEFT, vLLM, TGI and llama.cpp load. A plain model, with the adapt
 """
 
 RESIDUAL = """ The base stores quantised residuals
-({storage}): load it with that quantisation, or the full-precision model with the LoRA below."""
+({storage}): load it with that quantisation, or the full-precision model{full}."""
 
 
 MERGED = """# Merged SORSA adapter
@@ -69,7 +69,7 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
         update=config.reg_update,
         rank=config.r,
         base=config.base_model_name_or_path or "the base model",
-        storage=RESIDUAL.format(storage=config.base_storage) if config.residual_base else "",
+        storage=_residual(config),
     )
     before, _, earlier = card.text.partition(HEADING)
     after = earlier.partition("\n## ")
@@ -77,6 +77,11 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
     tags = (metadata_load(path) or {}).get("tags") or []  # as written: ModelCardData may split a word into letters
     card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "sorsa"})
     card.save(path)
+
+
+def _residual(config: SORSAConfig) -> str:
+    full = f" (`{config.full_precision_base}`)" if config.full_precision_base else ""
+    return RESIDUAL.format(storage=config.base_storage, full=full) if config.residual_base else ""
 
 
 def _card_of(directory: Path) -> Path | None:

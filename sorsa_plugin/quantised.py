@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .layer import SORSALayer
 
 
-class MergeError(NamedTuple):
+class MergeRounding(NamedTuple):
     """What storing a merged weight again in few bits cost, in Frobenius norms.
 
     Attributes:
@@ -36,7 +36,7 @@ class MergeError(NamedTuple):
     of_change: float
 
     @classmethod
-    def between(cls, stored: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> MergeError:
+    def between(cls, stored: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> MergeRounding:
         """Of a weight `stored` for the one `wanted`, which was `before` without the change; of one shape."""
         lost, change = float((stored - wanted).norm()), float((wanted - before).norm())
         return cls(lost / float(wanted.norm()), lost / change if change else 0.0)
@@ -53,7 +53,7 @@ class SORSAQuantisedLinear(SORSALinear):
     """
 
     quantised = True
-    merge_error: MergeError | None = None
+    merge_error: MergeRounding | None = None
 
     @abstractmethod
     def dequantise(self, stored: nn.Parameter) -> torch.Tensor:
@@ -73,7 +73,7 @@ class SORSAQuantisedLinear(SORSALinear):
     def as_stored(self, weight: torch.Tensor, original: nn.Parameter) -> nn.Parameter:
         """The weight quantised as `original` is; notes what that costs."""
         stored = self.quantise(weight, original)
-        self.merge_error = MergeError.between(self.dequantise(stored), weight, self.in_full(original))
+        self.merge_error = MergeRounding.between(self.dequantise(stored), weight, self.in_full(original))
         return stored
 
     def unmerge(self) -> None:
@@ -81,7 +81,7 @@ class SORSAQuantisedLinear(SORSALinear):
         self.merge_error = None
 
 
-def merge_errors(layers: Iterable[SORSALayer]) -> dict[str, MergeError]:
+def merge_errors(layers: Iterable[SORSALayer]) -> dict[str, MergeRounding]:
     """{layer: what storing its merged weight in few bits cost} of the quantised layers that are merged."""
     found = {layer.name: getattr(layer, "merge_error", None) for layer in layers}
     return {name: error for name, error in found.items() if error is not None}
@@ -94,7 +94,7 @@ def warn_about_rounding(layers: Iterable[SORSALayer]) -> None:
     )
 
 
-def say_rounding(beginning: str, errors: dict[str, MergeError]) -> None:
+def say_rounding(beginning: str, errors: dict[str, MergeRounding]) -> None:
     """Log one line: `beginning`, with the number of layers in it, and the layer whose change suffered most."""
     if errors:
         name, worst = max(errors.items(), key=lambda item: item[1].of_change)

@@ -4,7 +4,8 @@
 
 The largest triplets of W, which a quantised base would round, are in the adapter at fp32; what is rounded is smaller
 (as QPiSSA does it for LoRA, arXiv 2404.02948). It is the folded form of `folding.py` for good: there is no W that could
-be put back, and the base alone is not the model.
+be put back, and the base alone is not the model. A trained adapter also goes on the full-precision model, as any
+other: y = x W^T + (x R) L^T.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def check_request(model: nn.Module, config: SORSAConfig) -> None:
 
 def prepare(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:
     """Let new layers know that their base stores a residual, or from which weights it will be made."""
-    new = [layer for layer in layers if layer.folded is None]
+    new = [layer for layer in layers if layer.folded is None and layer.quantised]
     if mark_of(model):
         for layer in new:
             layer.folded = Folded(adapter_name, None)
@@ -193,16 +194,21 @@ def save_residual(model: PeftModel, directory: str | PathLike[str], adapter_name
             "quantize_residual() or residual_base=True, and unmerge adapters first."
         )
     refuse_occupied(output)
-    base: Any = model.base_model.model
     with appearing_whole(output) as partial:
-        with without_adapters(base):
-            base.save_pretrained(partial)
-        model.save_pretrained(str(partial / ADAPTER), selected_adapters=[adapter_name])
-        folder = partial / ADAPTER if adapter_name == "default" else partial / ADAPTER / adapter_name
-        path = folder / "adapter_config.json"
-        options = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(output)}
-        path.write_text(json.dumps(options, indent=2, sort_keys=True), encoding="utf-8")
+        write_residual(model, partial, output, adapter_name)
     return output
+
+
+def write_residual(model: PeftModel, directory: Path, name: Path, adapter_name: str = "default") -> None:
+    """Write the quantised residual model and its adapter into a directory whose name will be `name`."""
+    base: Any = model.base_model.model
+    with without_adapters(base):
+        base.save_pretrained(directory)
+    model.save_pretrained(str(directory / ADAPTER), selected_adapters=[adapter_name])
+    folder = directory / ADAPTER if adapter_name == "default" else directory / ADAPTER / adapter_name
+    path = folder / "adapter_config.json"
+    options = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(name)}
+    path.write_text(json.dumps(options, indent=2, sort_keys=True), encoding="utf-8")
 
 
 @contextmanager
@@ -225,6 +231,6 @@ def require_quantised(layer: SORSALayer) -> None:
     if not layer.quantised:
         raise BaseMismatchError(
             f"residual_base=True, and {layer.name} ({type(layer.get_base_layer()).__name__}) is not quantised. Load "
-            "the base with a quantization_config, exclude the module, or use adapter: sorsa. A trained adapter is "
-            "served on the full-precision model as a LoRA: export_lora()."
+            "the base with a quantization_config (in Axolotl: load_in_4bit: true), exclude the module, or use "
+            "adapter: sorsa. Only a trained adapter goes on the full-precision model."
         )

@@ -1,4 +1,4 @@
-"""SORSA in Axolotl: `plugins: [sorsa_axolotl.SORSAPlugin]` and `adapter: sorsa` in a recipe.
+"""SORSA in Axolotl: `plugins: [sorsa_axolotl.SORSAPlugin]` and `adapter: sorsa` or `qsorsa` in a recipe.
 
 Axolotl is imported when the plug-in is first used.
 """

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sorsa_plugin.adapters import nearest
 from sorsa_plugin.config import RegSchedule, RegUpdate, SvdMethod
 
-from .recipe import ADAPTER, check_config, merge_with_peft, refuse_unhonoured
+from .recipe import ADAPTERS, check_config, merge_with_peft, refuse_unhonoured
 
 
 class SORSABlock(BaseModel):
@@ -35,6 +35,10 @@ class SORSABlock(BaseModel):
     svd_energy: float | None = Field(
         default=None, description="Share of the best triplets' energy where it stops. Default: 0.998."
     )
+    full_precision_base: str | None = Field(
+        default=None,
+        description="qsorsa only: the checkpoint that residuals are made from. Default: base_model.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -50,9 +54,9 @@ class SORSABlock(BaseModel):
 
 
 class SORSAArgs(BaseModel):
-    """Mixed into Axolotl's schema; checks nothing unless the recipe says `adapter: sorsa`."""
+    """Mixed into Axolotl's schema; checks nothing unless the recipe says `adapter: sorsa` or `qsorsa`."""
 
-    sorsa: SORSABlock | None = Field(default=None, description="Options of `adapter: sorsa`.")
+    sorsa: SORSABlock | None = Field(default=None, description="Options of `adapter: sorsa` and `qsorsa`.")
     lora_exclude_modules: str | list[str] | None = Field(
         default=None,
         description="Modules to leave out. Axolotl's loader reads this key, its schema of 0.19 lacks it and drops it.",
@@ -61,13 +65,13 @@ class SORSAArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_sorsa_keys(cls, recipe: Any) -> Any:
-        if isinstance(recipe, dict) and recipe.get("adapter") == ADAPTER:
+        if isinstance(recipe, dict) and recipe.get("adapter") in ADAPTERS:
             refuse_unhonoured(recipe)
             merge_with_peft(recipe)
         return recipe
 
     @model_validator(mode="after")
     def check_sorsa_values(self) -> SORSAArgs:
-        if getattr(self, "adapter", None) == ADAPTER:
+        if getattr(self, "adapter", None) in ADAPTERS:
             check_config({**self.__dict__, "sorsa": self.sorsa.model_dump(exclude_none=True) if self.sorsa else {}})
         return self

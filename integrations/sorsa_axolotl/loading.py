@@ -13,7 +13,7 @@ from sorsa_plugin import SORSAConfig
 from sorsa_plugin.adapter_files import read_config
 from sorsa_plugin.attachment import say
 
-from .recipe import ADAPTER, make_config
+from .recipe import BLOCK, make_config
 
 REGULARIZER = ("gamma", "reg_update", "reg_schedule")
 """Options that a run which continues an adapter may change."""
@@ -61,7 +61,7 @@ def load_saved(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConf
     directory = Path(cfg.lora_model_dir)
     config = read_config(directory) if directory.is_dir() else SORSAConfig.from_pretrained(cfg.lora_model_dir)
     if trains:
-        _follow(new_config(model, cfg), config, dict(cfg.get(ADAPTER) or {}), cfg.lora_model_dir)
+        _follow(new_config(model, cfg), config, dict(cfg.get(BLOCK) or {}), cfg.lora_model_dir)
     placement = {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}} if cfg.lora_on_cpu else {}
     adapted = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trains, config=config, **placement)
     return adapted, config

@@ -14,11 +14,12 @@ from sorsa_transformers import SORSACallback
 
 from .checkpoints import choose_checkpoint, save_adapter_alone
 from .loading import load, new_config
-from .recipe import ADAPTER, refuse_continued_preferences
+from .quantising import quantise_as_for_lora
+from .recipe import ADAPTERS, refuse_continued_preferences
 
 
 class SORSAPlugin(BasePlugin):
-    """Adds `adapter: sorsa` to Axolotl; does nothing to recipes with another adapter.
+    """Adds `adapter: sorsa` and `adapter: qsorsa` to Axolotl; does nothing to recipes with another adapter.
 
     plugins:
       - sorsa_axolotl.SORSAPlugin
@@ -34,21 +35,22 @@ class SORSAPlugin(BasePlugin):
         """Keeps what the command put into the unparsed configuration: the schema drops `inference`, and the loader is
         not told."""
         self.trains = not (cfg.get("inference") or cfg.get("merge_lora"))
+        quantise_as_for_lora()
 
     def get_input_args(self) -> str:
         return "sorsa_axolotl.args.SORSAArgs"
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
-        return [AdapterCapabilities(name=ADAPTER)]
+        return [AdapterCapabilities(name=name) for name in ADAPTERS]
 
     def pre_model_load(self, cfg: Any) -> None:
-        if cfg.adapter == ADAPTER and self.trains:
+        if cfg.adapter in ADAPTERS and self.trains:
             refuse_continued_preferences(cfg)
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
         """The model with the adapter and its config; with `config_only` (DPO and KTO, whose trainer makes the
         adapter) the config alone."""
-        if cfg.adapter != ADAPTER:
+        if cfg.adapter not in ADAPTERS:
             return None
         if config_only:
             return None, new_config(model, cfg)
@@ -56,14 +58,14 @@ class SORSAPlugin(BasePlugin):
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
         """The regularizer's control and its metrics, in Axolotl's log and every reporter."""
-        return [SORSACallback(trainer)] if cfg.adapter == ADAPTER else []
+        return [SORSACallback(trainer)] if cfg.adapter in ADAPTERS else []
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        if cfg.adapter == ADAPTER:
+        if cfg.adapter in ADAPTERS:
             choose_checkpoint(cfg)
             save_adapter_alone(trainer.model)
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Called before and after the final save: Axolotl writes a model card over the adapter's."""
-        if cfg.adapter == ADAPTER and cfg.local_rank == 0 and (Path(cfg.output_dir) / CONFIG_NAME).is_file():
+        if cfg.adapter in ADAPTERS and cfg.local_rank == 0 and (Path(cfg.output_dir) / CONFIG_NAME).is_file():
             complete_model_card(cfg.output_dir, read_config(Path(cfg.output_dir)))

@@ -8,7 +8,9 @@ from typing import Any
 from sorsa_plugin import SORSAConfig, setup_adapter
 from sorsa_plugin.errors import AdapterOptionsError
 
-ADAPTER = "sorsa"
+ADAPTERS = ("sorsa", "qsorsa")
+BLOCK = "sorsa"
+"""The recipe's block of either adapter's own options."""
 
 HONOURED = (
     "lora_r",
@@ -42,9 +44,7 @@ REFUSED = {
     "loraplus_lr_ratio": "it is a learning rate for lora_B, which SORSA does not have",
     "relora": "ReLoRA merges and restarts LoRA",
     "qlora_sharded_model_loading": "it is for adapter: qlora",
-    "load_in_8bit": "Axolotl quantises for adapter: lora only, and would ignore the line",
-    "load_in_4bit": "Axolotl quantises for adapter: qlora only, and would ignore the line",
-    "gptq": "SORSA needs the singular values of an unquantised base",
+    "gptq": "SORSA needs weights that can be read again, which bitsandbytes' can (load_in_4bit, load_in_8bit)",
     "qat": "the change that SORSA trains would not be quantised with the weight",
     "flash_attn_fuse_mlp": "it replaces the linear layers that are adapted",
     "trl.vllm_lora_sync": "vLLM takes LoRA files only; without the line TRL sends the merged weights",
@@ -53,7 +53,7 @@ REFUSED = {
 
 
 def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
-    """Check the keys of an unparsed recipe with `adapter: sorsa`.
+    """Check the keys of an unparsed recipe with one of our adapters.
 
     Raises:
         AdapterOptionsError: there are lines that SORSA cannot honour, all of which are named; or it is inference
@@ -73,7 +73,7 @@ def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
     if (recipe.get("fsdp") or recipe.get("fsdp_config")) and str(_fsdp_version(recipe)) != "2":
         lines.append(f"fsdp_version is {_fsdp_version(recipe)}: FSDP1 is not supported. Set fsdp_version: 2.")
     if lines:
-        raise AdapterOptionsError("adapter: sorsa cannot honour this recipe.\n" + "\n".join(lines))
+        raise AdapterOptionsError(f"adapter: {recipe['adapter']} cannot honour this recipe.\n" + "\n".join(lines))
 
 
 def refuse_continued_preferences(recipe: Mapping[str, Any]) -> None:
@@ -139,9 +139,9 @@ def make_config(recipe: Mapping[str, Any], linear_names: list[str], task_type: s
                 "beside lora_target_linear. Delete one of the two lines."
             )
         options["lora_target_modules"] = sorted({*listed, *linear_names})
-    options[ADAPTER] = dict(recipe.get(ADAPTER) or {})
-    options[ADAPTER] |= {field: True for key, field in OWN.items() if recipe.get(key)}
-    config = setup_adapter({**options, "adapter": ADAPTER, "task_type": task_type}).peft_config
+    own = dict(recipe.get(BLOCK) or {}) | {field: True for key, field in OWN.items() if recipe.get(key)}
+    adapter = recipe["adapter"]
+    config = setup_adapter({**options, "adapter": adapter, adapter: own, "task_type": task_type}).peft_config
     assert isinstance(config, SORSAConfig)
     return config
 

@@ -27,12 +27,17 @@ def init(
     task_type: options.TaskType = "CAUSAL_LM",
     dtype: options.Dtype = None,
     revision: options.Revision = None,
+    quantize: str | None = typer.Option(
+        None, help="nf4, fp4 or int8: write the quantised residual model too (QSORSA), with the adapter in a folder."
+    ),
 ) -> None:
     """Write an untrained, complete adapter, so that training starts without any factorisation.
 
-    Weights are read and factorised one at a time. Interrupted, the same command continues where it stopped.
+    Weights are read and factorised one at a time. Interrupted, the same command continues where it stopped (with
+    --quantize: begins anew).
     """
     from ..initial_adapter import init_adapter
+    from ..initial_residual import init_residual
 
     config = options.sorsa_config(
         rank,
@@ -50,6 +55,20 @@ def init(
         reg_schedule=reg_schedule,
         sorsa_dropout=sorsa_dropout,
     )
+    if quantize is not None:
+        made = init_residual(
+            model, output, config, quantize=quantize, dtype=options.torch_dtype(dtype), revision=revision
+        )
+        plain, residual = made.rounding
+        typer.echo(
+            f"Quantised residual model ({quantize}) and adapter of {len(made.layers)} layers, "
+            f"{made.trainable_parameters:,} trainable parameters, in {made.output}: {size(made.bytes)}. The weights' "
+            f"mean relative error is {residual:.3g}, and {plain:.3g} in plain {quantize}."
+        )
+        typer.echo(
+            f'Start with that model as base: PeftModel.from_pretrained(base, "{made.adapter}", is_trainable=True).'
+        )
+        return
     report = init_adapter(model, output, config, dtype=options.torch_dtype(dtype), revision=revision)
     kept = f" ({report.resumed} from an interrupted run)" if report.resumed else ""
     typer.echo(

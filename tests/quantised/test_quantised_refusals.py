@@ -27,6 +27,16 @@ def with_8_bit_activations() -> nn.Module:
     return model[0]
 
 
+def of_4_bit_integers() -> nn.Module:
+    """torchao's for CPUs: it cannot be read back, and its product has no gradient."""
+    int4 = pytest.importorskip("torchao.prototype.quantization.int4")
+    from torchao.quantization import quantize_
+
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    quantize_(model, int4.PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False))
+    return model[0]
+
+
 def of_8_bit_floats() -> nn.Module:
     layer = nn.Linear(IN, OUT)
     layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
@@ -42,7 +52,9 @@ def with_trained_weights() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "make", [with_8_bit_activations, of_8_bit_floats, not_quantised_yet, with_trained_weights], ids=lambda f: f.__name__
+    "make",
+    [with_8_bit_activations, of_4_bit_integers, of_8_bit_floats, not_quantised_yet, with_trained_weights],
+    ids=lambda make: make.__name__,
 )
 def test_other_quantised_linears_are_refused_by_name(make: Any) -> None:
     layer = make()

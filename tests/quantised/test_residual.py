@@ -26,7 +26,7 @@ from quantised_bases import (
 from support import ROUNDOFF, adapt, assert_same_tensors, inputs, make_base, only_layer, perturb
 from transformers import AutoModelForCausalLM
 
-from sorsa_plugin import SORSAConfig, export_lora, merge_and_dequantize, quantize_residual, save_residual
+from sorsa_plugin import SORSAConfig, export_lora, merge_adapter, merge_and_dequantize, quantize_residual, save_residual
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, FoldError, OutputExistsError, SORSAConfigError
 from sorsa_plugin.full_precision import full_precision_weights
 from sorsa_plugin.regularizer import sorsa_layers
@@ -359,6 +359,43 @@ def test_an_adapter_of_a_residual_is_exported_for_the_full_model(
     lora = PeftModel.from_pretrained(full, tmp_path / "lora").merge_and_unload()
     for name, expected in changed.items():
         torch.testing.assert_close(lora.get_submodule(name).weight.data, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_trained_adapter_of_a_residual_goes_on_the_full_model(
+    llama: str, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    """There it is an adapter as any other: W + L R^T, with the fingerprint of W checked."""
+    model = get_peft_model(load_llama(llama), config())
+    perturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    weights = {layer.name: layer.get_delta_weight("default").detach() for layer in sorsa_layers(model)}
+    full = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    expected = {name: full.get_submodule(name).weight.detach() + change for name, change in weights.items()}
+    loaded = PeftModel.from_pretrained(full, tmp_path / "adapter").eval()
+    changed = loaded(tokens).logits
+    loaded.save_pretrained(tmp_path / "again")
+    merged = loaded.merge_and_unload()
+    assert not hasattr(merged.config, "sorsa_residual")
+    for name, weight in expected.items():
+        assert torch.equal(merged.get_submodule(name).weight, weight), name
+    # another order of the same sums in fp32; what a single wrong layer does is some hundred times as much
+    torch.testing.assert_close(merged(tokens).logits, changed, rtol=1e-4, atol=1e-4)
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), tmp_path / "again"
+    )
+    assert torch.equal(again.eval()(tokens).logits, changed)
+    anew = PeftModel.from_pretrained(load_llama(llama), tmp_path / "again")
+    assert torch.equal(anew.eval()(tokens).logits, model.eval()(tokens).logits)
+
+    report = merge_adapter(llama, tmp_path / "adapter", tmp_path / "merged")
+    assert len(report.merged) == len(expected)
+    files = AutoModelForCausalLM.from_pretrained(report.output, dtype=torch.float32)
+    for name, weight in expected.items():
+        assert torch.equal(files.get_submodule(name).weight, weight.bfloat16().float()), name
+
+    other = AutoModelForCausalLM.from_pretrained(save_llama(tmp_path / "other", seed=1), dtype=torch.float32)
+    with pytest.raises(BaseMismatchError, match="was not trained on this base model"):
+        PeftModel.from_pretrained(other, tmp_path / "adapter")
 
 
 def test_merged_a_residual_model_is_ordinary_again(llama: str, tokens: torch.Tensor, tmp_path: Path) -> None:

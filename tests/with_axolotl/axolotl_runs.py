@@ -168,6 +168,24 @@ def assert_the_same_end(run: Run, whole: Run, start: int) -> None:
         assert {step: value for step, value in run.logged(key).items() if step > start} == expected
 
 
+def assert_the_change_was_added(merged: Any, run: Run) -> None:
+    """That a model in fp32 has the base's weights, plus U S V^T - U0 S0 V0^T where the run adapted them."""
+    factors = {name: tensor.double() for name, tensor in run.adapter.items()}
+    weights = merged.state_dict()
+    for name, weight in base_model().state_dict().items():
+        prefix = f"base_model.model.{name.removesuffix('.weight')}.sorsa_factors"
+        if f"{prefix}.dU" not in factors:
+            assert torch.equal(weights[name], weight)
+            continue
+        U0, S0, V0, dU, dS, dV = (factors[f"{prefix}.{part}"] for part in ("U0", "S0", "V0", "dU", "dS", "dV"))
+        change = (U0 + dU) * (S0 + dS) @ (V0 + dV).T - U0 * S0 @ V0.T
+        assert change.abs().max() > 1e-3
+        # fp32: each entry of the change is a sum of 2 x 8 products of rounded terms (a few eps of their size, at most
+        # max(S) as U and V have unit columns), and one rounding of the sum
+        tolerance = torch.finfo(torch.float32).eps * (16 * S0.max() + weight.abs().max())
+        torch.testing.assert_close(weights[name].double(), weight.double() + change, rtol=0, atol=float(tolerance))
+
+
 def environment(*path: Path) -> dict[str, str]:
     places = os.pathsep.join(map(str, [*path, HERE]))
     commands = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # Axolotl starts `torchrun`

@@ -10,7 +10,17 @@ import torch
 
 pytest.importorskip("axolotl")
 
-from axolotl_runs import GSM8K, SORSA_RECIPE, Run, axolotl, base_logits, base_model, plain_peft_logits, recipe, trained
+from axolotl_runs import (
+    GSM8K,
+    SORSA_RECIPE,
+    Run,
+    assert_the_change_was_added,
+    axolotl,
+    base_logits,
+    plain_peft_logits,
+    recipe,
+    trained,
+)
 from probe_plugin import INPUT_IDS
 
 pytestmark = pytest.mark.axolotl
@@ -22,20 +32,7 @@ def test_merge_lora_writes_the_base_weights_plus_the_change(sorsa_run: Run) -> N
     run = axolotl("merge-lora", SORSA_RECIPE, sorsa_run.output)
     assert run.returncode == 0, run.log[-4000:]
     merged = AutoModelForCausalLM.from_pretrained(sorsa_run.output / "merged", dtype=torch.float32)
-    factors = {name: tensor.double() for name, tensor in sorsa_run.adapter.items()}
-    weights = merged.state_dict()
-    for name, weight in base_model().state_dict().items():
-        prefix = f"base_model.model.{name.removesuffix('.weight')}.sorsa_factors"
-        if f"{prefix}.dU" not in factors:
-            assert torch.equal(weights[name], weight)
-            continue
-        U0, S0, V0, dU, dS, dV = (factors[f"{prefix}.{part}"] for part in ("U0", "S0", "V0", "dU", "dS", "dV"))
-        change = (U0 + dU) * (S0 + dS) @ (V0 + dV).T - U0 * S0 @ V0.T
-        assert change.abs().max() > 1e-3
-        # fp32: each entry of the change is a sum of 2 x 8 products of rounded terms (a few eps of their size, at most
-        # max(S) as U and V have unit columns), and one rounding of the sum
-        tolerance = torch.finfo(torch.float32).eps * (16 * S0.max() + weight.abs().max())
-        torch.testing.assert_close(weights[name].double(), weight.double() + change, rtol=0, atol=float(tolerance))
+    assert_the_change_was_added(merged, sorsa_run)
     with torch.no_grad():
         logits = merged.eval()(input_ids=INPUT_IDS).logits
     # another order of the same sums through four layers; a model left unmerged is off by whole units

@@ -64,14 +64,18 @@ def test_axolotl_accepts_the_recipe(name: str) -> None:
         cfg = validate_config(cfg, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})
     finally:
         PluginManager.get_instance().plugins.clear()
-    assert cfg.adapter == "sorsa"
+    assert cfg.adapter == ("qsorsa" if "4bit" in name else "sorsa")
     assert cfg.sorsa.gamma == 4e-4
     if deepspeed:
         assert (ROOT / cfg.deepspeed).is_file()
     if sharded:
         assert cfg.fsdp_version == 2
         assert cfg.fsdp_config.transformer_layer_cls_to_wrap
-    lora = DictDefault(yaml.safe_load(text.replace("adapter: sorsa", "adapter: lora") + "lora_alpha: 16\n"))
+    lora = DictDefault(
+        yaml.safe_load(
+            text.replace("adapter: sorsa", "adapter: lora").replace("qsorsa #", "qlora #") + "lora_alpha: 16\n"
+        )
+    )
     prepare_plugins(lora)
     try:
         assert validate_config(lora, capabilities=capabilities, env_capabilities={"torch_version": "2.13.0"})

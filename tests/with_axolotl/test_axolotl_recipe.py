@@ -62,8 +62,6 @@ ASKING: dict[str, Any] = {
     "loraplus_lr_ratio": 16,
     "relora": True,
     "qlora_sharded_model_loading": True,
-    "load_in_8bit": True,
-    "load_in_4bit": True,
     "gptq": True,
     "qat": {"weight_dtype": "int8"},
     "flash_attn_fuse_mlp": True,
@@ -87,9 +85,9 @@ def test_a_key_that_sorsa_cannot_honour_is_refused_by_name_with_the_reason(key: 
 
 
 def test_all_refused_lines_are_named_at_once() -> None:
-    message = refusal(peft_use_dora=True, load_in_4bit=True)
+    message = refusal(peft_use_dora=True, relora=True)
     assert "Delete the line peft_use_dora." in message
-    assert "Delete the line load_in_4bit." in message
+    assert "Delete the line relora." in message
 
 
 def test_the_same_keys_mean_nothing_to_us_in_a_recipe_for_lora() -> None:
@@ -101,6 +99,8 @@ def test_the_same_keys_mean_nothing_to_us_in_a_recipe_for_lora() -> None:
 
 def test_keys_that_are_off_or_lora_defaults_pass() -> None:
     validated(peft_use_dora=False, peft_init_lora_weights=True, lora_mlp_kernel=False, load_in_8bit=False)
+    validated(load_in_4bit=True)
+    validated(load_in_8bit=True, adapter="qsorsa")
 
 
 @pytest.mark.parametrize("rl", ["dpo", "ipo", "kto"])
@@ -203,6 +203,14 @@ def test_every_key_of_the_recipe_reaches_the_config() -> None:
         "2.self_attn.q_proj",
         "2.mlp.up_proj",
     }
+
+
+def test_qsorsa_is_sorsa_on_residuals_with_the_same_block() -> None:
+    cfg = validated(adapter="qsorsa", load_in_4bit=True, sorsa={"gamma": 1e-3, "full_precision_base": "elsewhere"})
+    _, config = SORSAPlugin().load_adapter(base_model(), cfg, config_only=True)
+    assert (config.residual_base, config.full_precision_base, config.gamma) == (True, "elsewhere", 1e-3)
+    assert "adapter: qsorsa cannot honour this recipe" in refusal(adapter="qsorsa", peft_use_dora=True)
+    assert "without residual_base=True, which alone reads it" in refusal(sorsa={"full_precision_base": "elsewhere"})
 
 
 def test_lora_target_linear_joins_the_listed_modules_as_it_does_for_lora() -> None:

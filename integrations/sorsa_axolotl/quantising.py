@@ -1,0 +1,41 @@
+"""Has Axolotl quantise the base model for this package's adapters as it does for LoRA's.
+
+Axolotl 0.19 quantises by name: in 4 bits for `adapter: qlora`, in 8 for `adapter: lora`; nothing else is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from axolotl.loaders.model import ModelLoader
+
+from .recipe import ADAPTERS
+
+BY_NAME = ("_set_quantization_config", "_prepare_model_for_quantization")
+"""Methods of Axolotl's loader that ask for the adapter's name: what is quantised, and what is cast for training."""
+
+
+def quantise_as_for_lora() -> None:
+    """Let the loader take recipes with our adapters and load_in_4bit or load_in_8bit for qlora's and lora's there."""
+    for name in BY_NAME:
+        method = getattr(ModelLoader, name)
+        if not getattr(method, "knows_sorsa", False):
+            setattr(ModelLoader, name, _under_a_known_name(method))
+
+
+def _under_a_known_name(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def call(loader: Any, *args: Any, **kwargs: Any) -> Any:
+        cfg, name = loader.cfg, loader.cfg.adapter
+        if name not in ADAPTERS or not (cfg.load_in_4bit or cfg.load_in_8bit):
+            return method(loader, *args, **kwargs)
+        cfg.adapter = "qlora" if cfg.load_in_4bit else "lora"
+        try:
+            return method(loader, *args, **kwargs)
+        finally:
+            cfg.adapter = name
+
+    call.knows_sorsa = True  # type: ignore[attr-defined]
+    return call
