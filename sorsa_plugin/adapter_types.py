@@ -47,7 +47,7 @@ def build_config(
     Raises:
         AdapterOptionsError: the class has no such field, two values disagree, or it refuses a value.
     """
-    from .attachment import say
+    from .saying import say
 
     names, fixed, adapter = names or {}, fixed or {}, options.adapter
     fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in NOT_OPTIONS]
@@ -109,7 +109,7 @@ def _miss(options: AdapterOptions) -> AdapterSetup:
 
 
 def _full(options: AdapterOptions) -> AdapterSetup:
-    from .attachment import say
+    from .saying import say
 
     if options.own:
         raise AdapterOptionsError(f"full fine-tuning has no options of its own; got {', '.join(options.own)}.")

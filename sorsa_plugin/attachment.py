@@ -10,7 +10,6 @@ live in it is the engine's answer (`engines.py`).
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -38,8 +37,7 @@ from .regularizer import (
     trainable_factors,
     trained_adapters,
 )
-
-logger = logging.getLogger(__name__)
+from .saying import say
 
 ADVISED_LR = 1e-4
 
@@ -307,9 +305,3 @@ def _require_fp32(layers: list[Any], engine: Engine) -> None:
             "expected fp32, which small learning rates need. Pass SORSACallback() to the trainer, or cast them back "
             "before the optimizer takes its first step."
         )
-
-
-def say(message: str, *values: Any) -> None:
-    """Log one line for the user, from one process of a run."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank()):
-        logger.warning(message, *values)

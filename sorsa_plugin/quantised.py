@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from .attachment import say
 from .folding import with_removed
 from .layers.linear import SORSALinear
+from .saying import say
 
 if TYPE_CHECKING:
     from torch import nn

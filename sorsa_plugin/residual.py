@@ -23,7 +23,6 @@ from peft import get_peft_model
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .attachment import say
 from .config import SORSAConfig
 from .decomposition import factorise
 from .errors import BaseMismatchError, FoldError
@@ -33,6 +32,7 @@ from .full_precision import FullPrecisionWeights, Source, full_precision_weights
 from .layer import SORSALayer
 from .outputs import appearing_whole, refuse_occupied
 from .regularizer import sorsa_layers
+from .saying import say
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .attachment import attach_layers, attachments, say
+from .attachment import attach_layers, attachments
 from .engines import Engine, groups_by_parameter
 from .errors import AttachError
 from .layer import live_layers
 from .plugins import manager
 from .regularizer import trainable_factors
+from .saying import say
 
 _watching = False
 

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sorsa_plugin.attachment import say
 from sorsa_plugin.errors import IncompleteAdapterError
 from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.saying import say
 from sorsa_transformers.checkpoints import is_complete, last_complete_checkpoint
 
 IN_SHARDS = "Set state_dict_type: SHARDED_STATE_DICT and final_state_dict_type: FULL_STATE_DICT in fsdp_config."

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.adapter_files import read_config
-from sorsa_plugin.attachment import say
+from sorsa_plugin.saying import say
 
 from .recipe import BLOCK, make_config
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sorsa_plugin import setup_adapter
-from sorsa_plugin.attachment import say
 from sorsa_plugin.errors import AdapterOptionsError, SORSAError
+from sorsa_plugin.saying import say
 from sorsa_transformers.checkpoints import is_complete, last_complete_checkpoint
 
 from .data import load_data, split
