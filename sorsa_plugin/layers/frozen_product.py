@@ -22,16 +22,14 @@ ENGINES = ("ds_id", "_is_fsdp_flattened")
 
 def is_frozen_product(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether base(x) is x W^T + b and no more, with a gradient for x alone, in the dtype of x."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or type(base) not in KINDS:
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or type(base) not in KINDS:
         return False
-    tensors = [x, base.weight] if base.bias is None else [x, base.weight, base.bias]
+    if "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS) or _has_any_global_hook():
+        return False
+    # after the hooks, which ZeRO 3 has on every module: it gathers a weight that somebody looks at
+    tensors = [base.weight] if base.bias is None else [base.weight, base.bias]
+    if any(hasattr(base.weight, engine) for engine in ENGINES) or any(tensor.requires_grad for tensor in tensors):
+        return False
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return (
-        [tensor.requires_grad for tensor in tensors] == [True, False, False][: len(tensors)]
-        and all(type(tensor) in PLAIN and tensor.dtype == dtype for tensor in tensors)
-        and not any(getattr(base, hooks) for hooks in HOOKS)
-        and not any(hasattr(base.weight, engine) for engine in ENGINES)
-        and "forward" not in vars(base)
-        and not _has_any_global_hook()
-    )
+    return all(type(tensor) in PLAIN and tensor.dtype == dtype for tensor in (x, *tensors))
