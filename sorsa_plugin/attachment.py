@@ -244,9 +244,13 @@ def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> A
         SORSAConfigError: gamma cannot be honoured.
         AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
             the adapters ask for different regularizers.
+
+    From then on a step whose gradients are not finite raises NonFiniteGradientError; see `nonfinite.py`.
     """
     factors = model_factors(model)
-    return attach_layers(sorsa_layers(model), find_engine(factors, optimizer), gamma)
+    attachment = attach_layers(sorsa_layers(model), find_engine(factors, optimizer), gamma)
+    attachment.watch.stops = True
+    return attachment
 
 
 def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Attachment:

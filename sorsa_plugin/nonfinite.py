@@ -20,9 +20,12 @@ from torch import distributed
 
 from .engines import Share
 from .errors import NonFiniteGradientError
+from .saying import say
 
 if TYPE_CHECKING:
     from .regularizer import Adapter
+
+LOST = "is taken, and the factors are lost"
 
 PATIENCE = timedelta(seconds=10)
 """How long a process that found a bad gradient waits for what each of the others says about its own."""
@@ -47,9 +50,16 @@ class Norms(NamedTuple):
 
 
 class GradientWatch:
-    """Raises at the first optimizer step whose gradients are not finite; on a GPU, as the next one begins."""
+    """Notices the first optimizer step whose gradients are not finite; on a GPU, as the next one begins.
+
+    Attributes:
+        stops: whether it raises, as it does where somebody attached the regularizer; a loop that did not ask is told.
+        over: whether it was told, after which nothing is looked at.
+    """
 
     def __init__(self) -> None:
+        self.stops = False
+        self.over = False
         self._pending: list[Norms] = []
 
     @torch.no_grad()
@@ -61,7 +71,7 @@ class GradientWatch:
         """
         self.settle()
         present = [share for share in shares if share.gradient is not None and share.gradient.numel()]
-        if not present:
+        if self.over or not present:
             return
         gradients: list[Any] = [share.gradient for share in present]
         by_device: dict[torch.device, list[int]] = {}
@@ -89,8 +99,12 @@ class GradientWatch:
         for norms in pending:
             if norms.arrived is not None:
                 norms.arrived.synchronize()
-            if not torch.isfinite(norms.values).all():
-                raise NonFiniteGradientError(_explain(norms))
+            if self.over or torch.isfinite(norms.values).all():
+                continue
+            if self.stops:
+                raise NonFiniteGradientError(_explain(norms, "was not taken" if norms.arrived is None else LOST))
+            self.over = True
+            say("%s", _explain(norms, LOST))
 
 
 def own_gradients(adapters: Iterable[Adapter]) -> dict[str, torch.Tensor]:
@@ -123,12 +137,11 @@ def origin(own: dict[str, torch.Tensor], occasion: str) -> str:
     return "The layers kept no gradients of their own (compiled models keep none): look at the batches."
 
 
-def _explain(norms: Norms) -> str:
+def _explain(norms: Norms, outcome: str) -> str:
     bad = [name for name, value in zip(norms.names, norms.values.tolist(), strict=True) if not _finite(value)]
-    taken = "was taken, and the factors are lost" if norms.arrived is not None else "was not taken"
     return (
         f"The gradient of {len(bad)} of {len(norms.names)} SORSA factors is not finite in optimizer step {norms.step}, "
-        f"the first of them {bad[0]}; the step {taken}. {origin(norms.own, f'step {norms.step}')} Then lower the "
+        f"the first of them {bad[0]}; the step {outcome}. {origin(norms.own, f'step {norms.step}')} Then lower the "
         "learning rate or leave the batch out, and resume from last_complete_checkpoint(output_dir)."
     )
 

@@ -66,7 +66,8 @@ def quantize_residual(model: nn.Module, config: SORSAConfig, weights: Source | N
 
 def mark_of(model: Any) -> dict[str, Any] | None:
     """What a model's config says about its weights being residuals; None: they are not, or it has no config."""
-    return getattr(getattr(model, "config", None), MARK, None)
+    found = getattr(getattr(model, "config", None), MARK, None)
+    return found if isinstance(found, dict) else None
 
 
 def forget_mark(model: Any) -> None:
