@@ -16,7 +16,7 @@ from peft import (
     OFTConfig,
     PeftModel,
     PromptTuningConfig,
-    VeraConfig,
+    RandLoraConfig,
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
@@ -214,9 +214,11 @@ def test_another_models_weights_are_named_errors(tmp_path):
 
 
 def test_adapters_that_cannot_be_read_layer_by_layer_are_refused(tmp_path):
-    save(tmp_path, tiny_llama, VeraConfig(r=3, target_modules=["q_proj"], save_projection=True))
+    save(tmp_path, tiny_llama, RandLoraConfig(r=3, target_modules=["q_proj"], save_projection=True))
     base = BaseWeights(tmp_path / "base")
-    with pytest.raises(ForeignAdapterError, match=r"base_model\.vera_A.*layers share tensors: then merge it with PEFT"):
+    with pytest.raises(
+        ForeignAdapterError, match=r"base_model\.randlora_.*layers share tensors: then merge it with PEFT"
+    ):
         open_trained(tmp_path / "adapter", base)
     prompt = get_peft_model(tiny_llama(), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     prompt.save_pretrained(tmp_path / "prompt")
