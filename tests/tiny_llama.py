@@ -6,13 +6,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2) -> LlamaForCausalLM:
+def tiny_llama(
+    dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2, hidden: int = 32, intermediate: int = 48
+) -> LlamaForCausalLM:
     """A random Llama with all seven projections, tall, wide and square."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -76,20 +76,9 @@ def engine_arguments(engine: str, *, ram_efficient: bool = False, zero: dict[str
 
 def build_model(layers: int = 2) -> torch.nn.Module:
     """A Llama whose partitions fall in the middle of rows: some of its factors have 49 rows."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny_llama import tiny_llama
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=49,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(layers=layers, intermediate=49).train()
 
 
 def load_quantised(directory: Path) -> torch.nn.Module:
@@ -98,11 +87,6 @@ def load_quantised(directory: Path) -> torch.nn.Module:
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32)
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.float32)
-
-
-def build_data(count: int = 32) -> list[dict[str, torch.Tensor]]:
-    ids = torch.randint(1, 64, (count, 9), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": row, "labels": row} for row in ids]
 
 
 def perturb(model: torch.nn.Module, to_bf16: bool = False) -> None:

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 import torch
-from engines import ENGINES, build_data, engine_arguments, leave, prepare
+from engines import ENGINES, engine_arguments, leave, prepare
+from tiny_llama import token_batches
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -95,7 +96,7 @@ def main() -> None:
     if world > 1:
         everyone = [None] * world
         torch.distributed.all_gather_object(everyone, mine)
-    trainer = Trainer(model, arguments, train_dataset=build_data(), callbacks=[SORSACallback()])
+    trainer = Trainer(model, arguments, train_dataset=token_batches(32), callbacks=[SORSACallback()])
     trainer.train()
     checked = [layer.factors("default").base_checked for layer in sorsa_layers(trainer.model)]
     trainer.save_model(str(options.output / "adapter"))

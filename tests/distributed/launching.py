@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 HERE = Path(__file__).parent
 ANNOUNCED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 def environment() -> dict[str, str]:
-    """This process's, less what a launcher announced in it."""
+    """This process's, less what a launcher announced in it; the helpers of all tests can be imported."""
     kept = {key: value for key, value in os.environ.items() if key not in ANNOUNCED}
-    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    helpers = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
+    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": helpers}
 
 
 def start(script: str, processes: int, *options: str) -> subprocess.Popen[str]:
@@ -30,9 +33,10 @@ def run(script: str, processes: int, *options: str, timeout: float = 400, fails:
     worker = start(script, processes, *options)
     try:
         printed, _ = worker.communicate(timeout=timeout)
-    finally:
-        worker.kill()  # torchrun takes its processes along
-        worker.wait()
+    except subprocess.TimeoutExpired:
+        worker.terminate()  # not kill: torchrun has to take its processes along
+        printed, _ = worker.communicate()
+        pytest.fail(f"{script} went on for {timeout} s and was stopped. It had printed:\n{printed[-8000:]}")
     assert (worker.returncode != 0) == fails, printed[-8000:]
     return printed
 

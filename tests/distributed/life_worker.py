@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import ENGINES, build_data, build_model, engine_arguments, leave, perturb, prepare
+from engines import ENGINES, build_model, engine_arguments, leave, perturb, prepare
+from tiny_llama import token_batches
 from transformers import TrainerCallback
 
 STEPS = 6
@@ -100,7 +101,7 @@ def make_trainer(engine: str, output: Path) -> Any:
     )
     model = get_peft_model(build_model(), config)
     perturb(model)
-    return Trainer(model, arguments, train_dataset=build_data(), callbacks=[SORSACallback()])
+    return Trainer(model, arguments, train_dataset=token_batches(32), callbacks=[SORSACallback()])
 
 
 def refusal(action: Any) -> str:

@@ -12,7 +12,8 @@ import signal
 from pathlib import Path
 
 import torch
-from engines import ENGINES, build_data, build_model, engine_arguments, leave, perturb, prepare
+from engines import ENGINES, build_model, engine_arguments, leave, perturb, prepare
+from tiny_llama import token_batches
 from transformers import TrainerCallback
 
 
@@ -84,7 +85,7 @@ def main() -> None:
     model = get_peft_model(build_model(), config)
     perturb(model, to_bf16=options.bf16)
     callbacks = [SORSACallback(), *([Dies(options.die_at)] if options.die_at else [])]
-    trainer = Trainer(model, arguments, train_dataset=build_data(96), callbacks=callbacks)
+    trainer = Trainer(model, arguments, train_dataset=token_batches(96), callbacks=callbacks)
     checkpoint = last_complete_checkpoint(arguments.output_dir) if options.resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if options.state_dict:  # as transformers' examples do: with sharded state dicts the trainer saves no model

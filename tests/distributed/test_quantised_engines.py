@@ -8,7 +8,7 @@ import pytest
 import torch
 from launching import report, run
 from test_engines import CLASSES, FP32, adapter
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_llama import tiny_llama
 
 pytestmark = pytest.mark.distributed
 
@@ -19,19 +19,8 @@ KINDS = ["coupled", "residual"]
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Llama whose rows fit bitsandbytes' blocks of 64: its CPU kernels misread shorter ones."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
     directory = tmp_path_factory.mktemp("base")
-    LlamaForCausalLM(config).save_pretrained(directory)
+    tiny_llama(hidden=64, intermediate=128).save_pretrained(directory)
     return str(directory)
 
 

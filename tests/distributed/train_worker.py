@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import ENGINES, build_data, build_model, engine_arguments, leave, load_quantised, perturb, prepare
+from engines import ENGINES, build_model, engine_arguments, leave, load_quantised, perturb, prepare
+from tiny_llama import token_batches
 
 GAMMA = 0.05
 STEPS = 30
@@ -81,7 +82,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=build_data(),
+        train_dataset=token_batches(32),
         callbacks=[SORSACallback()] if attached else [],
     )
     if groups:  # an optimizer passed as an argument is not what the Trainer gives to DeepSpeed

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from support import OneLayer
+from tiny_llama import tiny_llama
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 OUT, IN = 64, 128
 """Multiples of bitsandbytes' block, and of the 32 rows that its CPU kernel wants."""
@@ -122,18 +123,7 @@ def rounding_bound(kind: str, weight: torch.Tensor) -> torch.Tensor:
 
 def save_llama(directory: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> str:
     """A random Llama whose projections fit the blocks, saved in full precision."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(directory)
+    tiny_llama(dtype, seed, hidden=64, intermediate=128).save_pretrained(directory)
     return str(directory)
 
 
