@@ -36,10 +36,10 @@ test-slow: $(VENV)/tests  ## the wheel in a clean environment, the quickstart, r
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow and not axolotl" $(ARGS)
 
 test-peft: $(VENV)/tests  ## PEFT's own test suite for SORSAConfig, on the latest versions
-	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py -n 2 $(ARGS)
 
 test-peft-oldest: $(OLDEST)/tests  ## the same on the oldest supported versions
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py -n 2 $(ARGS)
 
 support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the results of tests; failures are written there
 	mkdir -p $(RESULTS)

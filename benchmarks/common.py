@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -82,11 +83,13 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def interleave(functions: dict[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, all functions in turn in every repeat, so that a slow minute slows them alike."""
+    """Seconds of each call: all functions in every repeat, so that a slow minute slows them alike, in a new order each
+    time, so that none always finds the caches and the heap as the same other one left them."""
     times: dict[str, list[float]] = {name: [] for name in functions}
+    order = random.Random(0)
     for repeat in range(-warmup, repeats):
-        for name, function in functions.items():
-            seconds = timed(function)
+        for name in order.sample(list(functions), len(functions)):
+            seconds = timed(functions[name])
             if repeat >= 0:
                 times[name].append(seconds)
     return times

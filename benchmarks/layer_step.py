@@ -1,6 +1,6 @@
 """One training step of an adapted linear layer, beside its peers, as a ratio to the frozen layer alone.
 
-    python benchmarks/layer_step.py [--device cuda] [--repeats 20]
+    python benchmarks/layer_step.py [--device cuda] [--repeats 60]
 
 The floor is the frozen base's forward and its gradient with respect to the input. Arithmetic limits over it:
 1 + 5 r/d for SORSA, 1 + 3 r/d folded and for LoRA. On an accelerator bf16 under autocast, with the width of
@@ -44,7 +44,7 @@ def one_layer(width: int, rank: int, tokens: int, options: Any, peers: Any = PEE
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=20).parse_args()
+    options = arguments(__doc__, repeats=60).parse_args()
     shapes = SHAPES if options.device == "cpu" else SHAPES + LARGE
     rows = [one_layer(*shape, options) for shape in shapes]
     mean = {name: over_lora(rows, name) for name in PEERS}

@@ -122,11 +122,13 @@ def _from_pretrained(auto: type, name: str) -> Any:
 
 @cache
 def _saved(hub_id: str, auto_name: str) -> str:
-    """The directory of a stand-in, made where it is not there yet."""
-    directory = Path(os.environ["PEFT_CONFORMANCE_MODELS"]) / hub_id.replace("/", "--") / auto_name
+    """The directory of a stand-in, made where it is not there yet; each of several pytest processes has its own."""
+    process = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    directory = Path(os.environ["PEFT_CONFORMANCE_MODELS"]) / process / hub_id.replace("/", "--") / auto_name
     if not (directory / "config.json").exists():
         name, options = MODELS[hub_id]
         config: PreTrainedConfig = getattr(transformers, name)(**options)
-        torch.manual_seed(0)
-        getattr(transformers, auto_name).from_config(config).save_pretrained(directory)
+        with torch.random.fork_rng():  # tests seed before they load, and load twice
+            torch.manual_seed(0)
+            getattr(transformers, auto_name).from_config(config).save_pretrained(directory)
     return str(directory)
