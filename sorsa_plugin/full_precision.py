@@ -61,11 +61,12 @@ class FullPrecisionWeights:
                 f"{name} has a weight of shape {tuple(W.shape)} in {self._where()}; the quantised base has "
                 f"{tuple(rounded.shape)}. Give the full-precision checkpoint that the base was quantised from."
             )
-        distance = float((W - rounded).norm() / W.norm())
-        if not distance <= MOST_ROUNDING:
+        size = W.norm()
+        error = (W - rounded).norm()
+        if not error <= MOST_ROUNDING * size:  # no quotient: a weight of zeros is quantised from one
             raise BaseMismatchError(
-                f"The weight of {name} in {self._where()} differs by {distance:.2g} (relative) from the quantised "
-                f"base's; expected at most {MOST_ROUNDING:g}, what few bits explain. Give the full-precision "
+                f"The weight of {name} in {self._where()} differs by {float(error / size):.2g} (relative) from the "
+                f"quantised base's; expected at most {MOST_ROUNDING:g}, what few bits explain. Give the full-precision "
                 "checkpoint that the base was quantised from, in full_precision_base."
             )
         return W

@@ -31,6 +31,7 @@ from .folding import Folded
 from .full_precision import FullPrecisionWeights, Source, full_precision_weights, source_of
 from .layer import SORSALayer
 from .outputs import appearing_whole, refuse_occupied
+from .quantised import relative
 from .regularizer import sorsa_layers
 from .saying import say
 
@@ -158,7 +159,7 @@ def _store(layer: Any, adapter_name: str, weight: torch.Tensor) -> None:
     layer.folded = Folded(adapter_name, None)
     layer.full_precision = None
     whole = layer.in_full(layer.stored_weight())
-    layer.rounding = tuple(float((weight - other).norm() / weight.norm()) for other in (plain, whole))
+    layer.rounding = relative(weight - plain, weight), relative(weight - whole, weight)
 
 
 def say_rounding(layers: list[SORSALayer]) -> None:

@@ -201,6 +201,14 @@ def test_merging_rounds_once_within_the_codes_step_and_unmerging_restores_every_
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_zeros_merges(kind: str) -> None:
+    model = adapt(quantised_base(kind, scale=0.0))
+    model.merge_adapter()
+    assert only_layer(model).merge_error == (0.0, 0.0)
+    assert not only_layer(model).base_matrix().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_and_unloaded_the_base_is_of_its_own_kind(kind: str) -> None:
     model = adapt(quantised_base(kind))
     perturb(model)

@@ -247,6 +247,12 @@ def test_wrong_or_absent_full_weights_are_refused() -> None:
         quantize_residual(quantised_base("nf4"), config)
 
 
+def test_a_weight_of_zeros_is_its_own_residual() -> None:
+    base, config = quantised_base("nf4", scale=0.0), SORSAConfig(r=4, target_modules=["proj"])
+    model = quantize_residual(base, config, {"proj.weight": torch.zeros(OUT, IN)})
+    assert only_layer(model).rounding == (0.0, 0.0)
+
+
 def test_options_that_contradict_a_residual_are_refused() -> None:
     with pytest.raises(SORSAConfigError, match="init_weights=False"):
         SORSAConfig(residual_base=True, init_weights=False)
