@@ -90,11 +90,19 @@ class Foldable(nn.Module):
         Raises:
             FoldError: there is no other.
         """
-        others = [name for name in self.sorsa_factors if name != adapter_name]
-        if self.folded is not None and self.folded.intact is None and others:
-            self.folded = Folded(others[0], None)
+        self.refuse_to_leave(adapter_name)
+        if self.folded is not None and self.folded.intact is None:
+            self.folded = Folded(self._others(adapter_name)[0], None)
         else:
             self.unfold()
+
+    def refuse_to_leave(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
+        """Raises FoldError where the base stores a residual and no other adapter holds what it lacks."""
+        if not self._others(adapter_name):
+            refuse_residual(self)
+
+    def _others(self: SORSALayer, adapter_name: str) -> list[str]:  # type: ignore[misc]
+        return [name for name in self.sorsa_factors if name != adapter_name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Foldable:
         """Take the kept weight along to another device or dtype."""
@@ -153,18 +161,24 @@ def unfold_layer(layer: SORSALayer) -> None:
     Raises:
         FoldError: the adapter is merged into it, or it is folded for good.
     """
+    refuse_residual(layer)
     if layer.folded is None:
         return
-    if layer.folded.intact is None:
+    if layer.merged:
+        raise FoldError(f"{layer.name} is merged, and unfolding would lose the change. Call unmerge_adapter() first.")
+    assert layer.folded.intact is not None
+    weight = layer.get_base_layer().weight
+    weight.data = layer.folded.intact.to(weight.device)
+    layer.folded = None
+
+
+def refuse_residual(layer: SORSALayer) -> None:
+    """Raises FoldError where a layer is folded for good."""
+    if layer.folded is not None and layer.folded.intact is None:
         raise FoldError(
             f"The base model stores a quantised residual of {layer.name}, so there is no W to put back. Merge with "
             "merge_and_unload() or merge_and_dequantize(), or load the model that it was made from."
         )
-    if layer.merged:
-        raise FoldError(f"{layer.name} is merged, and unfolding would lose the change. Call unmerge_adapter() first.")
-    weight = layer.get_base_layer().weight
-    weight.data = layer.folded.intact.to(weight.device)
-    layer.folded = None
 
 
 @contextmanager

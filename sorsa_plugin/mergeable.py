@@ -97,7 +97,7 @@ class Mergeable(nn.Module):
 
     @torch.no_grad()
     def unmerge(self: SORSALayer) -> None:  # type: ignore[misc]
-        """Put the kept original weight back, bit for bit; where the model was cast since, as that would have cast it."""
+        """Put the kept original weight back, bit for bit; in the model's dtype, where it was cast since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -125,8 +125,8 @@ class Mergeable(nn.Module):
             )
 
     def _as_now(self: SORSALayer, stored: nn.Parameter) -> nn.Parameter:  # type: ignore[misc]
-        """The kept weight on the device and in the dtype that the model has now, the same object where a module may share
-        it; quantised ones bring their scales, and keep their dtype."""
+        """The kept weight on the device and in the dtype that the model has now, the same object where a module may
+        share it; quantised ones bring their scales, and keep their dtype."""
         now = self.base_weight()
         if self.quantised:
             moved = stored.to(now.device)

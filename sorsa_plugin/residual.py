@@ -98,10 +98,25 @@ def check_request(model: nn.Module, config: SORSAConfig) -> None:
         )
 
 
-def prepare(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:
-    """Let new layers know that their base stores a residual, or from which weights it will be made."""
+@contextmanager
+def residuals_announced(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> Iterator[None]:
+    """In this context, which makes them, new layers know that their base stores a residual, or from which weights it
+    will be made. Where that fails before the first one, the base is as it was."""
+    if config.residual_base:
+        _announce(model, layers, adapter_name, config)
+    try:
+        yield
+    except Exception:
+        for layer in layers:
+            layer.full_precision = None
+        if all(layer.folded is None for layer in layers):
+            forget_mark(model)
+        raise
+
+
+def _announce(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:
     new = [layer for layer in layers if layer.folded is None and layer.quantised]
-    if mark_of(model):
+    if mark_of(model) and config.factors_from_file:  # a new adapter's own layers store W as it was quantised
         for layer in new:
             layer.folded = Folded(adapter_name, None)
     elif new:
@@ -160,6 +175,13 @@ def _store(layer: Any, adapter_name: str, weight: torch.Tensor) -> None:
     layer.full_precision = None
     whole = layer.in_full(layer.stored_weight())
     layer.rounding = relative(weight - plain, weight), relative(weight - whole, weight)
+
+
+@torch.no_grad()
+def make_whole(layer: Any) -> None:
+    """For a base that goes on without the layer: where it stores a residual and nothing is merged into it, store W."""
+    if layer.folded is not None and layer.folded.intact is None and not layer.merged:
+        layer.store_weight(layer.as_stored(layer.merged_weight([]), layer.stored_weight()))
 
 
 def say_rounding(layers: list[SORSALayer]) -> None:

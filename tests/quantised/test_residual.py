@@ -163,6 +163,30 @@ def test_merged_and_unloaded_the_weight_is_whole() -> None:
     assert ((again.base_matrix().double() - exact).abs() <= rounding_bound("nf4", exact)).all()
 
 
+@pytest.mark.parametrize("names", [None, [], ["narrow"]], ids=str)
+def test_unloaded_every_weight_is_whole_merged_or_not(names: list[str] | None) -> None:
+    """An adapter on some of the layers merges into these; the others' triplets are not lost with the first adapter."""
+    base, options = quantised_base("nf4"), {"r": 4, "svd": "exact", "residual_base": True}
+    base.add_module("other", quantised_base("nf4", seed=1).proj)
+    weights = {"proj.weight": plain_weight(), "other.weight": plain_weight(1)}
+    model = quantize_residual(base, SORSAConfig(target_modules=["proj", "other"], **options), weights)
+    exact = {layer.name: whole(layer) for layer in sorsa_layers(model)}
+    model.add_adapter("narrow", SORSAConfig(target_modules=["proj"], **options))
+    model.set_adapter("narrow")
+    unloaded = adapt(model.merge_and_unload(adapter_names=names), target_modules=["proj", "other"])
+    for layer in sorsa_layers(unloaded):
+        error = (layer.base_matrix().double() - exact[layer.name]).abs()
+        assert (error <= rounding_bound("nf4", exact[layer.name])).all(), layer.name
+
+
+def test_a_refused_deletion_leaves_the_adapter_whole(tmp_path: Path) -> None:
+    model = on_residual("nf4")
+    with pytest.raises(FoldError, match="there is no W to put back"):
+        model.delete_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_dropout_drops_the_input_of_the_change_alone() -> None:
     model, x = on_residual("nf4", sorsa_dropout=0.5).train(), inputs(IN)
     with model.disable_adapter():
@@ -333,6 +357,33 @@ def test_the_saved_residual_model_and_its_adapter_load_to_the_same_bits(
     assert torch.equal(anew.eval()(tokens).logits, trained)
     with pytest.raises(OutputExistsError):
         save_residual(model, directory)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("residual", [True, False])
+def test_after_wrong_weights_were_refused_the_model_takes_another_adapter(
+    residual: bool, llama: str, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    options = {"r": 4, "target_modules": "all-linear"}
+    base, fresh = load_llama(llama), load_llama(llama)
+    wrong = SORSAConfig(**options, residual_base=True, full_precision_base=save_llama(tmp_path, seed=1))
+    with pytest.raises(BaseMismatchError):
+        get_peft_model(base, wrong)
+    made, expected = (
+        get_peft_model(model, SORSAConfig(**options, residual_base=residual)).train()(tokens).logits
+        for model in (base, fresh)
+    )
+    assert torch.equal(made, expected)
+
+
+def test_a_wider_second_adapter_makes_the_residuals_that_it_needs(llama: str, tokens: torch.Tensor) -> None:
+    options = {"r": 4, "residual_base": True}
+    model = get_peft_model(load_llama(llama), SORSAConfig(target_modules=["q_proj"], **options)).train()
+    model.add_adapter("wide", SORSAConfig(target_modules=["q_proj", "v_proj"], **options))
+    expected = get_peft_model(load_llama(llama), SORSAConfig(target_modules=["q_proj", "v_proj"], **options)).train()
+    for name in ("default", "wide"):
+        model.set_adapter(name)
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
 
 
 def test_a_residual_model_takes_no_adapter_but_its_own(llama: str, tmp_path: Path) -> None:
