@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.pytorch_utils import Conv1D
 
 from .errors import BaseFilesError, BaseMismatchError
+from .quantisation import was_conv1d
 
 Source = str | PathLike[str] | Mapping[str, torch.Tensor]
 
@@ -54,7 +54,7 @@ class FullPrecisionWeights:
             BaseMismatchError: it is not what the base was quantised from.
         """
         W = self._read(f"{name}.weight").to(rounded.device, torch.float32)
-        if issubclass(getattr(base, "source_cls", nn.Linear), Conv1D):  # transformers quantises these transposed
+        if was_conv1d(base):
             W = W.T
         if W.shape != rounded.shape:
             raise BaseMismatchError(

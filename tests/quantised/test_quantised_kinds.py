@@ -255,6 +255,28 @@ def test_dequantising_reads_quantised_modules_without_an_adapter() -> None:
     torch.testing.assert_close(plain.other.weight.data, expected, rtol=0, atol=0)
 
 
+def test_dequantising_merges_beside_what_is_merged_already_and_no_adapter_where_none_is_named() -> None:
+    model, x = adapt(quantised_base("nf4")).eval(), inputs(IN)
+    model.add_adapter("second", model.peft_config["default"])
+    perturb(model)
+    perturb(model, "second", seed=9)
+    none = copy.deepcopy(model)
+    with model.disable_adapter():
+        base = model(x)
+    changes = {name: exact_change(only_layer(model), x, name) for name in ("default", "second")}
+    model.merge_adapter(["second"])
+    both = merge_and_dequantize(model, torch.float32)(x)
+    torch.testing.assert_close(both.double(), base + changes["default"] + changes["second"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merge_and_dequantize(none, torch.float32, [])(x), base, rtol=1e-5, atol=1e-5)
+
+
+def test_dequantising_with_an_unknown_adapter_is_refused() -> None:
+    model = adapt(quantised_base("nf4"))
+    with pytest.raises(ValueError, match="adapter_names has defualt; the model has default"):
+        merge_and_dequantize(model, adapter_names=["defualt"])
+    assert only_layer(model).quantised
+
+
 def test_dequantising_into_integers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype is torch.int8; expected a floating-point one"):
         merge_and_dequantize(adapt(quantised_base("nf4")), torch.int8)
