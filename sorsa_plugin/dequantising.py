@@ -73,7 +73,7 @@ def _quantised_modules(base: nn.Module, adapted: dict[str, SORSAQuantisedLinear]
         if name in adapted or name.startswith(inside) or not is_quantised(module):
             continue
         kind = manager().hook.sorsa_layer(target=module, config=SORSAConfig())
-        if kind is None:
+        if kind is None or not issubclass(kind, SORSAQuantisedLinear):
             raise UnsupportedLayerError(
                 f"{name} of type {type(module).__name__} is quantised in a way that no plug-in can read. Merge "
                 "into the quantised base with merge_and_unload()."

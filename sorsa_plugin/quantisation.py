@@ -16,7 +16,8 @@ LIBRARIES = ("bitsandbytes", "torchao", "optimum.quanto", "hqq", "gptqmodel", "a
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module's weight is no plain matrix: packed (bitsandbytes), wrapped (torchao, quanto), of 8 bits (FP8),
     or under another name (GPTQ, AWQ, HQQ)."""
-    if f"{type(module).__module__}.".startswith(tuple(f"{library}." for library in LIBRARIES)):
+    of_library = f"{type(module).__module__}.".startswith(tuple(f"{library}." for library in LIBRARIES))
+    if of_library and not isinstance(module, nn.Embedding):  # bitsandbytes has plain embeddings too
         return True
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
