@@ -120,6 +120,9 @@ def _announce(model: Any, layers: list[SORSALayer], adapter_name: str, config: S
         for layer in new:
             layer.folded = Folded(adapter_name, None)
     elif new:
+        named = Path(config.full_precision_base or "")
+        if config.factors_from_file and named.is_absolute() and not named.exists():
+            config.full_precision_base = None  # a path of another machine; the base's own is checked by fingerprint
         source = source_of(model, config.full_precision_base)
         if config.full_precision_base is None and isinstance(source, (str, PathLike)):
             config.full_precision_base = str(source) or None

@@ -331,6 +331,18 @@ def test_a_config_alone_makes_the_residual_from_the_models_own_checkpoint(
     assert (model(tokens).logits - exact).norm() < (rounded - exact).norm()
 
 
+def test_a_checkpoint_that_moved_is_found_where_the_base_came_from(tokens: torch.Tensor, tmp_path: Path) -> None:
+    model = get_peft_model(load_llama(save_llama(tmp_path / "before")), config()).eval()
+    perturb(model)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = PeftModel.from_pretrained(load_llama(str(tmp_path / "after")), tmp_path / "adapter")
+    assert torch.equal(moved(tokens).logits, expected)
+    with pytest.raises(BaseFilesError, match="gives no model config"):  # what a user names is never replaced
+        get_peft_model(load_llama(str(tmp_path / "after")), config(full_precision_base=str(tmp_path / "before")))
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_saved_residual_model_and_its_adapter_load_to_the_same_bits(
     kind: str, llama: str, tokens: torch.Tensor, tmp_path: Path
