@@ -29,7 +29,7 @@ from .plugins import manager
 from .quantisation import is_quantised
 from .quantised import warn_about_rounding
 from .regularizer import sorsa_layers
-from .residual import check_request, forget_mark, make_whole, require_quantised, residuals_announced, say_rounding
+from .residual import check_request, forget_mark, make_whole, require_quantised, residuals_announced
 from .watching import watch_optimizers
 
 
@@ -70,7 +70,6 @@ class SORSAModel(BaseTuner):
             }
         with residuals_announced(model, layers, adapter_name, config):
             initialise_layers(layers, adapter_name)
-        say_rounding(layers)
         watch_optimizers()
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:

@@ -101,9 +101,10 @@ def check_request(model: nn.Module, config: SORSAConfig) -> None:
 @contextmanager
 def residuals_announced(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> Iterator[None]:
     """In this context, which makes them, new layers know that their base stores a residual, or from which weights it
-    will be made. Where that fails before the first one, the base is as it was."""
+    will be made; what was made is logged. Where that fails before the first one, the base is as it was."""
     if config.residual_base:
         _announce(model, layers, adapter_name, config)
+    to_make = [layer for layer in layers if layer.full_precision is not None]
     try:
         yield
     except Exception:
@@ -112,6 +113,7 @@ def residuals_announced(model: Any, layers: list[SORSALayer], adapter_name: str,
         if all(layer.folded is None for layer in layers):
             forget_mark(model)
         raise
+    say_rounding(to_make)
 
 
 def _announce(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:

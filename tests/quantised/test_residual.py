@@ -216,6 +216,14 @@ def test_mixed_batches_on_a_residual() -> None:
         torch.testing.assert_close(mixed[2], model(x)[2], rtol=1e-5, atol=1e-5)
 
 
+def test_a_second_adapter_says_nothing_of_residuals_that_were_there(caplog: pytest.LogCaptureFixture) -> None:
+    model = on_residual("nf4")
+    assert "Quantised the residuals" in caplog.text
+    caplog.clear()
+    model.add_adapter("other", model.peft_config["default"])
+    assert "Quantised the residuals" not in caplog.text
+
+
 def test_several_adapters_share_the_triplets_and_add_their_changes() -> None:
     model, x = on_residual("nf4").train(), inputs(IN)
     model.add_adapter("other", model.peft_config["default"])
