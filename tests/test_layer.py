@@ -176,6 +176,26 @@ def test_the_gradients_are_those_of_the_papers_formula_in_float64(kind, shape, r
     assert layer.get_base_layer().weight.grad is None
 
 
+@pytest.mark.parametrize("fold", [False, True], ids=["intact", "folded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_func_gives_the_gradients_of_single_samples(kind, fold):
+    model, x = adapt(make_base(kind)), inputs(24)
+    perturb(model)
+    if fold:
+        model.base_model.fold()
+    offsets = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def loss(offsets, row):
+        return torch.func.functional_call(model, offsets, (row[None],)).square().sum()
+
+    detached = {name: offset.detach() for name, offset in offsets.items()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(detached, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(model(row[None]).square().sum(), list(offsets.values()))
+        for name, gradient in zip(offsets, expected, strict=True):
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_at_init_are_not_zero_for_any_factor():
     model = adapt(make_base())
     model(inputs(24)).square().sum().backward()
