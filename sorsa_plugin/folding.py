@@ -206,8 +206,9 @@ def check_foldable(layer: SORSALayer) -> str:
     """The name of the adapter that can be folded into a layer.
 
     Raises:
-        FoldError: it has no or several adapters, one with dropout, merged, not loaded, or on a sharded or offloaded
-            weight; or the layer is of a kind that does not fold, or an embedding, which PEFT saves with the adapter.
+        FoldError: it has no or several adapters, one with dropout, merged, not loaded, or on a sharded, offloaded
+            or trained weight; or the layer is of a kind that does not fold, or an embedding, which PEFT saves with the
+            adapter.
     """
     adapters = list(layer.sorsa_factors)
     weight = layer.base_weight()
@@ -222,6 +223,7 @@ def check_foldable(layer: SORSALayer) -> str:
         "an adapter is merged into it; call unmerge_adapter() first": layer.merged,
         f"{engine} shards the weights, and the kept copies would not be; train intact": engine is not None,
         "its weight is on the meta device; load the base model first": weight.is_meta,
+        "its weight trains, and unfolding would lose what it learned; freeze it, or train intact": weight.requires_grad,
         "PEFT saves embeddings with the adapter, and would save the residual; leave it out of target_modules": (
             layer.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
         ),
