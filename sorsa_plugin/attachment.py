@@ -224,8 +224,16 @@ def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         yield batch, group
 
 
-attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
-"""The attachment of every optimizer that has one, detached ones included."""
+attachments: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+"""Every optimizer that has been attached to, detached ones included. The values are references, because an attachment
+holds its optimizer; the optimizer's hooks keep the attachment."""
+
+
+def attachment_of(optimizer: Optimizer) -> Attachment | None:
+    """The attachment whose hooks the optimizer has; None where it has none."""
+    reference = attachments.get(optimizer)
+    attachment = reference() if reference is not None else None
+    return attachment if attachment is not None and attachment.handles else None
 
 
 def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
@@ -257,8 +265,8 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
     """`attach` for the SORSA layers of one or several models and the engine that steps them."""
     optimizer = engine.optimizer
     assert optimizer is not None
-    known = attachments.get(optimizer)
-    if known is not None and known.handles and set(layers) <= set(known.layers):
+    known = attachment_of(optimizer)
+    if known is not None and set(layers) <= set(known.layers):
         check_gamma(gamma, known.settings().update)
         known.gamma = known.gamma if gamma is None else gamma
         return known
@@ -278,7 +286,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
             "loss is unsteady, lower it.", peak, ADVISED_LR,
         )  # fmt: skip
-    if known is not None and known.handles:  # the optimizer steps another model too
+    if known is not None:  # the optimizer steps another model too
         attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
         attachment.gamma = known.gamma if gamma is None else gamma
         attachment.steps = known.steps
@@ -288,7 +296,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
         optimizer.register_step_pre_hook(attachment.before_step),
         optimizer.register_step_post_hook(attachment.after_step),
     ]
-    attachments[optimizer] = attachment
+    attachments[optimizer] = weakref.ref(attachment)
     return attachment
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -306,6 +308,19 @@ def test_adapter_added_to_the_optimizer_after_attach_is_regularized_at_its_own_p
     assert optimizer.param_groups[1][ETA_MAX] == LR / 2
     after = gaps(model)
     assert all(after[name] < 0.9 * before[name] for name in before)
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+def test_an_optimizer_that_nobody_needs_is_forgotten_with_its_state_and_layers(explicit: bool) -> None:
+    model = one_layer()
+    optimizer = AdamW(trained(model), lr=LR)
+    if explicit:
+        attach(model, optimizer)
+    step(model, optimizer)
+    gone = [weakref.ref(thing) for thing in (optimizer, only_layer(model), only_layer(model).factors("default").dU)]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None, None]
 
 
 # -- mixed precision --------------------------------------------------------------------------------------------------
