@@ -67,7 +67,7 @@ def _is_regularized(layer: Any) -> bool:
 
 def _refuse_hidden_factors(layers: list[Any], optimizer: Optimizer) -> None:
     """An optimizer that owns no factor, but memory in which factors lie, steps them unseen."""
-    owned = {_memory(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    owned = {_memory(parameter) for group in optimizer.param_groups for parameter in group["params"]} - {0}
     for factor in trainable_factors(layers):
         if factor.offset.numel() and _memory(factor.offset) in owned:
             raise AttachError(
@@ -77,5 +77,5 @@ def _refuse_hidden_factors(layers: list[Any], optimizer: Optimizer) -> None:
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """Address of a tensor's storage."""
-    return tensor.untyped_storage().data_ptr()
+    """Address of a tensor's storage; 0 where it has none of its own, as DTensors and others that wrap tensors."""
+    return tensor.untyped_storage().data_ptr() if type(tensor.data) is torch.Tensor else 0
