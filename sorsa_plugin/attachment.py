@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 
 from .config import check_gamma
 from .deviations import Batch, all_gaps, deviations
-from .engines import Engine, Share, find_engine
+from .engines import Engine, Share, find_engine, only_makes_state
 from .errors import AttachError
 from .factors import FROZEN, ROUNDED
 from .nonfinite import GradientWatch, origin, own_gradients
@@ -67,7 +67,7 @@ class Attachment:
         self.eta = 0.0
         self.peak_moved = False
         self.handles: list[Any] = []
-        self._stepping: tuple[Settings, list[Factor]]
+        self._stepping: tuple[Settings, list[Factor]] | None = None
         """How the step under way is regularized, and all trained factors: layers are asked once a step."""
         self.watch = GradientWatch()
         self.own_gradients: dict[str, torch.Tensor] = {}
@@ -104,6 +104,8 @@ class Attachment:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
+        if only_makes_state(optimizer):
+            return
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
         # args[0] is the optimizer itself
@@ -157,7 +159,9 @@ class Attachment:
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
-        settings, factors = self._stepping
+        if self._stepping is None:
+            return
+        (settings, factors), self._stepping = self._stepping, None
         if settings.update == "decoupled" and settings.gamma > 0.0:
             self._pull(settings, self.engine.stepping(factors), optimizer)
 

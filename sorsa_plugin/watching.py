@@ -11,7 +11,7 @@ import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .attachment import attach_layers, attachments
-from .engines import Engine, groups_by_parameter
+from .engines import Engine, groups_by_parameter, only_makes_state
 from .errors import AttachError
 from .layer import live_layers
 from .plugins import manager
@@ -30,7 +30,7 @@ def watch_optimizers() -> None:
 
 
 def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if optimizer in attachments:
+    if optimizer in attachments or only_makes_state(optimizer):
         return
     trained = _trained_layers(optimizer)
     factors = trainable_factors(trained)

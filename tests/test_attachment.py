@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from support import adapt, inputs, make_base, only_layer, perturb
 from tiny_llama import tiny_llama
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
@@ -321,6 +322,24 @@ def test_an_optimizer_that_nobody_needs_is_forgotten_with_its_state_and_layers(e
     del model, optimizer
     gc.collect()
     assert [reference() for reference in gone] == [None, None, None]
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+def test_a_step_that_only_makes_state_for_a_checkpoint_is_none(explicit: bool, log: Callable) -> None:
+    """torch.distributed.checkpoint makes one, at rate zero, before it loads or saves a fresh optimizer."""
+    model = one_layer(reg_update="decoupled", reg_schedule="constant")
+    optimizer = AdamW(trained(model), lr=LR)
+    attachment = attach(model, optimizer) if explicit else None
+    before = values(model)
+
+    get_optimizer_state_dict(model, optimizer)
+
+    assert optimizer.state
+    assert same(before, values(model))
+    assert attachment is None or attachment.steps == 0
+    step(model, optimizer)
+    assert attach(model, optimizer).steps == 1
+    assert optimizer.param_groups[0][ETA_MAX] == LR
 
 
 # -- mixed precision --------------------------------------------------------------------------------------------------
