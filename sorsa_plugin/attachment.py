@@ -78,6 +78,11 @@ class Attachment:
             handle.remove()
         self.handles.clear()
 
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._stepping is not None
+
     def settings(self) -> Settings:
         """The options in force.
 
@@ -119,13 +124,13 @@ class Attachment:
         self.steps += begins
         self._follow_peak(optimizer)
         factors = factors_of(adapters)
-        self._stepping = settings, factors
         shares, count = self.engine.stepping(factors), sum(factor.matrices for factor in factors)
         if begins:
             self.own_gradients = own_gradients(adapters)
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
         if getattr(optimizer, "found_inf", None) is None:  # where they also leave out steps that are not finite
             self.watch.note(self.steps, shares, self.own_gradients)
+        self._stepping = settings, factors
         if not coupled:
             return
         for batch, group in _batches(shares):

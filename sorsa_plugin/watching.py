@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .attachment import attach_layers, attachments
-from .engines import Engine, groups_by_parameter, only_makes_state
+from .attachment import attach_layers, attachment_of, attachments
+from .engines import Engine, groups_by_parameter, innermost, only_makes_state
 from .errors import AttachError
 from .layer import live_layers
 from .plugins import manager
@@ -30,7 +30,7 @@ def watch_optimizers() -> None:
 
 
 def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if optimizer in attachments or only_makes_state(optimizer):
+    if innermost(optimizer) in attachments or _is_part_of_a_step(optimizer) or only_makes_state(optimizer):
         return
     trained = _trained_layers(optimizer)
     factors = trainable_factors(trained)
@@ -49,6 +49,16 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
         "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",
         type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(layers)),
     )  # fmt: skip
+
+
+def _is_part_of_a_step(optimizer: Optimizer) -> bool:
+    """Whether the step of another optimizer calls this one's (Lookahead, SAM): that one delivers the regularizer."""
+    groups = {id(group) for group in optimizer.param_groups}
+    return any(
+        attachment.stepping and any(id(group) in groups for group in other.param_groups)
+        for other in list(attachments)
+        if (attachment := attachment_of(other)) is not None
+    )
 
 
 def _trained_layers(optimizer: Optimizer) -> list[Any]:

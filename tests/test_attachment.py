@@ -501,6 +501,30 @@ def test_two_optimizers_that_share_the_factors_act_as_one(explicit: bool, log: C
     assert len(log(ATTACHED)) == (1 if explicit else 3)
 
 
+class Around(Optimizer):
+    """An optimizer that steps another one on the same parameter groups, as Lookahead and SAM do."""
+
+    def __init__(self, base: Optimizer, name: str) -> None:
+        super().__init__(base.param_groups, {})
+        self.param_groups = base.param_groups
+        self.name = name
+        setattr(self, name, base)
+
+    def step(self) -> None:
+        getattr(self, self.name).step()
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer"])
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_an_optimizer_around_another_acts_once(update: str, name: str, log: Callable) -> None:
+    alone, wrapped = one_layer(reg_update=update), one_layer(reg_update=update)
+    for model, optimizer in ((alone, sgd(alone)), (wrapped, Around(sgd(wrapped), name))):
+        for _ in range(3):
+            step(model, optimizer)
+    assert same(values(alone), values(wrapped))
+    assert len(log(ATTACHED)) == 2
+
+
 def by_peft(config: SORSAConfig) -> nn.Module:
     return get_peft_model(tiny_llama(layers=1), config)
 
