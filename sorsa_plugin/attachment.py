@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 
 from .config import check_gamma
 from .deviations import Batch, all_gaps, deviations
-from .engines import Engine, Share, find_engine, only_makes_state
+from .engines import Engine, Share, WholeFactors, find_engine, only_makes_state
 from .errors import AttachError
 from .factors import FROZEN, ROUNDED
 from .nonfinite import GradientWatch, origin, own_gradients
@@ -120,10 +120,12 @@ class Attachment:
                 "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
+        factors = factors_of(adapters)
+        if self.steps == 0 and settings.gamma > 0.0 and factors:
+            self._follow_parameters(factors, optimizer)
         begins = self.engine.begins_step()
         self.steps += begins
         self._follow_peak(optimizer)
-        factors = factors_of(adapters)
         shares, count = self.engine.stepping(factors), sum(factor.matrices for factor in factors)
         if begins:
             self.own_gradients = own_gradients(adapters)
@@ -149,6 +151,17 @@ class Attachment:
         """
         found = origin(own_gradients(trained_adapters(self.layers)), f"skipped step {number}")
         say("Optimizer step %d was left out, because a gradient is not finite. %s", number, found)
+
+    def _follow_parameters(self, factors: list[Factor], optimizer: Optimizer) -> None:
+        """Ask again where the factors live, if they were plain at attach: FSDP2 and DeepSpeed may have taken them over
+        since, as in `accelerator.prepare`."""
+        if not isinstance(self.engine, WholeFactors):
+            return
+        engine = find_engine(factors, optimizer)
+        if type(engine) is not type(self.engine):
+            self.engine = engine
+            _require_fp32(self.layers, engine)
+            engine.shares(factors)  # locates them
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
