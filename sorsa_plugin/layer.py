@@ -78,6 +78,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
             *self.stack, self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
         self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
+        self.family = object()  # the same in all layers of a model
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -501,6 +501,48 @@ def test_two_optimizers_that_share_the_factors_act_as_one(explicit: bool, log: C
     assert len(log(ATTACHED)) == (1 if explicit else 3)
 
 
+def two_layers() -> PeftModel:
+    """A model of two adapted linear layers with perturbed factors."""
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), SORSAConfig(r=2, target_modules=["0", "1"], gamma=GAMMA)
+    )
+    perturb(model, scale=0.3)
+    return model
+
+
+def regularized(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
+    """What a step without task moves."""
+    before = values(model)
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: value - before[name] for name, value in values(model).items()}
+
+
+def test_optimizers_of_a_part_of_the_layers_each_count_all_factors() -> None:
+    model = two_layers()
+    other = copy.deepcopy(model)
+    expected = regularized(other, [sgd(other)])
+    found = regularized(model, [SGD([parameter], lr=LR) for parameter in trained(model)])
+    assert same(expected, found)
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-3
+
+
+def test_layers_that_train_after_the_first_step_are_regularized_from_then_on() -> None:
+    model = two_layers()
+    first, _ = sorsa_layers(model)
+    first.set_requires_grad("default", False)
+    optimizer = sgd(model)
+    regularized(model, [optimizer])
+
+    first.set_requires_grad("default", True)
+    optimizer.add_param_group({"params": trained(first)})
+
+    moved = regularized(model, [optimizer])
+    assert all(value.any() for name, value in moved.items() if not name.endswith("dS"))
+
+
 class Around(Optimizer):
     """An optimizer that steps another one on the same parameter groups, as Lookahead and SAM do."""
 
