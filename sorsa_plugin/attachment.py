@@ -21,7 +21,7 @@ from torch.optim.optimizer import Optimizer
 
 from .config import check_gamma
 from .deviations import Batch, all_gaps, deviations
-from .engines import Engine, Share, find_engine
+from .engines import Engine, Share, WholeFactors, find_engine, only_makes_state
 from .errors import AttachError
 from .factors import FROZEN, ROUNDED
 from .nonfinite import GradientWatch, origin, own_gradients
@@ -67,7 +67,7 @@ class Attachment:
         self.eta = 0.0
         self.peak_moved = False
         self.handles: list[Any] = []
-        self._stepping: tuple[Settings, list[Factor]]
+        self._stepping: tuple[Settings, list[Factor]] | None = None
         """How the step under way is regularized, and all trained factors: layers are asked once a step."""
         self.watch = GradientWatch()
         self.own_gradients: dict[str, torch.Tensor] = {}
@@ -77,6 +77,11 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._stepping is not None
 
     def settings(self) -> Settings:
         """The options in force.
@@ -104,6 +109,8 @@ class Attachment:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
+        if only_makes_state(optimizer):
+            return
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
         # args[0] is the optimizer itself
@@ -113,17 +120,19 @@ class Attachment:
                 "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
                 "regularizer's turn. Call backward() before step(), without a closure."
             )
+        factors = factors_of(adapters)
+        if self.steps == 0 and settings.gamma > 0.0 and factors:
+            self._follow_parameters(factors, optimizer)
         begins = self.engine.begins_step()
         self.steps += begins
         self._follow_peak(optimizer)
-        factors = factors_of(adapters)
-        self._stepping = settings, factors
         shares, count = self.engine.stepping(factors), sum(factor.matrices for factor in factors)
         if begins:
             self.own_gradients = own_gradients(adapters)
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
         if getattr(optimizer, "found_inf", None) is None:  # where they also leave out steps that are not finite
             self.watch.note(self.steps, shares, self.own_gradients)
+        self._stepping = settings, factors
         if not coupled:
             return
         for batch, group in _batches(shares):
@@ -143,6 +152,17 @@ class Attachment:
         found = origin(own_gradients(trained_adapters(self.layers)), f"skipped step {number}")
         say("Optimizer step %d was left out, because a gradient is not finite. %s", number, found)
 
+    def _follow_parameters(self, factors: list[Factor], optimizer: Optimizer) -> None:
+        """Ask again where the factors live, if they were plain at attach: FSDP2 and DeepSpeed may have taken them over
+        since, as in `accelerator.prepare`."""
+        if not isinstance(self.engine, WholeFactors):
+            return
+        engine = find_engine(factors, optimizer)
+        if type(engine) is not type(self.engine):
+            self.engine = engine
+            _require_fp32(self.layers, engine)
+            engine.shares(factors)  # locates them
+
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
         rates = [(group, float(group["lr"])) for group in optimizer.param_groups if ETA_MAX in group]
@@ -157,7 +177,9 @@ class Attachment:
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
-        settings, factors = self._stepping
+        if self._stepping is None:
+            return
+        (settings, factors), self._stepping = self._stepping, None
         if settings.update == "decoupled" and settings.gamma > 0.0:
             self._pull(settings, self.engine.stepping(factors), optimizer)
 
@@ -224,8 +246,16 @@ def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         yield batch, group
 
 
-attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
-"""The attachment of every optimizer that has one, detached ones included."""
+attachments: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+"""Every optimizer that has been attached to, detached ones included. The values are references, because an attachment
+holds its optimizer; the optimizer's hooks keep the attachment."""
+
+
+def attachment_of(optimizer: Optimizer) -> Attachment | None:
+    """The attachment whose hooks the optimizer has; None where it has none."""
+    reference = attachments.get(optimizer)
+    attachment = reference() if reference is not None else None
+    return attachment if attachment is not None and attachment.handles else None
 
 
 def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
@@ -257,8 +287,8 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
     """`attach` for the SORSA layers of one or several models and the engine that steps them."""
     optimizer = engine.optimizer
     assert optimizer is not None
-    known = attachments.get(optimizer)
-    if known is not None and known.handles and set(layers) <= set(known.layers):
+    known = attachment_of(optimizer)
+    if known is not None and set(layers) <= set(known.layers):
         check_gamma(gamma, known.settings().update)
         known.gamma = known.gamma if gamma is None else gamma
         return known
@@ -278,7 +308,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
             "loss is unsteady, lower it.", peak, ADVISED_LR,
         )  # fmt: skip
-    if known is not None and known.handles:  # the optimizer steps another model too
+    if known is not None:  # the optimizer steps another model too
         attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
         attachment.gamma = known.gamma if gamma is None else gamma
         attachment.steps = known.steps
@@ -288,7 +318,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
         optimizer.register_step_pre_hook(attachment.before_step),
         optimizer.register_step_post_hook(attachment.after_step),
     ]
-    attachments[optimizer] = attachment
+    attachments[optimizer] = weakref.ref(attachment)
     return attachment
 
 

@@ -20,6 +20,8 @@ import pytest
 import torch
 import transformers
 from tiny_llama import tiny_llama
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import LlamaForCausalLM
 
 import sorsa_plugin  # noqa: F401  (registers SORSA with PEFT)
@@ -36,6 +38,14 @@ def llama() -> LlamaForCausalLM:
 def tokens() -> torch.Tensor:
     """Two rows of random tokens for `tiny_llama`."""
     return torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
 
 
 @pytest.fixture

@@ -283,6 +283,7 @@ def launches_of_a_step(count: int, update: str) -> list[str]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     attachment = attach(model, optimizer)
     model(torch.randn(3, 16)).sum().backward()
+    optimizer.step()  # the first one asks once more where each factor lives
     with Launches() as seen:
         attachment.before_step(optimizer, (optimizer,), {})
         attachment.after_step(optimizer, (optimizer,), {})
@@ -325,3 +326,14 @@ def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices() -> None:
     P = initial + offset.detach()
     exact = P @ (P.mT @ P - torch.eye(2, dtype=torch.float64))
     torch.testing.assert_close(offset.grad, exact, rtol=1e-13, atol=0)
+
+
+def test_gaps_and_loss_of_factors_on_several_devices_are_on_the_first() -> None:
+    """As `device_map` spreads a model over GPUs; the meta device stands for another one."""
+    model = adapted()
+    for layer in sorsa_layers(model)[:3]:
+        layer.sorsa_factors.to("meta")
+    assert orthonormality(model).is_meta
+    gaps = all_gaps(whole_shares(model_factors(model)))
+    assert gaps.is_meta
+    assert gaps.shape == (FACTORS,)

@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from peft import get_peft_model
 from tiny_llama import tiny_llama
-from torch import distributed
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import UnsupportedLayerError
-
-
-@pytest.fixture
-def mesh() -> Iterator[DeviceMesh]:
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    distributed.destroy_process_group()
 
 
 def test_a_tensor_parallel_weight_is_refused_by_its_name(mesh: DeviceMesh) -> None:

@@ -101,6 +101,12 @@ class SORSACallback(TrainerCallback):
     ) -> None:
         self._log_everywhere(control, optimizer)  # logging_strategy="epoch"
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.attachment is not None:
+            self.attachment.watch.settle()  # of the last step, which on a GPU no other follows
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:

@@ -16,15 +16,16 @@ pytestmark = pytest.mark.distributed
 UPDATES = ("coupled", "decoupled", "coupled self-attached", "decoupled self-attached")
 TRAINED = {
     "ddp": [*UPDATES, "adamw", "bf16 coupled"],
-    "fsdp2": [*UPDATES, "adamw", "bf16 decoupled", "ram-efficient"],
+    "fsdp2": [*UPDATES, "adamw", "attached early", "bf16 decoupled", "ram-efficient"],
     "zero1": [*UPDATES, "two groups", "bf16 coupled"],
-    "zero2": [*UPDATES, "adamw", "two groups", "offloaded", "bf16 decoupled"],
-    "zero3": ["coupled", "decoupled self-attached", "two groups", "offloaded", "bf16 coupled"],
+    "zero2": [*UPDATES, "adamw", "two groups", "attached early", "offloaded", "bf16 decoupled"],
+    "zero3": ["coupled", "decoupled self-attached", "two groups", "attached early", "offloaded", "bf16 coupled"],
 }
 CLASSES = {"ddp": "WholeFactors", "fsdp2": "FSDP2", "zero1": "ZeRO12", "zero2": "ZeRO12", "zero3": "ZeRO3"}
 SAME_AS = {  # what one process calls it
     "coupled self-attached": "coupled",
     "decoupled self-attached": "decoupled",
+    "attached early": "coupled",
     "ram-efficient": "coupled",
     "offloaded": "coupled",
 }

@@ -29,6 +29,7 @@ SCENARIOS: dict[str, dict] = {
     "gamma 0": {"gamma": 0.0},
     "unclipped": {"max_grad_norm": 0.0},
     "two groups": {"groups": True},
+    "attached early": {"early": True},
     "ram-efficient": {"ram_efficient": True},
     "residual": {"residual_base": True},
     "offloaded": {"zero": {"offload_optimizer": {"device": "cpu"}}},
@@ -41,7 +42,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     from transformers import Trainer, TrainingArguments
 
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.attachment import attachments
+    from sorsa_plugin.attachment import attachment_of
     from sorsa_plugin.engines import innermost
     from sorsa_plugin.regularizer import model_factors
     from sorsa_transformers import SORSACallback
@@ -49,6 +50,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     AcceleratorState._reset_state()
     options = dict(SCENARIOS[scenario])
     attached, groups = options.pop("attached", True), options.pop("groups", False)
+    early = options.pop("early", False)
     how = {name: options.pop(name) for name in ("ram_efficient", "zero") if name in options}
     gamma, update = options.pop("gamma", GAMMA), options.pop("reg_update", "coupled")
     residual = options.pop("residual_base", False)
@@ -83,14 +85,16 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
         model,
         arguments,
         train_dataset=token_batches(32),
-        callbacks=[SORSACallback()] if attached else [],
+        callbacks=[SORSACallback()] if attached and not early else [],
     )
     if groups:  # an optimizer passed as an argument is not what the Trainer gives to DeepSpeed
         trainer.create_optimizer = lambda *_: two_groups(trainer)
+    if early:
+        trainer.create_optimizer = lambda *_: attached_before_it_is_prepared(trainer)
     broadcasts = count_broadcasts()
     trainer.train()
     trainer.save_model(str(output / "adapter"))
-    attachment = attachments[innermost(trainer.optimizer)]
+    attachment = attachment_of(innermost(trainer.optimizer))
     shares = attachment.engine.shares(model_factors(model))
     return {
         "distributed_type": str(trainer.accelerator.distributed_type),
@@ -112,6 +116,14 @@ def two_groups(trainer: Any) -> torch.optim.Optimizer:
     slow = [parameter for name, parameter in named if name.endswith("dV")]
     fast = [parameter for name, parameter in named if not name.endswith("dV")]
     trainer.optimizer = torch.optim.SGD([{"params": fast, "lr": 1e-2}, {"params": slow, "lr": 5e-3}])
+    return trainer.optimizer
+
+
+def attached_before_it_is_prepared(trainer: Any) -> torch.optim.Optimizer:
+    from sorsa_plugin import attach
+
+    trainer.optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-2)
+    attach(trainer.model, trainer.optimizer)
     return trainer.optimizer
 
 
