@@ -64,7 +64,7 @@ bench-distributed: $(DISTRIBUTED)/tests  ## what every engine sends and holds, a
 	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/initialisation_ranks.py $(ARGS)
 	PATH="$(CURDIR)/$(DISTRIBUTED)/bin:$$PATH" python benchmarks/report.py
 
-bench-quantization: $(VENV)/tests  ## quantised bases beside QLoRA, LoftQ and QPiSSA: an hour
+bench-quantization: $(VENV)/tests  ## quantised bases beside QLoRA, LoftQ and QPiSSA; takes long
 	set -e; for name in quantization quantization_step quantization_training; do \
 	    $(VENV)/bin/python benchmarks/$$name.py; done
 	$(VENV)/bin/python benchmarks/report.py

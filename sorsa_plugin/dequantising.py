@@ -8,11 +8,12 @@ import torch
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from .config import SORSAConfig
 from .errors import UnsupportedLayerError
 from .plugins import manager
-from .quantisation import is_quantised
+from .quantisation import is_quantised, was_conv1d
 from .quantised import MergeRounding, SORSAQuantisedLinear, say_rounding
 from .regularizer import sorsa_layers
 
@@ -35,7 +36,7 @@ def merge_and_dequantize(
         adapter_names: the adapters to merge; None for the active ones.
 
     Raises:
-        ValueError: dtype is no floating-point dtype, or the model has no SORSA adapter.
+        ValueError: dtype is no floating-point dtype, or the model has no SORSA adapter, or none of a name given.
         UnsupportedLayerError: a module outside the adapter is quantised in a way that no plug-in can read.
     """
     if not dtype.is_floating_point:
@@ -43,16 +44,21 @@ def merge_and_dequantize(
     layers = {name: layer for name, layer in _base(model).named_modules() if isinstance(layer, SORSAQuantisedLinear)}
     if not sorsa_layers(model):
         raise ValueError(f"{type(model).__name__} has no SORSA adapter to merge. Give the model of get_peft_model().")
+    unknown = sorted(set(adapter_names or []) - set(model.peft_config))
+    if unknown:
+        raise ValueError(f"adapter_names has {', '.join(unknown)}; the model has {', '.join(model.peft_config)}.")
     others = _quantised_modules(_base(model), layers)
     errors = {}
     for name, layer in tqdm(layers.items(), desc="SORSA: merging", unit="layer", disable=len(layers) < 50, leave=False):
-        errors[name] = _replace(_base(model), name, layer, adapter_names or list(layer.active_adapters), dtype)
+        asked = layer.active_adapters if adapter_names is None else adapter_names
+        merged = list(dict.fromkeys([*layer.merged_adapters, *asked]))  # as PEFT merges beside what is merged already
+        errors[name] = _replace(_base(model), name, layer, merged, dtype)
     for name, layer in others.items():
         _replace(_base(model), name, layer, [], dtype)
     unloaded = model.base_model.merge_and_unload(adapter_names=adapter_names)
     _forget_quantisation(unloaded)
     say_rounding(f"Merging stored %d weights in {str(dtype).removeprefix('torch.')}", errors)
-    return unloaded.to(dtype)
+    return _cast(unloaded, dtype)
 
 
 def _base(model: PeftModel) -> nn.Module:
@@ -67,7 +73,7 @@ def _quantised_modules(base: nn.Module, adapted: dict[str, SORSAQuantisedLinear]
         if name in adapted or name.startswith(inside) or not is_quantised(module):
             continue
         kind = manager().hook.sorsa_layer(target=module, config=SORSAConfig())
-        if kind is None:
+        if kind is None or not issubclass(kind, SORSAQuantisedLinear):
             raise UnsupportedLayerError(
                 f"{name} of type {type(module).__name__} is quantised in a way that no plug-in can read. Merge "
                 "into the quantised base with merge_and_unload()."
@@ -77,12 +83,17 @@ def _quantised_modules(base: nn.Module, adapted: dict[str, SORSAQuantisedLinear]
 
 
 def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype: torch.dtype) -> MergeRounding:
-    """Put a plain linear layer with the merged weight in the place of a quantised one."""
+    """Put a plain module with the merged weight in the place of a quantised one, of the kind that was quantised."""
     names = [adapter for adapter in adapters if adapter in layer.sorsa_factors]
     total, before = layer.merged_weight(names), layer.merged_weight([])
     old = layer.get_base_layer()
-    linear = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-    linear.weight = nn.Parameter(total.to(dtype), requires_grad=False)
+    weight = total.to(dtype)
+    with torch.device("meta"):
+        if was_conv1d(old):
+            linear: nn.Module = Conv1D(old.out_features, old.in_features)
+        else:
+            linear = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+    linear.weight = nn.Parameter(weight.T.contiguous() if was_conv1d(old) else weight, requires_grad=False)
     if old.bias is not None:
         linear.bias = nn.Parameter(old.bias.data.to(dtype), requires_grad=False)
     if hasattr(old, "_hf_hook"):  # accelerate's, which brings inputs to the device of a module
@@ -90,7 +101,16 @@ def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype:
         remove_hook_from_module(old)
         add_hook_to_module(linear, hook)
     base.set_submodule(name, linear.train(layer.training))
-    return MergeRounding.between(linear.weight, total, before)
+    return MergeRounding.between(weight, total, before)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast what a checkpoint holds; buffers that a model makes by itself (the frequencies of rotary embeddings) stay as
+    it made them, in fp32 where they need to be."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
 
 
 def _forget_quantisation(model: Any) -> None:

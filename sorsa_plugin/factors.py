@@ -25,7 +25,7 @@ from torch import nn
 
 from .decomposition import Triplets
 from .errors import FactorsNotLoadedError, IncompleteAdapterError
-from .lowrank import Parts
+from .lowrank import Parts, left_to_autograd
 from .plugins import manager
 from .precision import full_precision
 
@@ -188,7 +188,7 @@ class SORSAFactors(nn.Module):
 
     def parts(self) -> Parts:
         """The tensors as `lowrank.py` takes them."""
-        if self.dS.requires_grad and not torch.compiler.is_compiling():
+        if self.dS.requires_grad and not left_to_autograd():
             self._watch(self.dS)
         return Parts(self.dU, self.dS, self.dV, self.U0, self.S0, self.V0)
 

@@ -90,11 +90,19 @@ class Foldable(nn.Module):
         Raises:
             FoldError: there is no other.
         """
-        others = [name for name in self.sorsa_factors if name != adapter_name]
-        if self.folded is not None and self.folded.intact is None and others:
-            self.folded = Folded(others[0], None)
+        self.refuse_to_leave(adapter_name)
+        if self.folded is not None and self.folded.intact is None:
+            self.folded = Folded(self._others(adapter_name)[0], None)
         else:
             self.unfold()
+
+    def refuse_to_leave(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
+        """Raises FoldError where the base stores a residual and no other adapter holds what it lacks."""
+        if not self._others(adapter_name):
+            refuse_residual(self)
+
+    def _others(self: SORSALayer, adapter_name: str) -> list[str]:  # type: ignore[misc]
+        return [name for name in self.sorsa_factors if name != adapter_name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Foldable:
         """Take the kept weight along to another device or dtype."""
@@ -153,18 +161,24 @@ def unfold_layer(layer: SORSALayer) -> None:
     Raises:
         FoldError: the adapter is merged into it, or it is folded for good.
     """
+    refuse_residual(layer)
     if layer.folded is None:
         return
-    if layer.folded.intact is None:
+    if layer.merged:
+        raise FoldError(f"{layer.name} is merged, and unfolding would lose the change. Call unmerge_adapter() first.")
+    assert layer.folded.intact is not None
+    weight = layer.get_base_layer().weight
+    weight.data = layer.folded.intact.to(weight.device)
+    layer.folded = None
+
+
+def refuse_residual(layer: SORSALayer) -> None:
+    """Raises FoldError where a layer is folded for good."""
+    if layer.folded is not None and layer.folded.intact is None:
         raise FoldError(
             f"The base model stores a quantised residual of {layer.name}, so there is no W to put back. Merge with "
             "merge_and_unload() or merge_and_dequantize(), or load the model that it was made from."
         )
-    if layer.merged:
-        raise FoldError(f"{layer.name} is merged, and unfolding would lose the change. Call unmerge_adapter() first.")
-    weight = layer.get_base_layer().weight
-    weight.data = layer.folded.intact.to(weight.device)
-    layer.folded = None
 
 
 @contextmanager
@@ -192,8 +206,9 @@ def check_foldable(layer: SORSALayer) -> str:
     """The name of the adapter that can be folded into a layer.
 
     Raises:
-        FoldError: it has no or several adapters, one with dropout, merged, not loaded, or on a sharded or offloaded
-            weight; or the layer is of a kind that does not fold, or an embedding, which PEFT saves with the adapter.
+        FoldError: it has no or several adapters, one with dropout, merged, not loaded, or on a sharded, offloaded
+            or trained weight; or the layer is of a kind that does not fold, or an embedding, which PEFT saves with the
+            adapter.
     """
     adapters = list(layer.sorsa_factors)
     weight = layer.base_weight()
@@ -208,6 +223,7 @@ def check_foldable(layer: SORSALayer) -> str:
         "an adapter is merged into it; call unmerge_adapter() first": layer.merged,
         f"{engine} shards the weights, and the kept copies would not be; train intact": engine is not None,
         "its weight is on the meta device; load the base model first": weight.is_meta,
+        "its weight trains, and unfolding would lose what it learned; freeze it, or train intact": weight.requires_grad,
         "PEFT saves embeddings with the adapter, and would save the residual; leave it out of target_modules": (
             layer.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
         ),

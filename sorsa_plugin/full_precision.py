@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.pytorch_utils import Conv1D
 
 from .errors import BaseFilesError, BaseMismatchError
+from .quantisation import was_conv1d
 
 Source = str | PathLike[str] | Mapping[str, torch.Tensor]
 
@@ -54,18 +54,19 @@ class FullPrecisionWeights:
             BaseMismatchError: it is not what the base was quantised from.
         """
         W = self._read(f"{name}.weight").to(rounded.device, torch.float32)
-        if issubclass(getattr(base, "source_cls", nn.Linear), Conv1D):  # transformers quantises these transposed
+        if was_conv1d(base):
             W = W.T
         if W.shape != rounded.shape:
             raise BaseMismatchError(
                 f"{name} has a weight of shape {tuple(W.shape)} in {self._where()}; the quantised base has "
                 f"{tuple(rounded.shape)}. Give the full-precision checkpoint that the base was quantised from."
             )
-        distance = float((W - rounded).norm() / W.norm())
-        if not distance <= MOST_ROUNDING:
+        size = W.norm()
+        error = (W - rounded).norm()
+        if not error <= MOST_ROUNDING * size:  # no quotient: a weight of zeros is quantised from one
             raise BaseMismatchError(
-                f"The weight of {name} in {self._where()} differs by {distance:.2g} (relative) from the quantised "
-                f"base's; expected at most {MOST_ROUNDING:g}, what few bits explain. Give the full-precision "
+                f"The weight of {name} in {self._where()} differs by {float(error / size):.2g} (relative) from the "
+                f"quantised base's; expected at most {MOST_ROUNDING:g}, what few bits explain. Give the full-precision "
                 "checkpoint that the base was quantised from, in full_precision_base."
             )
         return W

@@ -1,7 +1,7 @@
 """Writes a quantised residual model and its untrained adapter for a base model's files: QSORSA's start, made once.
 
 The base is quantised while it is loaded and its residuals are made from the files one weight at a time, so that memory
-holds the quantised model and one matrix in full.
+holds the quantised model and a few matrices in fp32.
 """
 
 from __future__ import annotations

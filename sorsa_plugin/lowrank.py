@@ -70,7 +70,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
         y + (x R) L^T (... x out). Differentiable once, with respect to y, x and the offsets; where W is given, the
         gradient of x is that of the base product too.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses this better than it could a custom function
+    if left_to_autograd():
         L, R = parts.pair()
         return y + (x.to(y.dtype) @ R.to(y.dtype)) @ L.to(y.dtype).mT
     if torch.is_grad_enabled():
@@ -78,6 +78,12 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
     with torch.autocast(y.device.type, enabled=False):
         L, R = _held_pair(parts, y.dtype)
         return add_product(y, x.to(y.dtype) @ R, L)
+
+
+def left_to_autograd() -> bool:
+    """Whether the formulas are written out: a compiler fuses them better than it could a custom function, and
+    torch.func's transforms (per-sample gradients) take none that writes in place."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tensor:

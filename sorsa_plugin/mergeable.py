@@ -91,17 +91,18 @@ class Mergeable(nn.Module):
                 "TRL does; or save the adapter and use `sorsa merge`."
             )
         total = self.merged_weight([*self.merged_adapters, *names], safe_merge)
-        self._original = [original]
         self.store_weight(self.as_stored(total, original))
+        self._original = [original]  # last, so that where this fails nothing is merged
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
     def unmerge(self: SORSALayer) -> None:  # type: ignore[misc]
-        """Put the kept original weight back, bit for bit."""
+        """Put the kept original weight back, bit for bit; in the model's dtype, where it was cast since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.store_weight(_moved(self._original.pop(), self.base_weight().device))
+        self.store_weight(self._as_now(self._original[0]))
+        self._original.clear()
         self.merged_adapters.clear()
         if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
             refold(self)
@@ -123,8 +124,13 @@ class Mergeable(nn.Module):
                 "change. Merge to read the weights, as TRL does, and call unmerge_adapter() before the next forward."
             )
 
-
-def _moved(stored: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """A parameter on a device; quantised ones bring their scales."""
-    moved = stored.to(device)
-    return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=stored.requires_grad)
+    def _as_now(self: SORSALayer, stored: nn.Parameter) -> nn.Parameter:  # type: ignore[misc]
+        """The kept weight on the device and in the dtype that the model has now, the same object where a module may
+        share it; quantised ones bring their scales, and keep their dtype."""
+        now = self.base_weight()
+        if self.quantised:
+            moved = stored.to(now.device)
+            return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=stored.requires_grad)
+        if (stored.device, stored.dtype) != (now.device, now.dtype):
+            stored.data = stored.data.to(now.device, now.dtype)
+        return stored

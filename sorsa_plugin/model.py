@@ -29,7 +29,7 @@ from .plugins import manager
 from .quantisation import is_quantised
 from .quantised import warn_about_rounding
 from .regularizer import sorsa_layers
-from .residual import check_request, forget_mark, prepare, require_quantised, say_rounding
+from .residual import check_request, forget_mark, make_whole, require_quantised, residuals_announced
 from .watching import watch_optimizers
 
 
@@ -71,10 +71,8 @@ class SORSAModel(BaseTuner):
                 for name, layer in model.named_modules()
                 if isinstance(layer, SORSALayer) and adapter_name in layer.configs and (layout := layer.lora_layout())
             }
-        if config.residual_base:
-            prepare(model, layers, adapter_name, config)
-        initialise_layers(layers, adapter_name)
-        say_rounding(layers)
+        with residuals_announced(model, layers, adapter_name, config):
+            initialise_layers(layers, adapter_name)
         watch_optimizers()
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
@@ -117,15 +115,28 @@ class SORSAModel(BaseTuner):
         merging = args[0] if args else kwargs.get("merge", True)
         for layer in layers:
             residual = layer.folded is not None and layer.folded.intact is None
-            if residual and merging:  # W is made whole by merging
+            if residual and merging:  # W is made whole below
                 continue
             if layer.merged:  # the base layer stores W and the change already
                 layer.folded = None
             layer.unfold()
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            make_whole(layer)
         forget_mark(unloaded)
         warn_about_rounding(layers)
         return unloaded
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; refused before anything is forgotten.
+
+        Raises:
+            FoldError: no other adapter holds the triplets that a base of residuals lacks.
+        """
+        for layer in sorsa_layers(self):
+            if adapter_name in layer.sorsa_factors:
+                layer.refuse_to_leave(adapter_name)
+        super().delete_adapter(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's; on quantised layers the sum is quantised again, which says what that costs."""

@@ -38,8 +38,13 @@ class MergeRounding(NamedTuple):
     @classmethod
     def between(cls, stored: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> MergeRounding:
         """Of a weight `stored` for the one `wanted`, which was `before` without the change; of one shape."""
-        lost, change = float((stored - wanted).norm()), float((wanted - before).norm())
-        return cls(lost / float(wanted.norm()), lost / change if change else 0.0)
+        return cls(relative(stored - wanted, wanted), relative(stored - wanted, wanted - before))
+
+
+def relative(error: torch.Tensor, whole: torch.Tensor) -> float:
+    """||error|| / ||whole||; 0 where there is nothing to lose."""
+    size = float(whole.norm())
+    return float(error.norm()) / size if size else 0.0
 
 
 class SORSAQuantisedLinear(SORSALinear):

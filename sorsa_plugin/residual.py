@@ -31,6 +31,7 @@ from .folding import Folded
 from .full_precision import FullPrecisionWeights, Source, full_precision_weights, source_of
 from .layer import SORSALayer
 from .outputs import appearing_whole, refuse_occupied
+from .quantised import relative
 from .regularizer import sorsa_layers
 from .saying import say
 
@@ -97,13 +98,33 @@ def check_request(model: nn.Module, config: SORSAConfig) -> None:
         )
 
 
-def prepare(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:
-    """Let new layers know that their base stores a residual, or from which weights it will be made."""
+@contextmanager
+def residuals_announced(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> Iterator[None]:
+    """In this context, which makes them, new layers know that their base stores a residual, or from which weights it
+    will be made; what was made is logged. Where that fails before the first one, the base is as it was."""
+    if config.residual_base:
+        _announce(model, layers, adapter_name, config)
+    to_make = [layer for layer in layers if layer.full_precision is not None]
+    try:
+        yield
+    except Exception:
+        for layer in layers:
+            layer.full_precision = None
+        if all(layer.folded is None for layer in layers):
+            forget_mark(model)
+        raise
+    say_rounding(to_make)
+
+
+def _announce(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:
     new = [layer for layer in layers if layer.folded is None and layer.quantised]
-    if mark_of(model):
+    if mark_of(model) and config.factors_from_file:  # a new adapter's own layers store W as it was quantised
         for layer in new:
             layer.folded = Folded(adapter_name, None)
     elif new:
+        named = Path(config.full_precision_base or "")
+        if config.factors_from_file and named.is_absolute() and not named.exists():
+            config.full_precision_base = None  # a path of another machine; the base's own is checked by fingerprint
         source = source_of(model, config.full_precision_base)
         if config.full_precision_base is None and isinstance(source, (str, PathLike)):
             config.full_precision_base = str(source) or None
@@ -158,7 +179,14 @@ def _store(layer: Any, adapter_name: str, weight: torch.Tensor) -> None:
     layer.folded = Folded(adapter_name, None)
     layer.full_precision = None
     whole = layer.in_full(layer.stored_weight())
-    layer.rounding = tuple(float((weight - other).norm() / weight.norm()) for other in (plain, whole))
+    layer.rounding = relative(weight - plain, weight), relative(weight - whole, weight)
+
+
+@torch.no_grad()
+def make_whole(layer: Any) -> None:
+    """For a base that goes on without the layer: where it stores a residual and nothing is merged into it, store W."""
+    if layer.folded is not None and layer.folded.intact is None and not layer.merged:
+        layer.store_weight(layer.as_stored(layer.merged_weight([]), layer.stored_weight()))
 
 
 def say_rounding(layers: list[SORSALayer]) -> None:

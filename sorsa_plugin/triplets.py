@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .lowrank import Parts, add_low_rank, add_product, input_gradient, own_tensor, product_of_rows
+from .lowrank import Parts, add_low_rank, add_product, input_gradient, left_to_autograd, own_tensor, product_of_rows
 
 if TYPE_CHECKING:
     from .layer import SORSALayer
@@ -40,7 +40,7 @@ def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
 
 def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
     """y + ((x V) * S) U^T in the dtype of y, which is consumed; `weight` and the rest as in `lowrank.add_low_rank`."""
-    if torch.compiler.is_compiling():
+    if left_to_autograd():
         U, S, V = (part.to(y.dtype) for part in parts.current())
         return y + ((x.to(y.dtype) @ V) * S) @ U.mT
     return _AddTriplets.apply(own_tensor(y), x, weight, *parts)

@@ -50,6 +50,12 @@ def test_a_merged_adapter_is_refused() -> None:
     folding_refused(model, r"merged into it; call unmerge_adapter\(\) first")
 
 
+def test_a_weight_that_trains_is_refused() -> None:
+    model = adapt(make_base())
+    only_layer(model).get_base_layer().weight.requires_grad_(True)
+    folding_refused(model, "its weight trains, and unfolding would lose what it learned")
+
+
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_sharded_engines_are_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapt(make_base())

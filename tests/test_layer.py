@@ -176,6 +176,26 @@ def test_the_gradients_are_those_of_the_papers_formula_in_float64(kind, shape, r
     assert layer.get_base_layer().weight.grad is None
 
 
+@pytest.mark.parametrize("fold", [False, True], ids=["intact", "folded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_func_gives_the_gradients_of_single_samples(kind, fold):
+    model, x = adapt(make_base(kind)), inputs(24)
+    perturb(model)
+    if fold:
+        model.base_model.fold()
+    offsets = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def loss(offsets, row):
+        return torch.func.functional_call(model, offsets, (row[None],)).square().sum()
+
+    detached = {name: offset.detach() for name, offset in offsets.items()}
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(detached, x)
+    for i, row in enumerate(x):
+        expected = torch.autograd.grad(model(row[None]).square().sum(), list(offsets.values()))
+        for name, gradient in zip(offsets, expected, strict=True):
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_at_init_are_not_zero_for_any_factor():
     model = adapt(make_base())
     model(inputs(24)).square().sum().backward()
@@ -439,6 +459,53 @@ def test_subclasses_of_the_known_kinds_are_adapted():
 
 def adapted_names(**options) -> set[str]:
     return {layer.name for layer in sorsa_layers(get_peft_model(tiny_llama(), SORSAConfig(r=2, **options)))}
+
+
+@pytest.mark.parametrize("mode", ["grad", "no-grad", "folded", "mixed"])
+@pytest.mark.parametrize("leading", [(5,), (2, 5)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_on_the_base_keeps_the_bases_output(kind, leading, mode):
+    base, seen = make_base(kind), []
+    base.proj.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(*leading, 24, generator=torch.Generator().manual_seed(0))
+    expected = base(x).detach().clone()
+    model = adapt(base).eval()
+    perturb(model)
+    if mode == "folded":
+        model.base_model.fold()
+        expected = only_layer(model).get_base_layer()(x).detach().clone()
+    with torch.set_grad_enabled(mode != "no-grad"):
+        output = model(x, adapter_names=["default"] * len(x)) if mode == "mixed" else model(x)
+    assert torch.equal(seen[-1], expected)
+    assert not torch.equal(output, expected)
+
+
+class Tanh(nn.Linear):
+    """Keeps its output for its backward."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+class Skipped(nn.Linear):
+    """Gives its input."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("base", [Tanh, Skipped])
+def test_a_forward_of_the_modules_own_keeps_what_it_gave(base):
+    model, x = adapt(OneLayer(base(24, 24))), inputs(24)
+    perturb(model)
+    before = x.clone()
+    change = x.double() @ only_layer(model).get_delta_weight("default").detach().double().T
+    expected = only_layer(model).get_base_layer()(x).double() + change
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+    x.requires_grad_()
+    model(x).sum().backward()
+    assert x.grad.isfinite().all()
+    assert torch.equal(x, before)
 
 
 def test_all_linear_is_every_projection_but_the_head():

@@ -226,6 +226,55 @@ def test_a_float64_base_keeps_its_digits_when_merged():
     assert torch.equal(only_layer(model).get_base_layer().weight, before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_cast_while_merged_is_the_cast_base_when_unmerged(kind):
+    model = adapt(make_base(kind))
+    before = only_layer(model).get_base_layer().weight.detach().clone()
+    perturb(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert torch.equal(only_layer(model).get_base_layer().weight, before.bfloat16())
+    assert model(inputs(24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_tied_model_cast_while_merged_stays_tied():
+    base = tiny_llama()
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    model = adapt(base, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    perturb(model)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    embedding, head = (
+        module.get_base_layer() for module in (base.get_input_embeddings(), base.get_output_embeddings())
+    )
+    assert head.weight is embedding.weight
+
+
+def test_a_merge_that_fails_while_storing_leaves_nothing_merged(monkeypatch):
+    model = adapt(make_base())
+    perturb(model)
+    layer, before = only_layer(model), digest(model)
+
+    def fail(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(layer, "as_stored", fail)
+        with pytest.raises(MemoryError):
+            model.merge_adapter()
+    assert not layer.merged
+    assert digest(model) == before
+    with torch.no_grad():
+        layer.get_base_layer().weight = nn.Parameter(layer.get_base_layer().weight * 2, requires_grad=False)
+    doubled = layer.get_base_layer().weight
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert layer.get_base_layer().weight is doubled  # not what an abandoned merge had kept
+
+
 def test_disabling_a_merged_adapter_gives_the_base_model_back():
     base, x = make_base(), inputs(24)
     expected = base(x)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..layer import SORSALayer
-from ..lowrank import own_tensor
 from ..mixed_batch import rows_by_adapter
 from ..triplets import add_initial, complete
 
@@ -18,7 +17,11 @@ class AdditiveLayer(SORSALayer):
 
     @abstractmethod
     def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """y + change(x), in the dtype of y; y is fresh from the base module and may be consumed."""
+        """y + change(x), in the dtype of y; y is from `base_output`, and may be consumed."""
+
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x), fresh where the kind's `add_change` consumes it."""
+        return self.base_layer(x, *args, **kwargs)
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
@@ -30,7 +33,7 @@ class AdditiveLayer(SORSALayer):
         self.unmerge_if_disabled()
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+        y = self.base_output(x, *args, **kwargs)
         if self.folded is not None:
             return complete(self, y, x)
         for name in self.adapters_in_use():
@@ -39,7 +42,7 @@ class AdditiveLayer(SORSALayer):
 
     def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
         groups = rows_by_adapter(self, len(x), adapter_names)
-        y = own_tensor(self.base_layer(x, *args, **kwargs))
+        y = self.base_layer(x, *args, **kwargs).clone()
         if self.folded is not None:
             y = add_initial(y, x, self.ready_factors(self.folded.adapter).parts())
         for name, rows in groups.items():

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from ..hookspecs import hookimpl
 from ..layer import SORSALayer
+from ..quantisation import is_quantised
 from .additive import AdditiveLayer
 from .lending import LendingLayer
 
@@ -62,7 +63,7 @@ class SORSALendingConv(_Convolution, LendingLayer):
 @hookimpl
 def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
     """The kinds of this file."""
-    if not isinstance(target, CLASSES):
+    if not isinstance(target, CLASSES) or is_quantised(target):
         return None
     plain = type(target).forward in [kind.forward for kind in CLASSES]
     return SORSAConv if plain and target.groups == 1 else SORSALendingConv

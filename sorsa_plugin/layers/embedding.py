@@ -11,6 +11,7 @@ from torch.nn import functional
 from ..errors import UnsupportedLayerError
 from ..hookspecs import hookimpl
 from ..layer import SORSALayer
+from ..quantisation import is_quantised
 from .additive import AdditiveLayer
 from .lending import LendingLayer
 from .transposed import TransposedLayer
@@ -53,7 +54,7 @@ def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | No
     Raises:
         UnsupportedLayerError: the embedding has `max_norm`, which rewrites its weight at every look-up.
     """
-    if not isinstance(target, nn.Embedding):
+    if not isinstance(target, nn.Embedding) or is_quantised(target):
         return None
     if target.max_norm is not None:
         raise UnsupportedLayerError(

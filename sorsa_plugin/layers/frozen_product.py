@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
+from ..lowrank import left_to_autograd
+
 KINDS = (nn.Linear, Conv1D)
 PLAIN = (torch.Tensor, nn.Parameter)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -22,7 +24,7 @@ ENGINES = ("ds_id", "_is_fsdp_flattened")
 
 def is_frozen_product(base: nn.Module, x: torch.Tensor) -> bool:
     """Whether base(x) is x W^T + b and no more, with a gradient for x alone, in the dtype of x."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or type(base) not in KINDS:
+    if left_to_autograd() or not (torch.is_grad_enabled() and x.requires_grad) or type(base) not in KINDS:
         return False
     if "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS) or _has_any_global_hook():
         return False

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..hookspecs import hookimpl
 from ..layer import SORSALayer
-from ..lowrank import add_low_rank
+from ..lowrank import add_low_rank, left_to_autograd
 from ..quantisation import is_quantised
 from ..triplets import add_triplets
 from .additive import AdditiveLayer
@@ -20,6 +21,9 @@ from .transposed import TransposedLayer
 
 if TYPE_CHECKING:
     from ..config import SORSAConfig
+
+LIBRARIES = ("torch.nn.", "transformers.pytorch_utils", "bitsandbytes.nn.")
+"""Where the forwards are defined whose output is a new tensor that nothing else holds."""
 
 
 class SORSALinear(AdditiveLayer):
@@ -32,6 +36,16 @@ class SORSALinear(AdditiveLayer):
 
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta
+
+    def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """base(x); a copy where others may hold it too: a hook that saw it, or a forward of the module's own, which may
+        keep it for its backward or have given its input."""
+        base = self.base_layer
+        y = base(x, *args, **kwargs)
+        if left_to_autograd():  # which writes to nothing
+            return y
+        seen = base._forward_hooks or _has_any_global_hook()
+        return y.clone() if seen or not type(base).forward.__module__.startswith(LIBRARIES) else y
 
     def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         return add_low_rank(y, self.sorsa_dropout[adapter_name](x), self.ready_factors(adapter_name).parts())

@@ -44,12 +44,14 @@ NF4_STEP, FP4_STEP = 0.3038, 0.3334
 """The largest distance of neighbouring codes, as a share of a block's largest magnitude (-1 to -0.696; 1 to 2/3)."""
 
 
-def quantised_linear(kind: str, seed: int = 0, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
-    """A random linear layer (IN to OUT), quantised."""
+def quantised_linear(
+    kind: str, seed: int = 0, bias: bool = True, dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> nn.Linear:
+    """A random linear layer (IN to OUT) whose weight has rows of norm about `scale`, quantised."""
     generator = torch.Generator().manual_seed(seed)
     plain = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
     with torch.no_grad():
-        plain.weight.copy_(torch.randn(OUT, IN, generator=generator) * IN**-0.5)
+        plain.weight.copy_(torch.randn(OUT, IN, generator=generator) * IN**-0.5 * scale)
         if bias:
             plain.bias.copy_(torch.randn(OUT, generator=generator))
     if kind in TORCHAO:

@@ -201,6 +201,14 @@ def test_merging_rounds_once_within_the_codes_step_and_unmerging_restores_every_
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_zeros_merges(kind: str) -> None:
+    model = adapt(quantised_base(kind, scale=0.0))
+    model.merge_adapter()
+    assert only_layer(model).merge_error == (0.0, 0.0)
+    assert not only_layer(model).base_matrix().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_merged_and_unloaded_the_base_is_of_its_own_kind(kind: str) -> None:
     model = adapt(quantised_base(kind))
     perturb(model)
@@ -245,6 +253,28 @@ def test_dequantising_reads_quantised_modules_without_an_adapter() -> None:
     plain = merge_and_dequantize(adapt(base), torch.float32)
     assert type(plain.other) is torch.nn.Linear
     torch.testing.assert_close(plain.other.weight.data, expected, rtol=0, atol=0)
+
+
+def test_dequantising_merges_beside_what_is_merged_already_and_no_adapter_where_none_is_named() -> None:
+    model, x = adapt(quantised_base("nf4")).eval(), inputs(IN)
+    model.add_adapter("second", model.peft_config["default"])
+    perturb(model)
+    perturb(model, "second", seed=9)
+    none = copy.deepcopy(model)
+    with model.disable_adapter():
+        base = model(x)
+    changes = {name: exact_change(only_layer(model), x, name) for name in ("default", "second")}
+    model.merge_adapter(["second"])
+    both = merge_and_dequantize(model, torch.float32)(x)
+    torch.testing.assert_close(both.double(), base + changes["default"] + changes["second"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(merge_and_dequantize(none, torch.float32, [])(x), base, rtol=1e-5, atol=1e-5)
+
+
+def test_dequantising_with_an_unknown_adapter_is_refused() -> None:
+    model = adapt(quantised_base("nf4"))
+    with pytest.raises(ValueError, match="adapter_names has defualt; the model has default"):
+        merge_and_dequantize(model, adapter_names=["defualt"])
+    assert only_layer(model).quantised
 
 
 def test_dequantising_into_integers_is_refused() -> None:

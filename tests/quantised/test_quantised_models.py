@@ -15,7 +15,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_mo
 from quantised_bases import CONFIGS, base_tensors, load_llama, save_llama
 from support import assert_same_tensors, perturb
 from tiny_llama import token_batches
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from sorsa_plugin import SORSAConfig, merge_and_dequantize, save_residual, setup_adapter
@@ -140,6 +140,34 @@ def test_merged_and_dequantised_it_is_an_ordinary_checkpoint(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     # int8 multiplies as fp32 does in train mode; sums of up to 128 terms, through two layers
     torch.testing.assert_close(loaded(tokens).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_dequantised_a_conv1d_is_one_again(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 32, "initializer_range": 0.2}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / "full")
+    base = load_llama(str(tmp_path / "full"), kind)
+    model = get_peft_model(base, SORSAConfig(r=4, target_modules=["c_attn", "attn.c_proj"]))  # and one without
+    perturb(model)
+    tokens = torch.arange(8)[None]
+    plain = merge_and_dequantize(model, torch.float32).eval()
+    plain.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(loaded(tokens).logits, plain(tokens).logits, rtol=0, atol=0)
+
+
+def test_dequantised_into_bfloat16_the_model_is_what_loads(llama: str, tokens: torch.Tensor, tmp_path: Path) -> None:
+    """Buffers included: rounded frequencies turn every later token by another angle."""
+    model = prepare_model_for_kbit_training(load_llama(llama, dtype=torch.bfloat16))  # casts the rest to fp32
+    model = get_peft_model(model, SORSAConfig(r=4, target_modules="all-linear"))
+    perturb(model)
+    plain = merge_and_dequantize(model, torch.bfloat16).eval()
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    for (name, tensor), (_, expected) in zip(plain.named_buffers(), loaded.named_buffers(), strict=True):
+        assert tensor.dtype == expected.dtype, name
+    assert torch.equal(plain(tokens).logits, loaded(tokens).logits)
 
 
 # -- TRL -------------------------------------------------------------------------------------------------------------

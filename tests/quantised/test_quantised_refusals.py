@@ -12,6 +12,7 @@ from quantised_bases import IN, OUT, quantised_base
 from support import OneLayer, adapt, inputs
 from torch import nn
 
+from sorsa_plugin import merge_and_dequantize
 from sorsa_plugin.errors import UnsupportedLayerError
 from sorsa_plugin.quantisation import is_quantised
 
@@ -62,6 +63,43 @@ def test_other_quantised_linears_are_refused_by_name(make: Any) -> None:
     sentence = rf"proj of type {type(layer).__name__} is quantised in a way that SORSA cannot adapt; bitsandbytes'"
     with pytest.raises(UnsupportedLayerError, match=sentence):
         adapt(OneLayer(layer))
+
+
+def an_embedding() -> nn.Module:
+    layer = bitsandbytes.nn.EmbeddingNF4(OUT, IN)
+    layer.load_state_dict(nn.Embedding(OUT, IN).state_dict())
+    return layer.to("cpu")
+
+
+def by_torchao(layer: nn.Module) -> nn.Module:
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = nn.Sequential(layer)
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: module is layer)
+    return model[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [an_embedding, lambda: by_torchao(nn.Embedding(OUT, IN)), lambda: by_torchao(nn.Conv2d(32, 32, 3))],
+    ids=["nf4 embedding", "torchao embedding", "torchao convolution"],
+)
+def test_other_quantised_modules_are_refused_by_name_and_not_dequantised(make: Any) -> None:
+    layer = make()
+    with pytest.raises(UnsupportedLayerError, match=rf"{type(layer).__name__} is quantised in a way that SORSA cannot"):
+        adapt(OneLayer(layer), r=1)
+    base = quantised_base("nf4")
+    base.add_module("other", layer)
+    with pytest.raises(UnsupportedLayerError, match=r"other of type .* no plug-in can read"):
+        merge_and_dequantize(adapt(base))
+
+
+def test_a_plain_embedding_of_bitsandbytes_is_no_obstacle() -> None:
+    base = quantised_base("nf4")
+    base.add_module("other", bitsandbytes.nn.StableEmbedding(OUT, IN))
+    plain = merge_and_dequantize(adapt(base, target_modules=["proj", "other"]))
+    assert type(plain.other) is bitsandbytes.nn.StableEmbedding
 
 
 def test_a_linear_of_another_library_is_refused_whatever_it_stores() -> None:

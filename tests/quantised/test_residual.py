@@ -163,6 +163,30 @@ def test_merged_and_unloaded_the_weight_is_whole() -> None:
     assert ((again.base_matrix().double() - exact).abs() <= rounding_bound("nf4", exact)).all()
 
 
+@pytest.mark.parametrize("names", [None, [], ["narrow"]], ids=str)
+def test_unloaded_every_weight_is_whole_merged_or_not(names: list[str] | None) -> None:
+    """An adapter on some of the layers merges into these; the others' triplets are not lost with the first adapter."""
+    base, options = quantised_base("nf4"), {"r": 4, "svd": "exact", "residual_base": True}
+    base.add_module("other", quantised_base("nf4", seed=1).proj)
+    weights = {"proj.weight": plain_weight(), "other.weight": plain_weight(1)}
+    model = quantize_residual(base, SORSAConfig(target_modules=["proj", "other"], **options), weights)
+    exact = {layer.name: whole(layer) for layer in sorsa_layers(model)}
+    model.add_adapter("narrow", SORSAConfig(target_modules=["proj"], **options))
+    model.set_adapter("narrow")
+    unloaded = adapt(model.merge_and_unload(adapter_names=names), target_modules=["proj", "other"])
+    for layer in sorsa_layers(unloaded):
+        error = (layer.base_matrix().double() - exact[layer.name]).abs()
+        assert (error <= rounding_bound("nf4", exact[layer.name])).all(), layer.name
+
+
+def test_a_refused_deletion_leaves_the_adapter_whole(tmp_path: Path) -> None:
+    model = on_residual("nf4")
+    with pytest.raises(FoldError, match="there is no W to put back"):
+        model.delete_adapter("default")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
 def test_dropout_drops_the_input_of_the_change_alone() -> None:
     model, x = on_residual("nf4", sorsa_dropout=0.5).train(), inputs(IN)
     with model.disable_adapter():
@@ -190,6 +214,14 @@ def test_mixed_batches_on_a_residual() -> None:
         torch.testing.assert_close(mixed[row], model(x)[row], rtol=1e-5, atol=1e-5)
     with model.disable_adapter():
         torch.testing.assert_close(mixed[2], model(x)[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_adapter_says_nothing_of_residuals_that_were_there(caplog: pytest.LogCaptureFixture) -> None:
+    model = on_residual("nf4")
+    assert "Quantised the residuals" in caplog.text
+    caplog.clear()
+    model.add_adapter("other", model.peft_config["default"])
+    assert "Quantised the residuals" not in caplog.text
 
 
 def test_several_adapters_share_the_triplets_and_add_their_changes() -> None:
@@ -247,6 +279,12 @@ def test_wrong_or_absent_full_weights_are_refused() -> None:
         quantize_residual(quantised_base("nf4"), config)
 
 
+def test_a_weight_of_zeros_is_its_own_residual() -> None:
+    base, config = quantised_base("nf4", scale=0.0), SORSAConfig(r=4, target_modules=["proj"])
+    model = quantize_residual(base, config, {"proj.weight": torch.zeros(OUT, IN)})
+    assert only_layer(model).rounding == (0.0, 0.0)
+
+
 def test_options_that_contradict_a_residual_are_refused() -> None:
     with pytest.raises(SORSAConfigError, match="init_weights=False"):
         SORSAConfig(residual_base=True, init_weights=False)
@@ -301,6 +339,18 @@ def test_a_config_alone_makes_the_residual_from_the_models_own_checkpoint(
     assert (model(tokens).logits - exact).norm() < (rounded - exact).norm()
 
 
+def test_a_checkpoint_that_moved_is_found_where_the_base_came_from(tokens: torch.Tensor, tmp_path: Path) -> None:
+    model = get_peft_model(load_llama(save_llama(tmp_path / "before")), config()).eval()
+    perturb(model)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = PeftModel.from_pretrained(load_llama(str(tmp_path / "after")), tmp_path / "adapter")
+    assert torch.equal(moved(tokens).logits, expected)
+    with pytest.raises(BaseFilesError, match="gives no model config"):  # what a user names is never replaced
+        get_peft_model(load_llama(str(tmp_path / "after")), config(full_precision_base=str(tmp_path / "before")))
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_saved_residual_model_and_its_adapter_load_to_the_same_bits(
     kind: str, llama: str, tokens: torch.Tensor, tmp_path: Path
@@ -327,6 +377,33 @@ def test_the_saved_residual_model_and_its_adapter_load_to_the_same_bits(
     assert torch.equal(anew.eval()(tokens).logits, trained)
     with pytest.raises(OutputExistsError):
         save_residual(model, directory)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("residual", [True, False])
+def test_after_wrong_weights_were_refused_the_model_takes_another_adapter(
+    residual: bool, llama: str, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    options = {"r": 4, "target_modules": "all-linear"}
+    base, fresh = load_llama(llama), load_llama(llama)
+    wrong = SORSAConfig(**options, residual_base=True, full_precision_base=save_llama(tmp_path, seed=1))
+    with pytest.raises(BaseMismatchError):
+        get_peft_model(base, wrong)
+    made, expected = (
+        get_peft_model(model, SORSAConfig(**options, residual_base=residual)).train()(tokens).logits
+        for model in (base, fresh)
+    )
+    assert torch.equal(made, expected)
+
+
+def test_a_wider_second_adapter_makes_the_residuals_that_it_needs(llama: str, tokens: torch.Tensor) -> None:
+    options = {"r": 4, "residual_base": True}
+    model = get_peft_model(load_llama(llama), SORSAConfig(target_modules=["q_proj"], **options)).train()
+    model.add_adapter("wide", SORSAConfig(target_modules=["q_proj", "v_proj"], **options))
+    expected = get_peft_model(load_llama(llama), SORSAConfig(target_modules=["q_proj", "v_proj"], **options)).train()
+    for name in ("default", "wide"):
+        model.set_adapter(name)
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
 
 
 def test_a_residual_model_takes_no_adapter_but_its_own(llama: str, tmp_path: Path) -> None:
