@@ -15,7 +15,7 @@ of x, g W + D R^T, in one tensor, which autograd would add up from two.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -75,7 +75,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
         return y + (x.to(y.dtype) @ R.to(y.dtype)) @ L.to(y.dtype).mT
     if torch.is_grad_enabled():
         return _AddLowRank.apply(own_tensor(y), x, weight, *parts)
-    with torch.autocast(y.device.type, enabled=False):
+    with without_autocast(y):
         L, R = _held_pair(parts, y.dtype)
         return add_product(y, x.to(y.dtype) @ R, L)
 
@@ -84,6 +84,15 @@ def left_to_autograd() -> bool:
     """Whether the formulas are written out: a compiler fuses them better than it could a custom function, and
     torch.func's transforms (per-sample gradients) take none that writes in place."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands; free where autocast is off already, as it is in most backwards."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
+
+
+_UNCHANGED = nullcontext()
 
 
 def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
@@ -124,7 +133,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *tensors: torch.Tensor
     ) -> torch.Tensor:
         parts = Parts(*tensors)
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             L, R = _formed(parts, y.dtype)
             C = x.to(y.dtype) @ R
             add_product(y, C, L)
@@ -140,7 +149,7 @@ class _AddLowRank(torch.autograd.Function):
         parts = Parts(*tensors)
         rank = parts.dS.shape[0]
         grads: dict[str, torch.Tensor] = {}
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g):
             S = parts.S0 + parts.dS
             needs_x, needs_offsets = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:6])
             L, R = _formed(parts, g.dtype)
@@ -149,13 +158,10 @@ class _AddLowRank(torch.autograd.Function):
                 grads["x"] = input_gradient(g, D, R, weight).to(x.dtype)
             if needs_offsets:
                 K = product_of_rows(g, C1).to(S.dtype)
-                grads["dU"] = K * S
-                grads["dS"] = (K * (parts.U0 + parts.dU)).sum(0)
                 gUS = torch.addcmul(D[..., :rank], D[..., rank:], S.to(g.dtype))
-                grads["dV"] = product_of_rows(x.to(g.dtype), gUS).to(S.dtype)
-        for name, offset in zip(("dU", "dS", "dV"), parts, strict=False):
-            if name in grads:
-                grads[name] = grads[name].to(offset.dtype)
+                grads["dU"] = (K * S).to(parts.dU.dtype)
+                grads["dS"] = (K * (parts.U0 + parts.dU)).sum(0).to(parts.dS.dtype)
+                grads["dV"] = product_of_rows(x.to(g.dtype), gUS).to(parts.dV.dtype)
         return g, grads.get("x"), None, grads.get("dU"), grads.get("dS"), grads.get("dV"), None, None, None
 
 

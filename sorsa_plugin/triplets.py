@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .lowrank import Parts, add_low_rank, add_product, input_gradient, left_to_autograd, own_tensor, product_of_rows
+from .lowrank import (
+    Parts,
+    add_low_rank,
+    add_product,
+    input_gradient,
+    left_to_autograd,
+    own_tensor,
+    product_of_rows,
+    without_autocast,
+)
 
 if TYPE_CHECKING:
     from .layer import SORSALayer
@@ -53,7 +62,7 @@ class _AddTriplets(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y):
             U, S, V = (part.to(y.dtype) for part in Parts(*tensors).current())
             C = x.to(y.dtype) @ V
             add_product(y, C * S, U)
@@ -66,7 +75,7 @@ class _AddTriplets(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, C, weight, *tensors = ctx.saved_tensors
         grad_x = grad_U = grad_S = grad_V = None
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g):
             U, S, V = Parts(*tensors).current()
             G = (g @ U.to(g.dtype)) * S.to(g.dtype)
             if ctx.needs_input_grad[1]:
