@@ -10,16 +10,13 @@ live in it is the engine's answer (`engines.py`).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from .config import check_gamma
 from .deviations import Batch, all_gaps, deviations
 from .engines import Engine, Share, WholeFactors, find_engine, only_makes_state
 from .errors import AttachError
@@ -32,14 +29,10 @@ from .regularizer import (
     Factor,
     factors_of,
     floor,
-    model_factors,
-    sorsa_layers,
     trainable_factors,
     trained_adapters,
 )
 from .saying import say
-
-ADVISED_LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -160,7 +153,7 @@ class Attachment:
         engine = find_engine(factors, optimizer)
         if type(engine) is not type(self.engine):
             self.engine = engine
-            _require_fp32(self.layers, engine)
+            require_fp32(self.layers, engine)
             engine.shares(factors)  # locates them
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
@@ -246,83 +239,7 @@ def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         yield batch, group
 
 
-attachments: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
-"""Every optimizer that has been attached to, detached ones included. The values are references, because an attachment
-holds its optimizer; the optimizer's hooks keep the attachment."""
-
-
-def attachment_of(optimizer: Optimizer) -> Attachment | None:
-    """The attachment whose hooks the optimizer has; None where it has none."""
-    reference = attachments.get(optimizer)
-    attachment = reference() if reference is not None else None
-    return attachment if attachment is not None and attachment.handles else None
-
-
-def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
-    """Deliver the regularizer of a model's trained SORSA adapters through an optimizer, from its next step on.
-
-    A second call on the same optimizer returns the first's attachment, with the new gamma where one is given; one with
-    another model adds its layers.
-
-    Args:
-        model: a model with trained SORSA adapters.
-        optimizer: the torch optimizer that steps them, or a wrapper of one that a plug-in knows.
-        gamma: overrides the adapters' gamma.
-
-    Raises:
-        NoAdaptedLayersError: the model has no trained SORSA adapter.
-        SORSAConfigError: gamma cannot be honoured.
-        AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
-            the adapters ask for different regularizers.
-
-    From then on a step whose gradients are not finite raises NonFiniteGradientError; see `nonfinite.py`.
-    """
-    factors = model_factors(model)
-    attachment = attach_layers(sorsa_layers(model), find_engine(factors, optimizer), gamma)
-    attachment.watch.stops = True
-    return attachment
-
-
-def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Attachment:
-    """`attach` for the SORSA layers of one or several models and the engine that steps them."""
-    optimizer = engine.optimizer
-    assert optimizer is not None
-    known = attachment_of(optimizer)
-    if known is not None and set(layers) <= set(known.layers):
-        check_gamma(gamma, known.settings().update)
-        known.gamma = known.gamma if gamma is None else gamma
-        return known
-    attachment = Attachment(layers, engine, gamma)
-    settings = attachment.settings()
-    check_gamma(settings.gamma, settings.update)
-    if settings.update == "decoupled" and type(optimizer).__module__.startswith("schedulefree"):
-        raise AttachError(
-            "reg_update='decoupled' writes the parameters after the step, and a schedule-free optimizer keeps others "
-            "in its state. Use reg_update='coupled' with it."
-        )
-    _require_fp32(layers, engine)
-    owning = {id(share.group): share.group for share in engine.shares(trainable_factors(layers))}
-    peak = max(peak_rate(group, settings.gamma) for group in owning.values() if group is not None)
-    if peak > ADVISED_LR:
-        say(
-            "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
-            "loss is unsteady, lower it.", peak, ADVISED_LR,
-        )  # fmt: skip
-    if known is not None:  # the optimizer steps another model too
-        attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
-        attachment.gamma = known.gamma if gamma is None else gamma
-        attachment.steps = known.steps
-        attachment.settings()
-        known.detach()
-    attachment.handles = [
-        optimizer.register_step_pre_hook(attachment.before_step),
-        optimizer.register_step_post_hook(attachment.after_step),
-    ]
-    attachments[optimizer] = weakref.ref(attachment)
-    return attachment
-
-
-def _require_fp32(layers: list[Any], engine: Engine) -> None:
+def require_fp32(layers: list[Any], engine: Engine) -> None:
     """Make the optimizer step fp32 offsets, and refuse frozen factors that an engine rounded."""
     adapters = [adapter.tensors for adapter in trained_adapters(layers)]
     if any(getattr(adapter, name).dtype in ROUNDED for adapter in adapters for name in FROZEN):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .attachment import attach_layers, attachment_of, attachments
+from .attaching import attach_layers, attachment_of, attachments
 from .engines import Engine, groups_by_parameter, innermost, only_makes_state
 from .errors import AttachError
 from .layer import live_layers

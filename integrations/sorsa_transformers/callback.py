@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sorsa_plugin.attachment import Attachment, attach
+from sorsa_plugin.attaching import attach
+from sorsa_plugin.attachment import Attachment
 from sorsa_plugin.config import SORSAConfig
 from sorsa_plugin.engines import innermost
 from sorsa_plugin.errors import AttachError
