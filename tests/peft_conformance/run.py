@@ -30,7 +30,8 @@ def fetch_tests(cache: Path) -> Path:
             subprocess.run([sys.executable, "-m", "pip", "download", "-q", *what], check=True)
         with tarfile.open(archive) as tar:
             members = [member for member in tar.getmembers() if member.name.startswith(f"{name}/tests/")]
-            tar.extractall(cache, members, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)  # new in Python 3.11.4
+            tar.extractall(cache, members)
     (source / "tests" / "__init__.py").touch()  # the distribution lacks it, and the tests import one another
     return source
 
