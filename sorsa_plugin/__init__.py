@@ -6,7 +6,8 @@ add_peft_type()  # before anything reads PeftType.SORSA
 
 from .adapters import AdapterSetup, AdapterType, registered_adapters, setup_adapter  # noqa: E402
 from .analysis import Analysis, analyze  # noqa: E402
-from .attachment import Attachment, attach  # noqa: E402
+from .attaching import attach  # noqa: E402
+from .attachment import Attachment  # noqa: E402
 from .config import SORSAConfig  # noqa: E402
 from .decomposition import captured_energy, factorise  # noqa: E402
 from .dequantising import merge_and_dequantize  # noqa: E402

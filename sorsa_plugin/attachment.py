@@ -10,18 +10,15 @@ live in it is the engine's answer (`engines.py`).
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim.optimizer import Optimizer
 
-from .config import check_gamma
 from .deviations import Batch, all_gaps, deviations
-from .engines import Engine, Share, WholeFactors, find_engine
+from .engines import Engine, Share, WholeFactors, find_engine, only_makes_state
 from .errors import AttachError
 from .factors import FROZEN, ROUNDED
 from .nonfinite import GradientWatch, origin, own_gradients
@@ -32,14 +29,10 @@ from .regularizer import (
     Factor,
     factors_of,
     floor,
-    model_factors,
-    sorsa_layers,
     trainable_factors,
     trained_adapters,
 )
 from .saying import say
-
-ADVISED_LR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class Attachment:
         self.eta = 0.0
         self.peak_moved = False
         self.handles: list[Any] = []
-        self._stepping: tuple[Settings, list[Factor]]
+        self._stepping: tuple[Settings, list[Factor]] | None = None
         """How the step under way is regularized, and all trained factors: layers are asked once a step."""
         self.watch = GradientWatch()
         self.own_gradients: dict[str, torch.Tensor] = {}
@@ -77,6 +70,11 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._stepping is not None
 
     def settings(self) -> Settings:
         """The options in force.
@@ -104,6 +102,8 @@ class Attachment:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
+        if only_makes_state(optimizer):
+            return
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
         # args[0] is the optimizer itself
@@ -119,13 +119,13 @@ class Attachment:
         begins = self.engine.begins_step()
         self.steps += begins
         self._follow_peak(optimizer)
-        self._stepping = settings, factors
         shares, count = self.engine.stepping(factors), sum(factor.matrices for factor in factors)
         if begins:
             self.own_gradients = own_gradients(adapters)
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
         if getattr(optimizer, "found_inf", None) is None:  # where they also leave out steps that are not finite
             self.watch.note(self.steps, shares, self.own_gradients)
+        self._stepping = settings, factors
         if not coupled:
             return
         for batch, group in _batches(shares):
@@ -153,7 +153,7 @@ class Attachment:
         engine = find_engine(factors, optimizer)
         if type(engine) is not type(self.engine):
             self.engine = engine
-            _require_fp32(self.layers, engine)
+            require_fp32(self.layers, engine)
             engine.shares(factors)  # locates them
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
@@ -170,7 +170,9 @@ class Attachment:
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
-        settings, factors = self._stepping
+        if self._stepping is None:
+            return
+        (settings, factors), self._stepping = self._stepping, None
         if settings.update == "decoupled" and settings.gamma > 0.0:
             self._pull(settings, self.engine.stepping(factors), optimizer)
 
@@ -237,75 +239,7 @@ def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         yield batch, group
 
 
-attachments: weakref.WeakKeyDictionary[Optimizer, Attachment] = weakref.WeakKeyDictionary()
-"""The attachment of every optimizer that has one, detached ones included."""
-
-
-def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
-    """Deliver the regularizer of a model's trained SORSA adapters through an optimizer, from its next step on.
-
-    A second call on the same optimizer returns the first's attachment, with the new gamma where one is given; one with
-    another model adds its layers.
-
-    Args:
-        model: a model with trained SORSA adapters.
-        optimizer: the torch optimizer that steps them, or a wrapper of one that a plug-in knows.
-        gamma: overrides the adapters' gamma.
-
-    Raises:
-        NoAdaptedLayersError: the model has no trained SORSA adapter.
-        SORSAConfigError: gamma cannot be honoured.
-        AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
-            the adapters ask for different regularizers.
-
-    From then on a step whose gradients are not finite raises NonFiniteGradientError; see `nonfinite.py`.
-    """
-    factors = model_factors(model)
-    attachment = attach_layers(sorsa_layers(model), find_engine(factors, optimizer), gamma)
-    attachment.watch.stops = True
-    return attachment
-
-
-def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Attachment:
-    """`attach` for the SORSA layers of one or several models and the engine that steps them."""
-    optimizer = engine.optimizer
-    assert optimizer is not None
-    known = attachments.get(optimizer)
-    if known is not None and known.handles and set(layers) <= set(known.layers):
-        check_gamma(gamma, known.settings().update)
-        known.gamma = known.gamma if gamma is None else gamma
-        return known
-    attachment = Attachment(layers, engine, gamma)
-    settings = attachment.settings()
-    check_gamma(settings.gamma, settings.update)
-    if settings.update == "decoupled" and type(optimizer).__module__.startswith("schedulefree"):
-        raise AttachError(
-            "reg_update='decoupled' writes the parameters after the step, and a schedule-free optimizer keeps others "
-            "in its state. Use reg_update='coupled' with it."
-        )
-    _require_fp32(layers, engine)
-    owning = {id(share.group): share.group for share in engine.shares(trainable_factors(layers))}
-    peak = max(peak_rate(group, settings.gamma) for group in owning.values() if group is not None)
-    if peak > ADVISED_LR:
-        say(
-            "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
-            "loss is unsteady, lower it.", peak, ADVISED_LR,
-        )  # fmt: skip
-    if known is not None and known.handles:  # the optimizer steps another model too
-        attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
-        attachment.gamma = known.gamma if gamma is None else gamma
-        attachment.steps = known.steps
-        attachment.settings()
-        known.detach()
-    attachment.handles = [
-        optimizer.register_step_pre_hook(attachment.before_step),
-        optimizer.register_step_post_hook(attachment.after_step),
-    ]
-    attachments[optimizer] = attachment
-    return attachment
-
-
-def _require_fp32(layers: list[Any], engine: Engine) -> None:
+def require_fp32(layers: list[Any], engine: Engine) -> None:
     """Make the optimizer step fp32 offsets, and refuse frozen factors that an engine rounded."""
     adapters = [adapter.tensors for adapter in trained_adapters(layers)]
     if any(getattr(adapter, name).dtype in ROUNDED for adapter in adapters for name in FROZEN):

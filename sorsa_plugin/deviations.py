@@ -170,8 +170,8 @@ def gaps(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def all_gaps(shares: Iterable[Share]) -> torch.Tensor:
-    """gap(P) of the shares' factors (n), in their order."""
+    """gap(P) of the shares' factors (n), in their order, on one device."""
     measured = [(batch.numbers, batch.gaps()) for batch in deviations(list(shares))]
     order = torch.tensor([number for numbers, _ in measured for number in numbers])
-    values = torch.cat([found for _, found in measured])
+    values = torch.cat([found.to(measured[0][1].device) for _, found in measured])
     return values[order.argsort().to(values.device)]

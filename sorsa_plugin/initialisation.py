@@ -28,11 +28,14 @@ SLOW = 2**20
 def initialise_layers(layers: list[SORSALayer], adapter_name: str) -> None:
     """Fill the layers of a new adapter; those that await a file, or a weight that no process has, stay as they are.
 
-    In an initialised process group this is a collective, as wrapping a model in DDP is.
+    In an initialised process group this is a collective, as wrapping a model in DDP is, but for an adapter that comes
+    from a file: one process may load it alone.
 
     Raises:
         DecompositionError: see `decomposition.factorise`.
     """
+    if all(layer.awaits_file(adapter_name) for layer in layers):
+        return
     work = [layer for layer in layers if _must_factorise(layer, adapter_name)]
     residual = any(layer.full_precision is not None for layer in work)  # read from a checkpoint, by each process
     owners = [] if residual else _owners(work, adapter_name)

@@ -78,6 +78,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
             *self.stack, self.out_features, self.in_features = self.base_matrix().shape
         self.register_load_state_dict_post_hook(_check_after_load)
         self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
+        self.family = object()  # the same in all layers of a model
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -129,16 +130,21 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
                 f"{limit} singular triplets. Lower r to at most {limit}, give the module an "
                 "entry in rank_pattern, or exclude it."
             )
-        # a config that an adapter here already has (TRL adds its "ref" so) announces a copy of it, not another file
-        shared = any(config is other for other in self.configs.values())
-        device = torch.device("meta") if config.factors_from_file and not shared else matrix.device
+        self.configs[adapter_name] = config
+        device = torch.device("meta") if self.awaits_file(adapter_name) else matrix.device
         factors = SORSAFactors(self.out_features, self.in_features, rank, device, tuple(self.stack))
         factors.place_frozen(frozen_as_parameters())
         self.sorsa_factors[adapter_name] = factors
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
-        self.configs[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def awaits_file(self, adapter_name: str) -> bool:
+        """Whether a new adapter's tensors come from a file; alike on all processes, whatever weights each has."""
+        config = self.configs[adapter_name]
+        # a config that another adapter here has (TRL adds its "ref" so) announces a copy of that, not another file
+        shared = any(config is other for name, other in self.configs.items() if name != adapter_name)
+        return config.factors_from_file and not shared
 
     def factors(self, adapter_name: str) -> SORSAFactors:
         """The adapter's tensors.

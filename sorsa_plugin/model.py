@@ -59,7 +59,10 @@ class SORSAModel(BaseTuner):
         check_request(model, self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fused_encoders(model)
-        layers = [layer for layer in sorsa_layers(model) if adapter_name in layer.sorsa_factors]
+        everyone = sorsa_layers(model)
+        for layer in everyone:
+            layer.family = everyone[0].family
+        layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
         config = self.peft_config[adapter_name]
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)

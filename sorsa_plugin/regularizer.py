@@ -100,7 +100,8 @@ def orthonormality(model: nn.Module) -> torch.Tensor:
         NoAdaptedLayersError: the model has no trained SORSA adapter.
     """
     factors = model_factors(model)
-    return torch.cat([_Gap.apply(factor.initial + factor.offset).reshape(-1) for factor in factors]).mean()
+    found = [_Gap.apply(factor.initial + factor.offset).reshape(-1) for factor in factors]
+    return torch.cat([gaps.to(found[0].device) for gaps in found]).mean()
 
 
 class _Gap(torch.autograd.Function):

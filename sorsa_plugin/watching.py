@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .attachment import attach_layers, attachments
-from .engines import Engine, groups_by_parameter
+from .attaching import attach_layers, attachment_of, attachments
+from .engines import Engine, groups_by_parameter, innermost, only_makes_state
 from .errors import AttachError
 from .layer import live_layers
 from .plugins import manager
@@ -30,9 +30,10 @@ def watch_optimizers() -> None:
 
 
 def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if optimizer in attachments:
+    if innermost(optimizer) in attachments or _is_part_of_a_step(optimizer) or only_makes_state(optimizer):
         return
-    trained = _trained_layers(optimizer)
+    living = _living_layers(optimizer)
+    trained = [layer for layer in living if layer.trained()]
     factors = trainable_factors(trained)
     try:
         engine: Engine | None = manager().hook.sorsa_engine(factors=factors, optimizer=optimizer) if factors else None
@@ -43,22 +44,37 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     if engine is None:
         _refuse_hidden_factors([layer for layer in trained if _is_regularized(layer)], optimizer)
         return
-    layers = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
+    owned = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
+    families = {id(layer.family) for layer in owned}
+    # all layers of these models, as attach() takes them: F counts those that another optimizer steps, and what is
+    # frozen now may train later
+    layers = [layer for layer in living if id(layer.family) in families]
     settings = attach_layers(layers, engine, None).settings()
     say(
         "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",
-        type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(layers)),
+        type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(owned)),
     )  # fmt: skip
 
 
-def _trained_layers(optimizer: Optimizer) -> list[Any]:
-    """Every trained layer, in an order that is alike on all processes: the optimizer's, then that of creation."""
+def _is_part_of_a_step(optimizer: Optimizer) -> bool:
+    """Whether the step of another optimizer calls this one's (Lookahead, SAM): that one delivers the regularizer."""
+    groups = {id(group) for group in optimizer.param_groups}
+    return any(
+        attachment.stepping and any(id(group) in groups for group in other.param_groups)
+        for other in list(attachments)
+        if (attachment := attachment_of(other)) is not None
+    )
+
+
+def _living_layers(optimizer: Optimizer) -> list[Any]:
+    """Every layer there is, in an order that is alike on all processes: the optimizer's, then that of creation."""
     order = {parameter: number for number, parameter in enumerate(groups_by_parameter(optimizer))}
 
     def place(layer: Any) -> tuple[int, int]:
-        return min(order.get(id(f.offset), len(order)) for f in trainable_factors([layer])), layer.number
+        places = (order.get(id(factor.offset), len(order)) for factor in trainable_factors([layer]))
+        return min(places, default=len(order)), layer.number
 
-    return sorted((layer for layer in list(live_layers) if layer.trained()), key=place)
+    return sorted(live_layers, key=place)
 
 
 def _is_regularized(layer: Any) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +14,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from support import adapt, inputs, make_base, only_layer, perturb
 from tiny_llama import tiny_llama
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
@@ -308,6 +311,37 @@ def test_adapter_added_to_the_optimizer_after_attach_is_regularized_at_its_own_p
     assert all(after[name] < 0.9 * before[name] for name in before)
 
 
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+def test_an_optimizer_that_nobody_needs_is_forgotten_with_its_state_and_layers(explicit: bool) -> None:
+    model = one_layer()
+    optimizer = AdamW(trained(model), lr=LR)
+    if explicit:
+        attach(model, optimizer)
+    step(model, optimizer)
+    gone = [weakref.ref(thing) for thing in (optimizer, only_layer(model), only_layer(model).factors("default").dU)]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None, None]
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+def test_a_step_that_only_makes_state_for_a_checkpoint_is_none(explicit: bool, log: Callable) -> None:
+    """torch.distributed.checkpoint makes one, at rate zero, before it loads or saves a fresh optimizer."""
+    model = one_layer(reg_update="decoupled", reg_schedule="constant")
+    optimizer = AdamW(trained(model), lr=LR)
+    attachment = attach(model, optimizer) if explicit else None
+    before = values(model)
+
+    get_optimizer_state_dict(model, optimizer)
+
+    assert optimizer.state
+    assert same(before, values(model))
+    assert attachment is None or attachment.steps == 0
+    step(model, optimizer)
+    assert attach(model, optimizer).steps == 1
+    assert optimizer.param_groups[0][ETA_MAX] == LR
+
+
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +499,72 @@ def test_two_optimizers_that_share_the_factors_act_as_one(explicit: bool, log: C
         optimizer.step()
     assert same(values(together), values(apart))
     assert len(log(ATTACHED)) == (1 if explicit else 3)
+
+
+def two_layers() -> PeftModel:
+    """A model of two adapted linear layers with perturbed factors."""
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), SORSAConfig(r=2, target_modules=["0", "1"], gamma=GAMMA)
+    )
+    perturb(model, scale=0.3)
+    return model
+
+
+def regularized(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
+    """What a step without task moves."""
+    before = values(model)
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: value - before[name] for name, value in values(model).items()}
+
+
+def test_optimizers_of_a_part_of_the_layers_each_count_all_factors() -> None:
+    model = two_layers()
+    other = copy.deepcopy(model)
+    expected = regularized(other, [sgd(other)])
+    found = regularized(model, [SGD([parameter], lr=LR) for parameter in trained(model)])
+    assert same(expected, found)
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-3
+
+
+def test_layers_that_train_after_the_first_step_are_regularized_from_then_on() -> None:
+    model = two_layers()
+    first, _ = sorsa_layers(model)
+    first.set_requires_grad("default", False)
+    optimizer = sgd(model)
+    regularized(model, [optimizer])
+
+    first.set_requires_grad("default", True)
+    optimizer.add_param_group({"params": trained(first)})
+
+    moved = regularized(model, [optimizer])
+    assert all(value.any() for name, value in moved.items() if not name.endswith("dS"))
+
+
+class Around(Optimizer):
+    """An optimizer that steps another one on the same parameter groups, as Lookahead and SAM do."""
+
+    def __init__(self, base: Optimizer, name: str) -> None:
+        super().__init__(base.param_groups, {})
+        self.param_groups = base.param_groups
+        self.name = name
+        setattr(self, name, base)
+
+    def step(self) -> None:
+        getattr(self, self.name).step()
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer"])
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_an_optimizer_around_another_acts_once(update: str, name: str, log: Callable) -> None:
+    alone, wrapped = one_layer(reg_update=update), one_layer(reg_update=update)
+    for model, optimizer in ((alone, sgd(alone)), (wrapped, Around(sgd(wrapped), name))):
+        for _ in range(3):
+            step(model, optimizer)
+    assert same(values(alone), values(wrapped))
+    assert len(log(ATTACHED)) == 2
 
 
 def by_peft(config: SORSAConfig) -> nn.Module:

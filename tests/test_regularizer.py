@@ -326,3 +326,14 @@ def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices() -> None:
     P = initial + offset.detach()
     exact = P @ (P.mT @ P - torch.eye(2, dtype=torch.float64))
     torch.testing.assert_close(offset.grad, exact, rtol=1e-13, atol=0)
+
+
+def test_gaps_and_loss_of_factors_on_several_devices_are_on_the_first() -> None:
+    """As `device_map` spreads a model over GPUs; the meta device stands for another one."""
+    model = adapted()
+    for layer in sorsa_layers(model)[:3]:
+        layer.sorsa_factors.to("meta")
+    assert orthonormality(model).is_meta
+    gaps = all_gaps(whole_shares(model_factors(model)))
+    assert gaps.is_meta
+    assert gaps.shape == (FACTORS,)

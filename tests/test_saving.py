@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import assert_same_tensors, perturb, refuse_to_factorise
 from tiny_llama import tiny_llama
 
+import sorsa_plugin.initialisation
 from sorsa_plugin import SORSAConfig, save_adapter
 from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError, RankError
 from sorsa_plugin.factors import FROZEN, OFFSETS
@@ -415,3 +416,14 @@ def test_a_tag_that_a_person_wrote_as_one_word_stays_one(tmp_path):
     (tmp_path / "README.md").write_text("---\ntags: mine\n---\n\n# My adapter\n")
     complete_model_card(str(tmp_path), SORSAConfig(r=2))
     assert ModelCard.load(tmp_path / "README.md").data.tags == ["mine", "sorsa"]
+
+
+def test_loading_waits_for_no_other_process(monkeypatch, tmp_path):
+    """One process of a run may load what it saved, to merge it: making a new adapter is a collective, this is none."""
+    asked = []
+    monkeypatch.setattr(sorsa_plugin.initialisation, "_owners", lambda *_: asked.append(1) or [])
+    trained().save_pretrained(tmp_path)
+    assert asked
+    asked.clear()
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert not asked

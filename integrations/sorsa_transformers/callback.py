@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sorsa_plugin.attachment import Attachment, attach
+from sorsa_plugin.attaching import attach
+from sorsa_plugin.attachment import Attachment
 from sorsa_plugin.config import SORSAConfig
 from sorsa_plugin.engines import innermost
 from sorsa_plugin.errors import AttachError
@@ -100,6 +101,12 @@ class SORSACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._log_everywhere(control, optimizer)  # logging_strategy="epoch"
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.attachment is not None:
+            self.attachment.watch.settle()  # of the last step, which on a GPU no other follows
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

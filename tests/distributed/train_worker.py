@@ -42,7 +42,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     from transformers import Trainer, TrainingArguments
 
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.attachment import attachments
+    from sorsa_plugin.attaching import attachment_of
     from sorsa_plugin.engines import innermost
     from sorsa_plugin.regularizer import model_factors
     from sorsa_transformers import SORSACallback
@@ -94,7 +94,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     broadcasts = count_broadcasts()
     trainer.train()
     trainer.save_model(str(output / "adapter"))
-    attachment = attachments[innermost(trainer.optimizer)]
+    attachment = attachment_of(innermost(trainer.optimizer))
     shares = attachment.engine.shares(model_factors(model))
     return {
         "distributed_type": str(trainer.accelerator.distributed_type),

@@ -12,7 +12,8 @@ from tiny_llama import tiny_llama, token_batches
 from transformers import Trainer, TrainingArguments
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.attachment import Attachment, attach
+from sorsa_plugin.attaching import attach
+from sorsa_plugin.attachment import Attachment
 from sorsa_plugin.engines import innermost
 
 

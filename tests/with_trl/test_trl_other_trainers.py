@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from trl_runs import EXAMPLES, PREFERENCES, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
-from sorsa_plugin.attachment import attachments
+from sorsa_plugin.attaching import attachment_of
 from sorsa_plugin.engines import innermost
 from sorsa_quickstart.answering import BASE, load_base
 
@@ -66,7 +66,7 @@ def test_the_regularizer_is_applied_once_per_optimizer_step(name, tmp_path):
     regularized, without = build(name, tmp_path / "a", gamma=0.05), build(name, tmp_path / "b", gamma=0.0)
     regularized.train()
     without.train()
-    assert attachments[innermost(regularized.optimizer)].steps == STEPS
+    assert attachment_of(innermost(regularized.optimizer)).steps == STEPS
     assert len(logged(regularized, "loss")) == STEPS
     free = sum(gaps(without.model).values())
     assert free > 0.01
