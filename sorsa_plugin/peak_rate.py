@@ -7,7 +7,8 @@ from typing import Any
 from .errors import AttachError
 
 ETA_MAX = "sorsa_eta_max"
-"""Key of a parameter group: the peak learning rate, read once at attach; saved and resumed with the optimizer."""
+"""Key of a parameter group: the peak learning rate, read once at attach; saved and resumed with the optimizer. Zero
+where it is still to be read."""
 
 
 def peak_rate(group: dict[str, Any], gamma: float) -> float:
@@ -16,7 +17,7 @@ def peak_rate(group: dict[str, Any], gamma: float) -> float:
     Raises:
         AttachError: it is not positive, and gamma is.
     """
-    if ETA_MAX not in group:
+    if not group.get(ETA_MAX):
         group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
     if group[ETA_MAX] <= 0 and gamma > 0:
         raise AttachError(

@@ -14,6 +14,7 @@ from .attaching import attach_layers, attachment_of, attachments
 from .engines import Engine, groups_by_parameter, innermost, only_makes_state
 from .errors import AttachError
 from .layer import live_layers
+from .peak_rate import ETA_MAX
 from .plugins import manager
 from .regularizer import trainable_factors
 from .saying import say
@@ -30,7 +31,7 @@ def watch_optimizers() -> None:
 
 
 def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if innermost(optimizer) in attachments or _is_part_of_a_step(optimizer) or only_makes_state(optimizer):
+    if innermost(optimizer) in attachments or _is_part_of_a_step(optimizer):
         return
     living = _living_layers(optimizer)
     trained = [layer for layer in living if layer.trained()]
@@ -43,6 +44,11 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
         return
     if engine is None:
         _refuse_hidden_factors([layer for layer in trained if _is_regularized(layer)], optimizer)
+        return
+    if only_makes_state(optimizer):  # to load into it: torch.distributed.checkpoint loads keys that are there
+        for share in engine.shares(factors):
+            if share.group is not None:
+                share.group.setdefault(ETA_MAX, 0.0)
         return
     owned = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
     families = {id(layer.family) for layer in owned}

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from support import adapt, inputs, make_base, only_layer, perturb
 from tiny_llama import tiny_llama
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
@@ -340,6 +340,25 @@ def test_a_step_that_only_makes_state_for_a_checkpoint_is_none(explicit: bool, l
     step(model, optimizer)
     assert attach(model, optimizer).steps == 1
     assert optimizer.param_groups[0][ETA_MAX] == LR
+
+
+@pytest.mark.parametrize("flat", [True, False], ids=["flat", "nested"])
+def test_a_checkpoint_of_torch_distributed_resumes_the_peak_rate(flat: bool) -> None:
+    """Of flat ones it loads the keys that the fresh optimizer has after that step."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = one_layer()
+    optimizer = AdamW(trained(model), lr=LR)
+    step(model, optimizer)
+    optimizer.param_groups[0]["lr"] = LR / 2  # a schedule went on
+    saved = get_optimizer_state_dict(model, optimizer, options=options)
+    optimizer.zero_grad()  # as in a process that begins
+    fresh = AdamW(trained(model), lr=LR / 2)
+
+    set_optimizer_state_dict(model, fresh, saved, options=options)
+
+    assert fresh.param_groups[0][ETA_MAX] == LR
+    step(model, fresh)
+    assert fresh.param_groups[0][ETA_MAX] == LR
 
 
 # -- mixed precision --------------------------------------------------------------------------------------------------
