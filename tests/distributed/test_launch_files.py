@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,11 +87,19 @@ def command_of(file: Path) -> str:
     return found[1]
 
 
+def free_port() -> str:
+    """One below those that systems give to outgoing connections: on one of these, a process that waits for the first
+    machine may reach itself, and take the port from it."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("None of 100 ports is free.")
+
+
 def commands(file: Path, model: Path, data: Path, output: Path) -> list[list[str]]:
     """Its command on two processes: on one machine, or on each of two."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     program, *words = shlex.split(command_of(file).replace(" --bf16", ""))
     words = [{"MODEL": str(model), "DATA": str(data)}.get(word, word) for word in words]
     words += ["--output", str(output), "--batch", "4", *TRAINING]
@@ -123,12 +133,15 @@ def run_together(started: list[list[str]], report: Path, data_parallel: bool, ti
         for command, log in zip(started, logs, strict=True)
     ]
     try:
-        codes = [machine.wait(timeout) for machine in machines]
+        with suppress(subprocess.TimeoutExpired):  # then stopped below, which is no success
+            for machine in machines:
+                machine.wait(timeout)
     finally:
         for machine in machines:
             machine.terminate()
             machine.wait()
-    assert codes == [0] * len(machines), "\n".join(log.read_text()[-6000:] for log in logs)
+    codes = [machine.returncode for machine in machines]
+    assert codes == [0] * len(machines), "\n".join([str(codes), *(log.read_text()[-6000:] for log in logs)])
 
 
 def test_every_file_is_launched() -> None:
