@@ -171,7 +171,8 @@ def gaps(model: nn.Module) -> dict[str, float]:
 @torch.no_grad()
 def all_gaps(shares: Iterable[Share]) -> torch.Tensor:
     """gap(P) of the shares' factors (n), in their order, on one device."""
-    measured = [(batch.numbers, batch.gaps()) for batch in deviations(list(shares))]
-    order = torch.tensor([number for numbers, _ in measured for number in numbers])
-    values = torch.cat([found.to(measured[0][1].device) for _, found in measured])
-    return values[order.argsort().to(values.device)]
+    found: dict[int, torch.Tensor] = {}
+    for batch in deviations(list(shares)):
+        found |= zip(batch.numbers, batch.gaps().unbind(), strict=True)
+    device = next(iter(found.values())).device
+    return torch.stack([found[number].to(device) for number in sorted(found)])

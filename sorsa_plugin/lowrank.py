@@ -25,6 +25,9 @@ FEW_COLUMNS = 32
 """Below this rank, weight gradients are computed transposed: libraries are up to three times as fast at few rows as at
 few columns, and the transposed copy into `.grad` is small."""
 
+FEWEST_COLUMNS = 8
+"""Up to this number, products with the tokens are computed transposed as well, in half the time; at 16 it is not."""
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -77,7 +80,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
         return _AddLowRank.apply(own_tensor(y), x, weight, *parts)
     with without_autocast(y):
         L, R = _held_pair(parts, y.dtype)
-        return add_product(y, x.to(y.dtype) @ R, L)
+        return add_product(y, columns(x.to(y.dtype), R), L)
 
 
 def left_to_autograd() -> bool:
@@ -121,6 +124,13 @@ def input_gradient(g: torch.Tensor, D: torch.Tensor, R: torch.Tensor, weight: to
     return D @ R.mT if weight is None else add_product(g @ weight, D, R)
 
 
+def columns(x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """x narrow (... x r), for x (... x d) and narrow (d x r)."""
+    if narrow.shape[1] > FEWEST_COLUMNS:
+        return x @ narrow
+    return (narrow.mT @ rows(x).mT).mT.reshape(*x.shape[:-1], -1)
+
+
 def product_of_rows(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
     """wide^T narrow (d x r), for wide (... x d) and narrow (... x r)."""
     wide, narrow = rows(wide), rows(narrow)
@@ -135,7 +145,7 @@ class _AddLowRank(torch.autograd.Function):
         parts = Parts(*tensors)
         with without_autocast(y):
             L, R = _formed(parts, y.dtype)
-            C = x.to(y.dtype) @ R
+            C = columns(x.to(y.dtype), R)
             add_product(y, C, L)
         ctx.mark_dirty(y)
         C1 = C[..., : parts.dS.shape[0]].contiguous()  # not a view: frees half of C
@@ -153,7 +163,7 @@ class _AddLowRank(torch.autograd.Function):
             S = parts.S0 + parts.dS
             needs_x, needs_offsets = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:6])
             L, R = _formed(parts, g.dtype)
-            D = g @ L
+            D = columns(g, L)
             if needs_x:
                 grads["x"] = input_gradient(g, D, R, weight).to(x.dtype)
             if needs_offsets:

@@ -11,6 +11,7 @@ from .lowrank import (
     Parts,
     add_low_rank,
     add_product,
+    columns,
     input_gradient,
     left_to_autograd,
     own_tensor,
@@ -64,7 +65,7 @@ class _AddTriplets(torch.autograd.Function):
     ) -> torch.Tensor:
         with without_autocast(y):
             U, S, V = (part.to(y.dtype) for part in Parts(*tensors).current())
-            C = x.to(y.dtype) @ V
+            C = columns(x.to(y.dtype), V)
             add_product(y, C * S, U)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, C, weight, *tensors)
@@ -77,7 +78,7 @@ class _AddTriplets(torch.autograd.Function):
         grad_x = grad_U = grad_S = grad_V = None
         with without_autocast(g):
             U, S, V = Parts(*tensors).current()
-            G = (g @ U.to(g.dtype)) * S.to(g.dtype)
+            G = columns(g, U.to(g.dtype)) * S.to(g.dtype)
             if ctx.needs_input_grad[1]:
                 grad_x = input_gradient(g, G, V.to(g.dtype), weight).to(x.dtype)
             if any(ctx.needs_input_grad[3:6]):

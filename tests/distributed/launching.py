@@ -18,7 +18,10 @@ def environment() -> dict[str, str]:
     """This process's, less what a launcher announced in it; the helpers of all tests can be imported."""
     kept = {key: value for key, value in os.environ.items() if key not in ANNOUNCED}
     helpers = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
-    return kept | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": helpers}
+    # where a process aborts, Python says in which line
+    return kept | {
+        "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": helpers, "PYTHONFAULTHANDLER": "1"
+    }  # fmt: skip
 
 
 def start(script: str, processes: int, *options: str) -> subprocess.Popen[str]:
