@@ -102,7 +102,7 @@ class Attachment:
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
-        if only_makes_state(optimizer):
+        if only_makes_state(optimizer, kwargs):
             return
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
@@ -161,7 +161,7 @@ class Attachment:
         rates = [(group, float(group["lr"])) for group in optimizer.param_groups if ETA_MAX in group]
         self.eta = rates[0][1] if rates else self.eta
         for group, rate in rates:
-            if rate > group[ETA_MAX] * (1 + 1e-6):
+            if 0.0 < group[ETA_MAX] * (1 + 1e-6) < rate:
                 if not self.peak_moved:
                     say("The learning rate rose above the peak %g that was read at attach: SORSA's regularizer follows "
                         "the highest rate seen. Call attach() at the peak to avoid this.", group[ETA_MAX])  # fmt: skip
@@ -199,8 +199,8 @@ class Attachment:
     def _weight(self, optimizer: Optimizer) -> float:
         """gamma/eta_max."""
         gamma = self.settings().gamma
-        eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if ETA_MAX in group), 0.0)
-        return gamma / eta_max if gamma > 0.0 else 0.0
+        eta_max = next((group[ETA_MAX] for group in optimizer.param_groups if group.get(ETA_MAX)), 0.0)
+        return gamma / eta_max if gamma > 0.0 and eta_max > 0.0 else 0.0
 
     def _loss(self, gaps: torch.Tensor) -> torch.Tensor:
         """L_reg (coupled), or what the decoupled update descends, from the gaps of all factors."""

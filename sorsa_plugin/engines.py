@@ -138,13 +138,15 @@ def innermost(optimizer: Any) -> Any:
     return optimizer
 
 
-def only_makes_state(optimizer: Optimizer) -> bool:
-    """Whether the step that begins is torch.distributed.checkpoint's, which steps a fresh optimizer at rate zero with
-    zero gradients so that it has state to load into or to save; it is no step of a training."""
-    if optimizer.state or any(group.get("lr", 1.0) != 0 for group in optimizer.param_groups):
-        return False
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+def only_makes_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
+    """Whether the call `step(**kwargs)` that begins is torch.distributed.checkpoint's, which steps a fresh optimizer at
+    rate zero, so that it has state to load into or to save; it is no step of a training.
+
+    Told by what is alike on all processes: no state, every rate zero, and `closure=None`, which training loops that
+    have no closure do not name.
+    """
+    named = "closure" in kwargs and kwargs["closure"] is None
+    return named and not optimizer.state and all(group.get("lr", 1.0) == 0 for group in optimizer.param_groups)
 
 
 def groups_by_parameter(optimizer: Optimizer | None) -> dict[int, dict[str, Any]]:

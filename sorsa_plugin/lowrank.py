@@ -128,7 +128,7 @@ def columns(x: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
     """x narrow (... x r), for x (... x d) and narrow (d x r)."""
     if narrow.shape[1] > FEWEST_COLUMNS:
         return x @ narrow
-    return (narrow.mT @ rows(x).mT).mT.reshape(*x.shape[:-1], -1)
+    return (narrow.mT @ rows(x).mT).mT.reshape(*x.shape[:-1], narrow.shape[1])
 
 
 def product_of_rows(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:

@@ -45,16 +45,16 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     if engine is None:
         _refuse_hidden_factors([layer for layer in trained if _is_regularized(layer)], optimizer)
         return
-    if only_makes_state(optimizer):  # to load into it: torch.distributed.checkpoint loads keys that are there
+    if only_makes_state(optimizer, kwargs):  # to load into it: torch.distributed.checkpoint loads keys that are there
         for share in engine.shares(factors):
             if share.group is not None:
                 share.group.setdefault(ETA_MAX, 0.0)
         return
     owned = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
-    families = {id(layer.family) for layer in owned}
-    # all layers of these models, as attach() takes them: F counts those that another optimizer steps, and what is
+    adapters = {(id(layer.family), name) for layer in owned for name in layer.trained()}
+    # all layers of these adapters, as attach() takes them: F counts those that another optimizer steps, and what is
     # frozen now may train later
-    layers = [layer for layer in living if id(layer.family) in families]
+    layers = [layer for layer in living if adapters & {(id(layer.family), name) for name in layer.sorsa_factors}]
     settings = attach_layers(layers, engine, None).settings()
     say(
         "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",

@@ -342,6 +342,33 @@ def test_a_step_that_only_makes_state_for_a_checkpoint_is_none(explicit: bool, l
     assert optimizer.param_groups[0][ETA_MAX] == LR
 
 
+@pytest.mark.parametrize("optimizer_type", [SGD, AdamW])
+def test_a_first_step_at_rate_zero_with_zero_gradients_is_one(optimizer_type: type[Optimizer]) -> None:
+    """As a warm-up's first step is, on a batch whose rewards are all equal."""
+    model = one_layer(reg_update="decoupled", reg_schedule="constant")
+    optimizer = optimizer_type(trained(model), lr=0.0)
+    optimizer.param_groups[0]["initial_lr"] = LR
+    attachment, before = attach(model, optimizer), gaps(model)
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert attachment.steps == 1
+    assert all(gap < before[name] for name, gap in gaps(model).items())
+
+
+def test_a_checkpoint_from_before_the_first_step_leaves_the_peak_rate_to_be_read() -> None:
+    model = one_layer()
+    saved = get_optimizer_state_dict(model, AdamW(trained(model), lr=LR))
+    optimizer = AdamW(trained(model), lr=LR / 100)
+    optimizer.param_groups[0]["initial_lr"] = LR  # a warm-up began
+    attachment = attach(model, optimizer)
+    set_optimizer_state_dict(model, optimizer, saved)
+    assert attachment.metrics(optimizer)["sorsa/gap_mean"] > 0
+    step(model, optimizer)
+    assert optimizer.param_groups[0][ETA_MAX] == LR
+    assert not attachment.peak_moved
+
+
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "nested"])
 def test_a_checkpoint_of_torch_distributed_resumes_the_peak_rate(flat: bool) -> None:
     """Of flat ones it loads the keys that the fresh optimizer has after that step."""
@@ -560,6 +587,21 @@ def test_layers_that_train_after_the_first_step_are_regularized_from_then_on() -
 
     moved = regularized(model, [optimizer])
     assert all(value.any() for name, value in moved.items() if not name.endswith("dS"))
+
+
+def test_adapters_with_other_options_may_train_with_optimizers_of_their_own(log: Callable) -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), SORSAConfig(r=2, target_modules=["0"], gamma=GAMMA), "first"
+    )
+    model.add_adapter("second", SORSAConfig(r=2, target_modules=["1"], gamma=GAMMA / 2))
+    model.base_model.set_adapter(["first", "second"])
+    for name in ("first", "second"):
+        perturb(model, name, scale=0.3)
+    moved = regularized(model, [sgd(layer) for layer in sorsa_layers(model)])
+    assert all(value.any() for name, value in moved.items() if not name.endswith("dS"))
+    assert [f"gamma {gamma:g}" in said for gamma, said in zip((GAMMA, GAMMA / 2), log(ATTACHED), strict=True)] == [
+        True
+    ] * 2
 
 
 class Around(Optimizer):

@@ -13,7 +13,8 @@ from tiny_llama import tiny_llama
 from torch import nn
 
 from sorsa_plugin import SORSAConfig, holding_pairs
-from sorsa_plugin.lowrank import FEW_COLUMNS, Parts, add_low_rank
+from sorsa_plugin.lowrank import FEW_COLUMNS, FEWEST_COLUMNS, Parts, add_low_rank
+from sorsa_plugin.triplets import add_triplets
 
 OUT, IN, RANK = 7, 5, 3
 
@@ -50,7 +51,7 @@ def test_gradients_agree_with_finite_differences_in_float64(leading: tuple[int, 
     assert torch.autograd.gradcheck(function, (y, x, *parts[:3]))
 
 
-@pytest.mark.parametrize("rank", [1, FEW_COLUMNS - 1, FEW_COLUMNS, 40])
+@pytest.mark.parametrize("rank", [1, FEWEST_COLUMNS // 2, FEWEST_COLUMNS // 2 + 1, FEW_COLUMNS - 1, FEW_COLUMNS, 40])
 @pytest.mark.parametrize("needs_x", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded", "sliced"])
 def test_gradients_are_those_of_plain_autograd_whatever_the_layout(layout: str, needs_x: bool, rank: int) -> None:
@@ -79,6 +80,22 @@ def test_the_base_output_may_have_any_layout(layout: str) -> None:
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
             torch.testing.assert_close(add_low_rank(y.clone(), x, parts), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rank", [2, FEWEST_COLUMNS + 1])
+@pytest.mark.parametrize("leading", [(0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("function", [add_low_rank, add_triplets])
+def test_no_tokens_give_no_output_and_gradients_of_zero(function: Any, leading: tuple[int, ...], rank: int) -> None:
+    """As experts get that no token was sent to."""
+    parts, x = parts_of(48, 44, rank), torch.randn(*leading, 44, dtype=torch.float64, requires_grad=True)
+    y = function(torch.zeros(*leading, 48, dtype=torch.float64), x, parts)
+    assert y.shape == (*leading, 48)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert all(part.grad is not None and not part.grad.any() for part in parts[:3])
+    with torch.no_grad():
+        assert function(torch.zeros(*leading, 48, dtype=torch.float64), x, parts).shape == (*leading, 48)
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
