@@ -1,6 +1,6 @@
 """One training step of an adapted linear layer, beside its peers, as a ratio to the frozen layer alone.
 
-    python benchmarks/layer_step.py [--device cuda] [--repeats 60]
+    python benchmarks/layer_step.py [--device cuda] [--repeats 20] [--processes 3]
 
 The floor is the frozen base's forward and its gradient with respect to the input. Arithmetic limits over it:
 1 + 5 r/d for SORSA, 1 + 3 r/d folded and for LoRA. On an accelerator bf16 under autocast, with the width of
@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from common import arguments, publish
+from common import publish
 from peers import FOLDED, INTACT, LORA, PEERS
-from steps import charts, dtype_of, measure, over_lora, table
+from steps import Row, charts, dtype_of, in_processes, measure, options_of, over_lora, table
 from torch import nn
 
 SHAPES = [(1024, 64, 1024), (1024, 16, 1024), (2048, 128, 512), (768, 8, 2048)]
@@ -32,7 +32,7 @@ class OneLayer(nn.Module):
         return self.layer(x)
 
 
-def one_layer(width: int, rank: int, tokens: int, options: Any, peers: Any = PEERS) -> dict[str, Any]:
+def one_layer(width: int, rank: int, tokens: int, peers: Any, options: Any) -> Row:
     def base() -> nn.Module:
         torch.manual_seed(0)
         return OneLayer(width).to(options.device, dtype_of(options.device))
@@ -44,11 +44,11 @@ def one_layer(width: int, rank: int, tokens: int, options: Any, peers: Any = PEE
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=60).parse_args()
+    options = options_of(__doc__, repeats=20)
     shapes = SHAPES if options.device == "cpu" else SHAPES + LARGE
-    rows = [one_layer(*shape, options) for shape in shapes]
+    rows = [in_processes(one_layer, *shape, PEERS, options=options) for shape in shapes]
     mean = {name: over_lora(rows, name) for name in PEERS}
-    result = {"repeats": options.repeats, "over LoRA": mean, "rows": rows}
+    result = {"repeats": options.repeats, "processes": options.processes, "over LoRA": mean, "rows": rows}
     publish("layer_step", options.device, result, table("one layer", rows), charts("one layer", rows))
 
 

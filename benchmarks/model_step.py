@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import arguments, publish
-from steps import charts, dtype_of, measure, table
+from common import publish
+from steps import Row, charts, dtype_of, in_processes, measure, options_of, table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -63,8 +63,8 @@ MODELS: dict[str, dict[str, Model]] = {
 RANKS = {"cpu": (32,), "cuda": (128, 16)}
 
 
-def one_model(name: str, model: Model, rank: int, options: Any) -> dict[str, Any]:
-    make, batch, length = model
+def one_model(name: str, rank: int, options: Any) -> Row:
+    make, batch, length = MODELS[options.device][name]
     ids = torch.randint(1, 2000, (batch, length), generator=torch.Generator().manual_seed(0)).to(options.device)
 
     def base() -> nn.Module:
@@ -82,10 +82,10 @@ def one_model(name: str, model: Model, rank: int, options: Any) -> dict[str, Any
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=8).parse_args()
+    options = options_of(__doc__, repeats=8)
     models, ranks = MODELS[options.device], RANKS[options.device]
-    rows = [one_model(name, model, rank, options) for name, model in models.items() for rank in ranks]
-    result = {"repeats": options.repeats, "rows": rows}
+    rows = [in_processes(one_model, name, rank, options=options) for name in models for rank in ranks]
+    result = {"repeats": options.repeats, "processes": options.processes, "rows": rows}
     publish("model_step", options.device, result, table("a whole model", rows), charts("a whole model", rows))
 
 

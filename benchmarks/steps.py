@@ -3,18 +3,53 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 from collections.abc import Callable, Sequence
-from statistics import geometric_mean
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from statistics import geometric_mean, median
 from typing import Any
 
 import torch
-from common import Chart, Table, interleave, ratios, spread
+from common import Chart, Table, arguments, interleave, ratios, spread
 from memory import peak_memory, saved_activations
 from peers import FLOOR, FOLDED, INTACT, LORA, PEERS, build
 from torch import nn
 
 Forward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+Row = dict[str, Any]
+"""What `measure` found, and the label and limits of what was measured."""
+
+
+def options_of(doc: str | None, repeats: int) -> argparse.Namespace:
+    """What `arguments` knows, and --processes: 3 on a CPU."""
+    parser = arguments(doc, repeats)
+    parser.add_argument("--processes", type=int)
+    options = parser.parse_args()
+    options.processes = options.processes or (3 if options.device == "cpu" else 1)
+    return options
+
+
+def in_processes(row: Callable[..., Row], *what: Any, options: Any) -> Row:
+    """`row(*what, options)` in fresh processes, one after another, because where its memory lies moves all ratios of a
+    process by 1 to 2%, however often it repeats: medians of the processes' medians and quartiles; "over LoRA" keeps
+    each process's own.
+    """
+    rows = []
+    for _ in range(options.processes):
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            rows.append(pool.submit(row, *what, options).result())
+    found = dict(rows[0])
+    for key in ("ratios", "seconds"):
+        found[key] = {
+            name: {part: median(other[key][name][part] for other in rows) for part in spreads}
+            for name, spreads in found[key].items()
+        }
+    if LORA in found["ratios"]:
+        found["over LoRA"] = {name: [over_lora([other], name) for other in rows] for name in found["ratios"]}
+    return found
 
 
 def dtype_of(device: str) -> torch.dtype:
@@ -31,7 +66,7 @@ def measure(
     *,
     peers: Sequence[str] = PEERS,
     interleaved: bool = True,
-) -> dict[str, Any]:
+) -> Row:
     """Times, ratios to the frozen base and memory of every peer.
 
     Args:
@@ -78,15 +113,15 @@ def prepare(module: nn.Module, x: torch.Tensor, forward: Forward, device: str) -
     return step, saved_activations(output, module)
 
 
-def over_lora(rows: list[dict[str, Any]], name: str) -> float:
+def over_lora(rows: list[Row], name: str) -> float:
     """Geometric mean over the rows of the time over LoRA's."""
     return geometric_mean(row["ratios"][name]["median"] / row["ratios"][LORA]["median"] for row in rows)
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> Table:
+def table(title: str, rows: list[Row]) -> Table:
     """A line a peer; rows have a "label" and, for single layers, "limits" of some peers."""
 
-    def cell(row: dict[str, Any], name: str) -> str:
+    def cell(row: Row, name: str) -> str:
         if name not in row["ratios"]:
             return "out of memory"
         return "{median:.2f} ({low:.2f}-{high:.2f})".format(**row["ratios"][name])
@@ -105,7 +140,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     return Table(f"{title}, time / frozen base: median (quartiles)", columns, lines)
 
 
-def charts(title: str, rows: list[dict[str, Any]]) -> list[Chart]:
+def charts(title: str, rows: list[Row]) -> list[Chart]:
     labels = [row["label"].replace(", ", "\n") for row in rows]
     names = [name for name in PEERS if all(name in row["ratios"] for row in rows)]
     times = {name: [row["ratios"][name]["median"] for row in rows] for name in names}
