@@ -82,7 +82,7 @@ def one_model(name: str, rank: int, options: Any) -> Row:
 
 
 def main() -> None:
-    options = options_of(__doc__, repeats=8)
+    options = options_of(__doc__, repeats=16)
     models, ranks = MODELS[options.device], RANKS[options.device]
     rows = [in_processes(one_model, name, rank, options=options) for name in models for rank in ranks]
     result = {"repeats": options.repeats, "processes": options.processes, "rows": rows}

@@ -34,8 +34,8 @@ def options_of(doc: str | None, repeats: int) -> argparse.Namespace:
 
 def in_processes(row: Callable[..., Row], *what: Any, options: Any) -> Row:
     """`row(*what, options)` in fresh processes, one after another, because where its memory lies moves all ratios of a
-    process by 1 to 2%, however often it repeats: medians of the processes' medians and quartiles; "over LoRA" keeps
-    each process's own.
+    process by 1 to 2%, however often it repeats: medians of the processes' medians and quartiles; "over LoRA" lists
+    each process's median.
     """
     rows = []
     for _ in range(options.processes):
@@ -47,8 +47,7 @@ def in_processes(row: Callable[..., Row], *what: Any, options: Any) -> Row:
             name: {part: median(other[key][name][part] for other in rows) for part in spreads}
             for name, spreads in found[key].items()
         }
-    if LORA in found["ratios"]:
-        found["over LoRA"] = {name: [over_lora([other], name) for other in rows] for name in found["ratios"]}
+    found["over LoRA"] = {name: [other["over LoRA"][name] for other in rows] for name in found["over LoRA"]}
     return found
 
 
@@ -92,7 +91,9 @@ def measure(
         if options.device == "cuda":
             torch.cuda.empty_cache()
     seconds = {name: spread(values) for name, values in times.items()}
-    return {"r": rank, "ratios": ratios(times, FLOOR), "seconds": seconds, "bytes": memory}
+    paired = ratios(times, LORA) if LORA in times else {}
+    over = {name: found["median"] for name, found in paired.items()}
+    return {"r": rank, "ratios": ratios(times, FLOOR), "over LoRA": over, "seconds": seconds, "bytes": memory}
 
 
 def prepare(module: nn.Module, x: torch.Tensor, forward: Forward, device: str) -> tuple[Callable[[], None], int]:
@@ -114,8 +115,8 @@ def prepare(module: nn.Module, x: torch.Tensor, forward: Forward, device: str) -
 
 
 def over_lora(rows: list[Row], name: str) -> float:
-    """Geometric mean over the rows of the time over LoRA's."""
-    return geometric_mean(row["ratios"][name]["median"] / row["ratios"][LORA]["median"] for row in rows)
+    """Geometric mean over the rows of the time over LoRA's in the same repeat, a median of processes and repeats."""
+    return geometric_mean(median(row["over LoRA"][name]) for row in rows)
 
 
 def table(title: str, rows: list[Row]) -> Table:

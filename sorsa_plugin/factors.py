@@ -88,7 +88,7 @@ class SORSAFactors(nn.Module):
         self.base_checked = False
         # in the memory of the offsets: who gives these other memory (`parameter.data = ...`) leaves the values behind
         self._as_loaded: dict[str, torch.Tensor] = {}
-        self._gradient_sum: torch.Tensor | None = None
+        self._gradient_sums: list[torch.Tensor] = []  # one at most; modules set attributes slowly
 
     @property
     def rank(self) -> int:
@@ -202,17 +202,15 @@ class SORSAFactors(nn.Module):
         def add(gradient: torch.Tensor) -> None:
             factors = here()
             if factors is not None:
-                total = gradient.detach().sum()
-                before = factors._gradient_sum
-                factors._gradient_sum = total if before is None else before + total
+                sums, total = factors._gradient_sums, gradient.detach().sum()
+                sums[:] = [sums[0] + total if sums else total]
 
         dS.register_hook(add)
 
     def take_gradient_sum(self) -> torch.Tensor | None:
         """The sum of all entries of dL/ddS that this process's backward passes gave since the last call, before any
         reduction: a scalar on its device, finite where they all were; None where there were none."""
-        total, self._gradient_sum = self._gradient_sum, None
-        return total
+        return self._gradient_sums.pop() if self._gradient_sums else None
 
     def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
         """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""

@@ -171,8 +171,8 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
             return {}
         # by the dictionaries: every optimizer step asks every layer, and modules look attributes up slowly
         factors: Any = self._modules["sorsa_factors"]._modules  # type: ignore[union-attr]
-        active = {name: factors[name] for name in self.active_adapters if name in factors}
-        return {name: tensors for name, tensors in active.items() if tensors._parameters["dU"].requires_grad}
+        active = ((name, factors[name]) for name in self.active_adapters if name in factors)
+        return {name: tensors for name, tensors in active if tensors._parameters["dU"].requires_grad}
 
     def ready_factors(self, adapter_name: str) -> SORSAFactors:
         """The adapter's tensors, loaded and checked against the base weight.
