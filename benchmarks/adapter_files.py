@@ -55,7 +55,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def main() -> None:
-    options = arguments(__doc__, repeats=6).parse_args()
+    options = arguments(__doc__, repeats=20).parse_args()
     with tempfile.TemporaryDirectory() as directory:
         result = {"repeats": options.repeats, **measure(Path(directory), options)}
     over = result["ratios"]
