@@ -1,6 +1,6 @@
 """Saving and loading an adapter, beside PEFT's LoRA: size, time, time a byte.
 
-    python benchmarks/adapter_files.py [--repeats 6]
+    python benchmarks/adapter_files.py [--repeats 20]
 
 A 4-layer Llama shape of width 1024 at r 64. Loading computes no decomposition and includes the check of the base
 model's fingerprints.
