@@ -599,9 +599,8 @@ def test_adapters_with_other_options_may_train_with_optimizers_of_their_own(log:
         perturb(model, name, scale=0.3)
     moved = regularized(model, [sgd(layer) for layer in sorsa_layers(model)])
     assert all(value.any() for name, value in moved.items() if not name.endswith("dS"))
-    assert [f"gamma {gamma:g}" in said for gamma, said in zip((GAMMA, GAMMA / 2), log(ATTACHED), strict=True)] == [
-        True
-    ] * 2
+    for gamma, said in zip((GAMMA, GAMMA / 2), log(ATTACHED), strict=True):
+        assert f"gamma {gamma:g}," in said
 
 
 class Around(Optimizer):
