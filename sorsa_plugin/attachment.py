@@ -98,7 +98,6 @@ class Attachment:
         options = found.pop() if found else Settings(0.0, "coupled", "lr")
         return options if self.gamma is None else Settings(self.gamma, options.update, options.schedule)
 
-    @full_precision()
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
@@ -119,22 +118,14 @@ class Attachment:
         begins = self.engine.begins_step()
         self.steps += begins
         self._follow_peak(optimizer)
-        shares, count = self.engine.stepping(factors), sum(factor.matrices for factor in factors)
+        shares = self.engine.stepping(factors)
         if begins:
             self.own_gradients = own_gradients(adapters)
-        loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
-        if getattr(optimizer, "found_inf", None) is None:  # where they also leave out steps that are not finite
+        if getattr(optimizer, "found_inf", None) is None:  # fused optimizers leave out steps that are not finite
             self.watch.note(self.steps, shares, self.own_gradients)
         self._stepping = settings, factors
-        if not coupled:
-            return
-        for batch, group in _batches(shares):
-            weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
-            scale = weight / batch.gaps().clamp_min(floor(batch.rank))
-            if loss_scale is not None:
-                scale = scale * loss_scale
-            batch.E.mul_(scale[:, None, None])
-            batch.add_product_to([share.gradient for share in batch.shares])
+        if coupled:
+            self._push(settings, shares, sum(factor.matrices for factor in factors), optimizer)
 
     def name_skipped_step(self, number: int) -> None:
         """Log which process and layers made an engine (DeepSpeed) leave an optimizer step out; every process calls it.
@@ -178,7 +169,21 @@ class Attachment:
 
     @full_precision()
     @torch.no_grad()
+    def _push(self, settings: Settings, shares: list[Share], count: int, optimizer: Optimizer) -> None:
+        """Add the gradient of the mean of `count` gaps to that of the loss."""
+        loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
+        for batch, group in _batches(shares):
+            weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
+            scale = weight / batch.gaps().clamp_min(floor(batch.rank))
+            if loss_scale is not None:
+                scale = scale * loss_scale
+            batch.E.mul_(scale[:, None, None])
+            batch.add_product_to([share.gradient for share in batch.shares])
+
+    @full_precision()
+    @torch.no_grad()
     def _pull(self, settings: Settings, shares: list[Share], optimizer: Optimizer) -> None:
+        """Pull stepped factors towards orthonormality."""
         overflow = getattr(optimizer, "found_inf", None)  # as above: a fused step that fp16 scaling skipped
         for batch, group in _batches(shares):
             gamma = settings.gamma

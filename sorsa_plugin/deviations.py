@@ -60,7 +60,8 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def deviations(shares: list[Share]) -> Iterator[Batch]:
-    """P and E of every factor, in batches of one parameter group, made as they are asked for.
+    """P and E of every factor, in batches of one parameter group, made as they are asked for; in the precision of the
+    caller, who sees to `full_precision`.
 
     Where factors are spread over processes, all batches are made at once: every process asks for all of them.
     """
@@ -94,7 +95,6 @@ def _batch(numbers: list[int], shares: list[Share]) -> Batch:
     return Batch(shares, numbers, P, head, P.new_empty(0))
 
 
-@full_precision()
 def _gram(batch: Batch) -> torch.Tensor:
     """Sum of p^T p over the rows p that begin in this process (n x r x r)."""
     own = batch.P[:, 1:] if batch.head else batch.P
@@ -168,6 +168,7 @@ def gaps(model: nn.Module) -> dict[str, float]:
     return {share.name: gap for share, gap in zip(shares, all_gaps(shares).tolist(), strict=True)}
 
 
+@full_precision()
 @torch.no_grad()
 def all_gaps(shares: Iterable[Share]) -> torch.Tensor:
     """gap(P) of the shares' factors (n), in their order, on one device."""

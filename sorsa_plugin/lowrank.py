@@ -15,11 +15,13 @@ of x, g W + D R^T, in one tensor, which autograd would add up from two.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+
+from .precision import without_autocast
 
 FEW_COLUMNS = 32
 """Below this rank, weight gradients are computed transposed: libraries are up to three times as fast at few rows as at
@@ -79,7 +81,7 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
         return y + (x.to(y.dtype) @ R.to(y.dtype)) @ L.to(y.dtype).mT
     if torch.is_grad_enabled():
         return _AddLowRank.apply(own_tensor(y), x, weight, *parts)
-    with without_autocast(y):
+    with without_autocast(y.device.type):
         L, R = _held_pair(parts, y.dtype)
         return add_product(y, columns(x.to(y.dtype), R), L)
 
@@ -88,15 +90,6 @@ def left_to_autograd() -> bool:
     """Whether the formulas are written out: a compiler fuses them better than it could a custom function, and
     torch.func's transforms (per-sample gradients) take none that writes in place."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-
-
-def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Products in the dtype of their operands; free where autocast is off already, as it is in most backwards."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
-
-
-_UNCHANGED = nullcontext()
 
 
 def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
@@ -144,7 +137,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *tensors: torch.Tensor
     ) -> torch.Tensor:
         parts = Parts(*tensors)
-        with without_autocast(y):
+        with without_autocast(y.device.type):
             L, R = _formed(parts, y.dtype)
             C = columns(x.to(y.dtype), R)
             add_product(y, C, L)
@@ -160,7 +153,7 @@ class _AddLowRank(torch.autograd.Function):
         parts = Parts(*tensors)
         rank = parts.dS.shape[0]
         grads: dict[str, torch.Tensor] = {}
-        with without_autocast(g):
+        with without_autocast(g.device.type):
             S = parts.S0 + parts.dS
             needs_x, needs_offsets = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:6])
             L, R = _formed(parts, g.dtype)

@@ -1,11 +1,21 @@
-"""Full fp32 products where rounding would be mistaken for a result: gaps, factorisation, fingerprints, merging."""
+"""The precision of products: that of their operands, or full fp32 where rounding would be mistaken for a result (gaps,
+factorisation, fingerprints, merging)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Products in the dtype of their operands on a type of device; free where autocast is off already."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
+
+
+_UNCHANGED = nullcontext()
 
 
 @contextmanager
@@ -24,7 +34,7 @@ def full_precision() -> Iterator[None]:
     previous = getattr(matmul, setting)
     with ExitStack() as stack:
         for device in devices:
-            stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(without_autocast(device))
         if previous != exact and torch.cuda.is_available():
             setattr(matmul, setting, exact)
             stack.callback(setattr, matmul, setting, previous)

@@ -16,8 +16,8 @@ from .lowrank import (
     left_to_autograd,
     own_tensor,
     product_of_rows,
-    without_autocast,
 )
+from .precision import without_autocast
 
 if TYPE_CHECKING:
     from .layer import SORSALayer
@@ -63,7 +63,7 @@ class _AddTriplets(torch.autograd.Function):
     def forward(
         ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *tensors: torch.Tensor
     ) -> torch.Tensor:
-        with without_autocast(y):
+        with without_autocast(y.device.type):
             U, S, V = (part.to(y.dtype) for part in Parts(*tensors).current())
             C = columns(x.to(y.dtype), V)
             add_product(y, C * S, U)
@@ -76,7 +76,7 @@ class _AddTriplets(torch.autograd.Function):
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, C, weight, *tensors = ctx.saved_tensors
         grad_x = grad_U = grad_S = grad_V = None
-        with without_autocast(g):
+        with without_autocast(g.device.type):
             U, S, V = Parts(*tensors).current()
             G = columns(g, U.to(g.dtype)) * S.to(g.dtype)
             if ctx.needs_input_grad[1]:
