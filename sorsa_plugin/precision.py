@@ -10,9 +10,16 @@ from typing import Any
 import torch
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype of products on a type of device, or None: that of their operands."""
+    # the meta device has no autocast, and torch raises when it is asked
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Products in the dtype of their operands on a type of device; free where autocast is off already."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _UNCHANGED
+    return torch.autocast(device, enabled=False) if autocast_dtype(device) else _UNCHANGED
 
 
 _UNCHANGED = nullcontext()

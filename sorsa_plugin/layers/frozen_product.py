@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from ..lowrank import left_to_autograd
+from ..precision import autocast_dtype
 
 KINDS = (nn.Linear, Conv1D)
 PLAIN = (torch.Tensor, nn.Parameter)
@@ -32,6 +33,5 @@ def is_frozen_product(base: nn.Module, x: torch.Tensor) -> bool:
     tensors = [base.weight] if base.bias is None else [base.weight, base.bias]
     if any(hasattr(base.weight, engine) for engine in ENGINES) or any(tensor.requires_grad for tensor in tensors):
         return False
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x.device.type) or x.dtype
     return all(type(tensor) in PLAIN and tensor.dtype == dtype for tensor in (x, *tensors))
