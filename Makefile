@@ -4,7 +4,8 @@ VENV := .venv
 OLDEST := .venv-oldest
 DISTRIBUTED := .venv-distributed
 AXOLOTL := .venv-axolotl
-FAST := -m "not slow and not distributed and not axolotl" -n 2 --dist loadfile
+SHARED := -n 2 --dist loadfile# a file's tests share what they made
+FAST := -m "not slow and not distributed and not axolotl" $(SHARED)
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
 	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
@@ -33,7 +34,7 @@ test-distributed: $(DISTRIBUTED)/tests  ## DDP, FSDP2 and DeepSpeed on two CPU p
 	OMP_NUM_THREADS=1 $(DISTRIBUTED)/bin/python -m pytest -m "distributed and not axolotl" $(ARGS)
 
 test-slow: $(VENV)/tests  ## the wheel in a clean environment, the quickstart, real pretrained weights
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow and not axolotl" $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m "slow and not axolotl" $(SHARED) $(ARGS)
 
 test-peft: $(VENV)/tests  ## PEFT's own test suite for SORSAConfig, on the latest versions
 	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py -n 2 $(ARGS)
@@ -51,7 +52,7 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 
 test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)
 	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) \
-	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(ARGS)
+	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(SHARED) $(ARGS)
 
 test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
 
@@ -110,6 +111,6 @@ $(OLDEST)/tests: pyproject.toml constraints-oldest.txt tests/oracles.txt
 
 $(AXOLOTL)/tests: pyproject.toml constraints-axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
-	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl,deepspeed]" pytest
+	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl,deepspeed]" pytest pytest-xdist
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) PATH="$(CURDIR)/$(AXOLOTL)/bin:$$PATH" python $(GLOO_HELPER)
 	touch $@
