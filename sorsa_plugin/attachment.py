@@ -176,7 +176,7 @@ class Attachment:
             weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
             scale = weight / batch.gaps().clamp_min(floor(batch.rank))
             if loss_scale is not None:
-                scale = scale * loss_scale
+                scale = scale * loss_scale.to(scale)
             batch.E.mul_(scale[:, None, None])
             batch.add_product_to([share.gradient for share in batch.shares])
 

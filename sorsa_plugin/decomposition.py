@@ -127,7 +127,9 @@ def _randomized(matrix: torch.Tensor, rank: int, seed: int, energy: float) -> Tr
     limit = min(matrix.shape)
     width, enough = max(OVERSAMPLE, -(-rank // 2)), min(rank + OVERSAMPLE, limit)
     # drawn on the CPU: the same numbers whatever device factorises
-    sketch = torch.randn(matrix.shape[1], min(width, limit), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator("cpu").manual_seed(seed)
+    shape = matrix.shape[1], min(width, limit)
+    sketch = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
     block, captured = orthonormal(matrix @ sketch.to(matrix)), 0.0
     space = Projection.onto(block, matrix)
     while space.Q.shape[1] < limit:
@@ -142,7 +144,7 @@ def _randomized(matrix: torch.Tensor, rank: int, seed: int, energy: float) -> Tr
         if captured - previous <= (1 / energy - 1) * captured:
             break
     triplets = space.triplets(rank, *cholesky_qr(space.Z, space.gram))
-    if max(_gap(triplets.U), _gap(triplets.V)) > ORTHONORMALITY * rank**0.5:
+    if not all(_gap(P) <= ORTHONORMALITY * rank**0.5 for P in (triplets.U, triplets.V)):  # NaN is not, either
         space = Projection.onto(torch.linalg.qr(space.Q).Q, matrix)
         triplets = space.triplets(rank, *torch.linalg.qr(space.Z))
     return triplets
@@ -202,7 +204,7 @@ def cholesky_qr(X: torch.Tensor, gram: torch.Tensor | None = None) -> tuple[torc
     Q = torch.linalg.solve_triangular(L1.mT, X, upper=True, left=False)
     gram = Q.mT @ Q
     L2, failed = torch.linalg.cholesky_ex(gram)
-    if failed or (gram.diagonal() - 1).abs().max() > 0.5:  # the second pass repairs only little
+    if failed or not (gram.diagonal() - 1).abs().max() <= 0.5:  # the second pass repairs only little; so is NaN found
         return torch.linalg.qr(X)
     return torch.linalg.solve_triangular(L2.mT, Q, upper=True, left=False), L2.mT @ L1.mT
 

@@ -22,7 +22,7 @@ from .factors import SORSAFactors, frozen_as_parameters, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
 from .mergeable import Mergeable
-from .offloading import base_weight_here, refuse_sharded, with_base_weight
+from .offloading import base_weight_here, device_of, refuse_sharded, with_base_weight
 from .precision import full_precision
 from .read_through import ReadThrough
 
@@ -206,6 +206,16 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
                 saved = saved + fingerprint(factors.initial_matrix())
             check(saved, self.base_matrix(), config.base_storage, self.storage(), self.name)
         factors.base_checked = True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        """Give awaited tensors that are in the file a place beside the base weight, wherever the file was read to."""
+        device = device_of(self.get_base_layer(), self.base_weight())
+        if not local_metadata.get("assign_to_params_buffers", False) and device.type != "meta":
+            for name in self.sorsa_factors:
+                factors = self.factors(name)
+                if factors.pending and factors.names_in(state_dict, f"{prefix}sorsa_factors.{name}."):
+                    factors.materialise(device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     # -- what PEFT calls --------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from .layers.parameter import ParamWrapper
 from .layers.tied import tied_layer
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
+from .offloading import keep_here
 from .plugins import manager
 from .quantisation import is_quantised
 from .quantised import warn_about_rounding
@@ -208,6 +209,9 @@ class SORSAModel(BaseTuner):
 
         16-bit offsets serve inference; `attach` makes them fp32 again before they train.
         """
+        for layer in sorsa_layers(self):
+            if adapter_name in layer.sorsa_factors:  # PEFT offloads what it loads onto an offloaded base
+                keep_here(layer.factors(adapter_name))
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in sorsa_layers(self) if not autocast_adapter_dtype else []:
             dtype = layer.base_matrix().dtype

@@ -81,7 +81,7 @@ class GradientWatch:
             values = torch.stack(torch._foreach_norm([gradients[i] for i in numbers])).float()
             arrived = None
             if device.type == "cuda":
-                host = torch.empty(values.shape, pin_memory=True)
+                host = torch.empty(values.shape, device="cpu", dtype=values.dtype, pin_memory=True)
                 values = host.copy_(values, non_blocking=True)
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(device))

@@ -44,5 +44,13 @@ def full_precision() -> Iterator[None]:
             stack.enter_context(without_autocast(device))
         if previous != exact and torch.cuda.is_available():
             setattr(matmul, setting, exact)
-            stack.callback(setattr, matmul, setting, previous)
+            stack.callback(_restore, matmul, setting, previous)
         yield
+
+
+def _restore(matmul: Any, setting: str, previous: Any) -> None:
+    """Give a setting back, as inherited from `torch.backends.fp32_precision` if it was: so it follows that again."""
+    if setting == "fp32_precision":
+        setattr(matmul, setting, "none")
+    if getattr(matmul, setting) != previous:
+        setattr(matmul, setting, previous)

@@ -91,6 +91,14 @@ def test_with_the_same_storage_a_fine_tuned_base_is_refused(relative, accepted):
             check(fingerprint(W), tuned, "float32", "float32", "here")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_fingerprint_that_mixed_precision_rounded_is_still_the_weights_own(dtype):
+    weight, other = (torch.randn(64, 48, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    check(fingerprint(weight).to(dtype), weight, "float32", "float32", "layer")
+    with pytest.raises(BaseMismatchError):
+        check(fingerprint(other).to(dtype), weight, "float32", "float32", "layer")
+
+
 def test_a_nan_in_the_base_is_a_mismatch():
     W = random_matrix()
     with pytest.raises(BaseMismatchError, match="nan"):

@@ -11,6 +11,8 @@ from tiny_llama import tiny_llama
 from sorsa_plugin import SORSAConfig, attach, factorise, gaps, orthonormality
 from sorsa_plugin.errors import RankError, SORSAConfigError
 from sorsa_plugin.factors import FROZEN, OFFSETS
+from sorsa_plugin.fingerprint import fingerprint
+from sorsa_plugin.precision import full_precision
 from sorsa_plugin.regularizer import floor, sorsa_layers
 
 
@@ -53,6 +55,39 @@ def test_factors_fingerprints_and_merges_are_the_same_inside_autocast(tmp_path):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)  # a rounded fingerprint would refuse its own base
         assert torch.equal(sorsa_layers(model)[0].get_delta_weight("default"), delta)
         assert all(map(torch.equal, factorise(weight, 3, svd="randomized"), triplets))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_and_device_have_no_say_in_an_adapter(dtype):
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(1))
+    expected = [*factorise(weight, 3, svd="randomized"), fingerprint(weight)]
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = [*factorise(weight, 3, svd="randomized"), fingerprint(weight)]
+    finally:
+        torch.set_default_dtype(previous)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("inherited", [True, False])
+@pytest.mark.parametrize("asked", ["tf32", "ieee"])
+def test_tf32_is_off_inside_and_afterwards_as_it_was(asked, inherited, monkeypatch):
+    """The settings exist without a GPU, which is only asked for."""
+    backends, matmul = torch.backends, torch.backends.cuda.matmul
+    before = backends.fp32_precision, matmul.fp32_precision
+    try:
+        (backends if inherited else matmul).fp32_precision = asked
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with full_precision():
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == asked
+        if inherited:
+            backends.fp32_precision = "ieee" if asked == "tf32" else "tf32"
+            assert matmul.fp32_precision == backends.fp32_precision
+    finally:
+        backends.fp32_precision, matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("update", ["coupled", "decoupled"])

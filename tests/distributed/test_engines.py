@@ -16,7 +16,7 @@ pytestmark = pytest.mark.distributed
 UPDATES = ("coupled", "decoupled", "coupled self-attached", "decoupled self-attached")
 TRAINED = {
     "ddp": [*UPDATES, "adamw", "bf16 coupled"],
-    "fsdp2": [*UPDATES, "adamw", "attached early", "bf16 decoupled", "ram-efficient"],
+    "fsdp2": [*UPDATES, "adamw", "attached early", "bf16 decoupled", "ram-efficient", "bf16 base ram-efficient"],
     "zero1": [*UPDATES, "two groups", "bf16 coupled"],
     "zero2": [*UPDATES, "adamw", "two groups", "attached early", "offloaded", "bf16 decoupled"],
     "zero3": ["coupled", "decoupled self-attached", "two groups", "attached early", "offloaded", "bf16 coupled"],
@@ -29,7 +29,8 @@ SAME_AS = {  # what one process calls it
     "ram-efficient": "coupled",
     "offloaded": "coupled",
 }
-ALONE = ["coupled", "decoupled", "adamw", "two groups", "bf16 coupled", "bf16 decoupled", "gamma 0", "unclipped"]
+ALONE = ["coupled", "decoupled", "adamw", "two groups", "gamma 0", "unclipped"]
+ALONE += ["bf16 coupled", "bf16 decoupled", "bf16 base ram-efficient"]
 
 FP32 = 5e-6
 """Entries of the factors are below 1, their offsets below 0.3. Each of 30 steps rounds the offset (2^-25 of it), and

@@ -31,6 +31,7 @@ SCENARIOS: dict[str, dict] = {
     "two groups": {"groups": True},
     "attached early": {"early": True},
     "ram-efficient": {"ram_efficient": True},
+    "bf16 base ram-efficient": {"ram_efficient": True, "bf16": True, "base": torch.bfloat16},
     "residual": {"residual_base": True},
     "offloaded": {"zero": {"offload_optimizer": {"device": "cpu"}}},
 }
@@ -53,7 +54,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     early = options.pop("early", False)
     how = {name: options.pop(name) for name in ("ram_efficient", "zero") if name in options}
     gamma, update = options.pop("gamma", GAMMA), options.pop("reg_update", "coupled")
-    residual = options.pop("residual_base", False)
+    residual, dtype = options.pop("residual_base", False), options.pop("base", torch.float32)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     defaults = {
         "max_steps": STEPS,
@@ -79,7 +80,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
         reg_update=update,
         residual_base=residual,
     )
-    model = get_peft_model(build_model() if quantised is None else load_quantised(quantised), config)
+    model = get_peft_model(build_model().to(dtype) if quantised is None else load_quantised(quantised), config)
     perturb(model, to_bf16="bf16" in scenario)
     trainer = Trainer(
         model,

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support import perturb
 from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, pipeline
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError
+from sorsa_plugin.factors import FROZEN, OFFSETS
 from sorsa_plugin.regularizer import sorsa_layers
 
 GREEDY = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -142,6 +145,36 @@ def test_a_new_adapter_on_a_base_with_a_device_map_is_the_same_as_on_a_loaded_on
     dispatched = trained(base, target_modules="all-linear")
     with torch.no_grad():
         assert torch.equal(dispatched(tokens).logits, model(tokens).logits)
+
+
+def test_a_saved_adapter_stays_loaded_where_peft_offloads_it_with_its_base(case, tokens, tmp_path, monkeypatch):
+    """PEFT sends the model to the accelerator with `dispatch_model`, which leaves what has no place there on the CPU;
+    here all of it, and the CPU is the accelerator."""
+    make, options = case
+    model = trained(make(), **options)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("peft.peft_model.dispatch_model", lambda model, **_: cpu_offload(model, torch.device("cpu")))
+    base = make()
+    base.hf_device_map = {"": "cpu"}
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    assert all(layer.get_base_layer().weight.is_meta for layer in sorsa_layers(loaded) if hasattr(layer, "weight"))
+    assert not [layer for layer in sorsa_layers(loaded) if layer.factors("default").pending]
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+def test_an_adapter_lies_beside_its_base_wherever_its_file_is_read_to(case, tmp_path):
+    """PEFT reads it to the accelerator; the meta device stands for one, though nothing can be copied from there."""
+    make, options = case
+    trained(make(), **options).save_pretrained(tmp_path)
+    config = SORSAConfig.from_pretrained(tmp_path)
+    model = get_peft_model(make(), config)
+    first = sorsa_layers(model)[0].factors("default")
+    assert first.pending
+    elsewhere = {name: tensor.to("meta") for name, tensor in get_peft_model_state_dict(model).items()}
+    with suppress(BaseMismatchError):  # no values
+        set_peft_model_state_dict(model, elsewhere)
+    assert {getattr(first, name).device.type for name in (*OFFSETS, *FROZEN)} == {"cpu"}
 
 
 def test_merging_into_an_offloaded_base_unloads_the_merged_weights(tokens):

@@ -114,7 +114,8 @@ class ZeRO(Engine):
         return held
 
     def _locate(self, new: list[Factor]) -> None:
-        mine = torch.tensor([self.local_part(factor) for factor in new], dtype=torch.int64, device=_device(new[0]))
+        device = new[0].initial.device  # DeepSpeed may keep the offset on the CPU, where processes exchange nothing
+        mine = torch.tensor([self.local_part(factor) for factor in new], dtype=torch.int64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.processes))]
         distributed.all_gather(everyone, mine, group=self.processes)
         places = torch.stack(everyone, dim=1).tolist()  # factor, process, (start, size)
@@ -304,7 +305,3 @@ def _shape(factor: Factor) -> tuple[int, int]:
             "supported for; expected matrices. Train it with DDP."
         )
     return shape[0], shape[1]
-
-
-def _device(factor: Factor) -> torch.device:
-    return getattr(factor.offset, "ds_tensor", factor.offset).device
