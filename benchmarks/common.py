@@ -57,15 +57,22 @@ def machine(device: str) -> dict[str, Any]:
             (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
             processor,
         )
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "sorsa-plugin")}
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),
         "load average": round(os.getloadavg()[0], 1),
         "accelerator": torch.cuda.get_device_name() if device == "cuda" else None,
-        "versions": versions,
+        "versions": {name: version_of(name) for name in ("torch", "transformers", "peft", "sorsa-plugin")},
         "date": date.today().isoformat(),
     }
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed, as this package is not where it is used from its folder."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def synchronise() -> None:
@@ -111,7 +118,7 @@ def ratios(times: dict[str, list[float]], floor: str) -> dict[str, dict[str, flo
 
 def publish(name: str, device: str, result: dict[str, Any], table: Table, charts: list[Chart]) -> None:
     """Print the table; write results/<name>.json (<name>_cuda.json) with it and the machine, and the charts as .png, if
-    there are any."""
+    there are any. Called again with more rows, it writes them anew: a run that is cut off leaves what it has."""
     shown = RichTable(title=table.title)
     for column in table.columns:
         shown.add_column(column, justify="left" if column == table.columns[0] else "right")
@@ -119,9 +126,9 @@ def publish(name: str, device: str, result: dict[str, Any], table: Table, charts
         shown.add_row(*row)
     Console(width=170).print(shown)
     stem = name if device == "cpu" else f"{name}_{device}"
+    write(stem, {"table": table._asdict(), **result}, device)
     if charts:
         draw(charts, RESULTS / f"{stem}.png")
-    write(stem, {"table": table._asdict(), **result}, device)
 
 
 def write(name: str, result: dict[str, Any], device: str = "cpu") -> None:

@@ -46,10 +46,12 @@ def one_layer(width: int, rank: int, tokens: int, peers: Any, options: Any) -> R
 def main() -> None:
     options = options_of(__doc__, repeats=20)
     shapes = SHAPES if options.device == "cpu" else SHAPES + LARGE
-    rows = [in_processes(one_layer, *shape, PEERS, options=options) for shape in shapes]
-    mean = {name: over_lora(rows, name) for name in PEERS}
-    result = {"repeats": options.repeats, "processes": options.processes, "over LoRA": mean, "rows": rows}
-    publish("layer_step", options.device, result, table("one layer", rows), charts("one layer", rows))
+    rows: list[Row] = []
+    for shape in shapes:
+        rows.append(in_processes(one_layer, *shape, PEERS, options=options))
+        mean = {name: over_lora(rows, name) for name in PEERS if name in rows[0]["over LoRA"]}
+        result = {"repeats": options.repeats, "processes": options.processes, "over LoRA": mean, "rows": rows}
+        publish("layer_step", options.device, result, table("one layer", rows), charts("one layer", rows))
 
 
 if __name__ == "__main__":

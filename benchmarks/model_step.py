@@ -84,9 +84,12 @@ def one_model(name: str, rank: int, options: Any) -> Row:
 def main() -> None:
     options = options_of(__doc__, repeats=16)
     models, ranks = MODELS[options.device], RANKS[options.device]
-    rows = [in_processes(one_model, name, rank, options=options) for name in models for rank in ranks]
-    result = {"repeats": options.repeats, "processes": options.processes, "rows": rows}
-    publish("model_step", options.device, result, table("a whole model", rows), charts("a whole model", rows))
+    rows: list[Row] = []
+    for name in models:
+        for rank in ranks:
+            rows.append(in_processes(one_model, name, rank, options=options))
+            result = {"repeats": options.repeats, "processes": options.processes, "rows": rows}
+            publish("model_step", options.device, result, table("a whole model", rows), charts("a whole model", rows))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,14 @@ LORA_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def installed(name: str) -> bool:
+    """Whether a peer can be built here: PyPI's `sorsa` is only read, and not every machine has it."""
+    try:
+        return name != PUBLISHED or importlib.metadata.distribution("sorsa") is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def build(name: str, base: Callable[[], nn.Module], rank: int) -> nn.Module:
     """A peer around a fresh base model, on every linear; SORSA's factors are random, which costs the same."""
     options: dict[str, Any] = {"r": rank, "target_modules": "all-linear"}

@@ -34,7 +34,7 @@ def base(quantised: bool) -> nn.Module:
     if not quantised:
         return load_base()[0]
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    return AutoModelForCausalLM.from_pretrained(BASE, quantization_config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(BASE, quantization_config=config, dtype=torch.float32, device_map="cpu")
 
 
 def build(method: str) -> nn.Module:

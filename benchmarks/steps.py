@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from common import Chart, Table, arguments, interleave, ratios, spread
 from memory import peak_memory, saved_activations
-from peers import FLOOR, FOLDED, INTACT, LORA, PEERS, build
+from peers import FLOOR, FOLDED, INTACT, LORA, PEERS, build, installed
 from torch import nn
 
 Forward = Callable[[nn.Module, torch.Tensor], torch.Tensor]
@@ -73,9 +73,10 @@ def measure(
         x: input that needs a gradient, as behind a trained layer.
         interleaved: all peers take turns; otherwise one is built at a time, for models that do not fit together.
     """
+    present = [name for name in peers if installed(name)]
     times: dict[str, list[float]] = {}
     memory: dict[str, dict[str, int]] = {}
-    for group in [peers] if interleaved else [[peer] for peer in peers]:
+    for group in [present] if interleaved else [[peer] for peer in present]:
         try:
             steps = {}
             for name in group:
@@ -93,7 +94,8 @@ def measure(
     seconds = {name: spread(values) for name, values in times.items()}
     paired = ratios(times, LORA) if LORA in times else {}
     over = {name: found["median"] for name, found in paired.items()}
-    return {"r": rank, "ratios": ratios(times, FLOOR), "over LoRA": over, "seconds": seconds, "bytes": memory}
+    over_floor = ratios(times, FLOOR) if FLOOR in times else {}
+    return {"r": rank, "ratios": over_floor, "over LoRA": over, "seconds": seconds, "bytes": memory}
 
 
 def prepare(module: nn.Module, x: torch.Tensor, forward: Forward, device: str) -> tuple[Callable[[], None], int]:
@@ -124,7 +126,7 @@ def table(title: str, rows: list[Row]) -> Table:
 
     def cell(row: Row, name: str) -> str:
         if name not in row["ratios"]:
-            return "out of memory"
+            return "out of memory" if installed(name) else "not installed"
         return "{median:.2f} ({low:.2f}-{high:.2f})".format(**row["ratios"][name])
 
     lines = [
@@ -133,7 +135,7 @@ def table(title: str, rows: list[Row]) -> Table:
         if "limits" in rows[0]
     ]
     for name in PEERS:
-        ran = [row for row in rows if name in row["ratios"]]
+        ran = [row for row in rows if name in row["ratios"] and LORA in row["ratios"]]
         memory = [max(r["bytes"][name][k] / r["bytes"][LORA][k] for r in ran) for k in ("kept", "peak")] if ran else []
         summary = [f"{over_lora(ran, name):.3f}", *(f"{value:.2f}" for value in memory)] if ran else [""] * 3
         lines.append([name, *(cell(row, name) for row in rows), *summary])
