@@ -55,7 +55,7 @@ def factorise(
 
     Args:
         weight: matrix (out x in) of any floating dtype, on any device but meta; worked on as one fp32 copy, on the
-            process's accelerator if there is one.
+            process's accelerator if there is one with room for it.
         rank: number of triplets r, 1 <= r <= min(out, in).
         svd: "exact", "randomized", or "auto" (exact where the smaller side is at most 256 or 2 r).
         seed: seed of the randomized path.
@@ -81,18 +81,26 @@ def factorise(
             f"The rank of {name} is {rank}, but its weight of shape {tuple(weight.shape)} has only {smaller} singular "
             f"triplets. Lower r to at most {smaller}, give it an entry in rank_pattern, or exclude the module."
         )
-    home = weight.device
-    matrix = weight.detach().to(device=working_device(home), dtype=torch.float32)
-    if not torch.isfinite(matrix).all():
-        raise DecompositionError(
-            f"The weight of {name} holds NaN or infinity, so it has no singular value decomposition. Check the base "
-            "model's checkpoint, or exclude the module."
-        )
     exact = svd == "exact" or (svd == "auto" and (smaller <= EXACT_LIMIT or 2 * rank >= smaller))
+    home, device = weight.device, working_device(weight.device)
+
+    def work(device: torch.device) -> Triplets:
+        matrix = weight.detach().to(device=device, dtype=torch.float32)
+        if not torch.isfinite(matrix).all():
+            raise DecompositionError(
+                f"The weight of {name} holds NaN or infinity, so it has no singular value decomposition. Check the "
+                "base model's checkpoint, or exclude the module."
+            )
+        try:
+            return _exact(matrix, rank) if exact else _randomized(matrix, rank, seed, energy)
+        except torch.linalg.LinAlgError as error:
+            return _on_cpu(matrix, rank, name, error)
+
     try:
-        triplets = _exact(matrix, rank) if exact else _randomized(matrix, rank, seed, energy)
-    except torch.linalg.LinAlgError as error:
-        triplets = _on_cpu(matrix, rank, name, error)
+        triplets = work(device)
+    except torch.OutOfMemoryError:  # an accelerator's alone
+        logger.warning("%s has no room to decompose %s; the CPU takes its place, and longer.", device, name)
+        triplets = work(torch.device("cpu"))
     return Triplets(*(part.to(home) for part in _fix_signs(triplets)))
 
 

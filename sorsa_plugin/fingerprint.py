@@ -43,7 +43,9 @@ def probe(length: int, device: torch.device) -> torch.Tensor:
 
 @full_precision()
 def fingerprint(matrix: torch.Tensor) -> torch.Tensor:
-    """W p in fp32 (out) for a matrix W (out x in), or of each matrix of a stack."""
+    """W p in fp32 (out) for a matrix W (out x in), or of each matrix of a stack; one matrix in fp32 at a time."""
+    if matrix.ndim > 2:
+        return torch.stack([fingerprint(one) for one in matrix])
     return matrix.detach().float() @ probe(matrix.shape[-1], matrix.device)
 
 

@@ -269,6 +269,25 @@ def fail(times: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     return calls
 
 
+def test_an_accelerator_without_room_leaves_the_work_to_the_cpu(monkeypatch, caplog):
+    weight = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    expected, devices = factorise(weight, 4), []
+
+    def exact(matrix: torch.Tensor, rank: int) -> decomposition.Triplets:
+        devices.append(matrix.device.type)
+        if len(devices) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(matrix, rank)
+
+    original = decomposition._exact
+    monkeypatch.setattr(decomposition, "_exact", exact)
+    with caplog.at_level(logging.WARNING):
+        found = factorise(weight, 4, name="model.layers.3.mlp.down_proj")
+    assert devices == ["cpu", "cpu"]  # the first stands for an accelerator
+    assert all(map(torch.equal, found, expected))
+    assert "no room to decompose model.layers.3.mlp.down_proj" in caplog.text
+
+
 @pytest.mark.parametrize("svd", ["exact", "randomized"])
 def test_divergence_falls_back_to_float64_lapack_and_says_for_which_layer(svd, monkeypatch, caplog):
     W = matrix_of((20, 30), "geometric")
