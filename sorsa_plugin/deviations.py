@@ -12,19 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .engines import Share, find_engine
+from .engines import BATCH_ELEMENTS, Share, find_engine
 from .precision import full_precision
 from .regularizer import model_factors
-
-BATCH_ELEMENTS = 2**23
-"""Elements of the factors that are stacked and multiplied at a time: 32 MiB in fp32, twice that with what is added."""
 
 
 class Batch(NamedTuple):
     """Factors of which this process has shares of one shape and place, and what the regularizer needs of them.
 
     Attributes:
-        shares: the shares (n of them).
+        shares: the shares, of n factors.
         numbers: their positions in what `deviations` was given.
         P: the rows that the shares are a part of, complete (n x rows x r).
         head: elements of the first of these rows that belong to the process before.
@@ -52,9 +49,10 @@ class Batch(NamedTuple):
             return
         found: list[Any] = [targets[i] for i in present]
         products, shape = self.P @ self.E, found[0].shape
-        if shape != products.shape[1:]:  # elements, of which the first row may begin elsewhere
+        if found[0].ndim == 1:  # elements, of which the first row may begin elsewhere
             products = products.flatten(1)[:, self.head : self.head + shape.numel()]
-        parts = products.to(found[0].device).unbind()
+        products = products.to(found[0].device)
+        parts = products.split(shape[0]) if found[0].ndim == 3 else products.unbind()
         torch._foreach_add_(found, [parts[i] for i in present])
 
 
@@ -85,8 +83,9 @@ def _alike(shares: list[Share]) -> Iterator[list[int]]:
 
 def _batch(numbers: list[int], shares: list[Share]) -> Batch:
     """The values of some shares as rows, those at the ends with zeros for what other processes have; E to come."""
-    P = torch.stack([share.initial for share in shares])
-    P.add_(torch.stack([share.offset for share in shares]).to(P.device))
+    join = torch.cat if shares[0].offset.ndim == 3 else torch.stack
+    P = join([share.initial for share in shares])
+    P.add_(join([share.offset for share in shares]).to(P.device))
     rank, head = shares[0].rank, 0
     if P.dim() == 2:
         head = shares[0].start % rank if P.shape[1] else 0
@@ -165,15 +164,16 @@ def gaps(model: nn.Module) -> dict[str, float]:
     they are sharded."""
     factors = model_factors(model)
     shares = find_engine(factors, None).shares(factors)
-    return {share.name: gap for share, gap in zip(shares, all_gaps(shares).tolist(), strict=True)}
+    names = [name for share in shares for name in share.names()]
+    return dict(zip(names, all_gaps(shares).tolist(), strict=True))
 
 
 @full_precision()
 @torch.no_grad()
 def all_gaps(shares: Iterable[Share]) -> torch.Tensor:
-    """gap(P) of the shares' factors (n), in their order, on one device."""
+    """gap(P) of all factors of the shares (n), in their order, on one device."""
     found: dict[int, torch.Tensor] = {}
     for batch in deviations(list(shares)):
-        found |= zip(batch.numbers, batch.gaps().unbind(), strict=True)
+        found |= zip(batch.numbers, batch.gaps().split(batch.shares[0].matrices), strict=True)
     device = next(iter(found.values())).device
-    return torch.stack([found[number].to(device) for number in sorted(found)])
+    return torch.cat([found[number].to(device) for number in sorted(found)])

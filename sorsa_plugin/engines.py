@@ -17,19 +17,22 @@ from .hookspecs import hookimpl
 from .plugins import manager
 from .regularizer import Factor
 
+BATCH_ELEMENTS = 2**23
+"""Elements of the factors that are multiplied at a time: 32 MiB in fp32, twice that with what is added."""
+
 
 class Share(NamedTuple):
-    """What the optimizer of this process steps of one factor P = initial + offset (rows x r).
+    """What the optimizer of this process steps of one factor P = initial + offset (rows x r), or of several of a stack.
 
     Attributes:
-        name: of the factor.
-        initial, offset: whole rows (n x r), or n elements in row-major order (n); n may be 0. `offset` is the memory
-            that the optimizer writes, fp32.
+        name: of the factor, or of the stack.
+        initial, offset: whole rows (n x r), those of m factors of a stack (m x n x r), or n elements in row-major order
+            (n); n may be 0. `offset` is the memory that the optimizer writes, fp32.
         gradient: what the optimizer reads, in the shape of `offset`; None where the step leaves this factor out.
         rank: r.
         group: the optimizer's parameter group, or None without an optimizer.
         spread: the process groups over which the rows are spread; empty where every process has all of them.
-        start: number of the first element in row-major order; for shares in elements.
+        start: number of the first element in row-major order, or of the first factor of a stack.
         cuts: the rows of the whole factor of which no process has all elements, in order, alike on every process.
     """
 
@@ -42,6 +45,17 @@ class Share(NamedTuple):
     spread: tuple[Any, ...] = ()
     start: int = 0
     cuts: tuple[int, ...] = ()
+
+    @property
+    def matrices(self) -> int:
+        """How many factors P these are."""
+        return self.offset.shape[0] if self.offset.ndim == 3 else 1
+
+    def names(self) -> list[str]:
+        """Of every factor."""
+        if self.offset.ndim != 3:
+            return [self.name]
+        return [f"{self.name}[{self.start + i}]" for i in range(self.matrices)]
 
 
 class Engine(ABC):
@@ -60,8 +74,7 @@ class Engine(ABC):
 
     @abstractmethod
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
-        """The shares of the factors that the optimizer owns, in their order, alike on every process; one for each
-        matrix of a stack."""
+        """The shares of the factors that the optimizer owns, in their order, alike on every process."""
 
     @abstractmethod
     def owns(self, factor: Factor) -> bool:
@@ -92,9 +105,11 @@ class WholeFactors(Engine):
             if offset.ndim == 2:
                 found.append(Share(factor.name, factor.initial, offset, offset.grad, rank, group))
                 continue
-            gradients = [None] * factor.matrices if offset.grad is None else offset.grad.unbind()
-            for i, (initial, part, gradient) in enumerate(zip(factor.initial, offset, gradients, strict=True)):
-                found.append(Share(f"{factor.name}[{i}]", initial, part, gradient, rank, group))
+            size = max(1, BATCH_ELEMENTS // max(1, offset[0].numel()))
+            for start in range(0, factor.matrices, size):
+                part = slice(start, start + size)
+                gradient = None if offset.grad is None else offset.grad[part]
+                found.append(Share(factor.name, factor.initial[part], offset[part], gradient, rank, group, start=start))
         return found
 
 

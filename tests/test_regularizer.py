@@ -310,7 +310,11 @@ def test_nothing_to_regularize_is_an_error_that_says_what_to_do(kind: str, measu
     assert "is_trainable=True" in str(error.value)
 
 
-def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sorsa_plugin.engines.BATCH_ELEMENTS", at_once * 7 * 2)
     generator = torch.Generator().manual_seed(0)
     initial = torch.randn(3, 7, 2, generator=generator, dtype=torch.float64)
     offset = torch.nn.Parameter(torch.randn(3, 7, 2, generator=generator, dtype=torch.float64))
@@ -319,10 +323,10 @@ def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices() -> None:
     alone = [Factor(f"experts.V[{i}]", initial[i], torch.nn.Parameter(offset.detach()[i])) for i in range(3)]
     assert stack.matrices == 3
     shares = whole_shares([stack])
-    assert [share.name for share in shares] == [factor.name for factor in alone]
+    assert [name for share in shares for name in share.names()] == [factor.name for factor in alone]
     assert torch.equal(all_gaps(shares), all_gaps(whole_shares(alone)))
-    (batch,) = deviations(shares)
-    batch.add_product_to([share.gradient for share in shares])
+    for batch in deviations(shares):
+        batch.add_product_to([share.gradient for share in batch.shares])
     P = initial + offset.detach()
     exact = P @ (P.mT @ P - torch.eye(2, dtype=torch.float64))
     torch.testing.assert_close(offset.grad, exact, rtol=1e-13, atol=0)
