@@ -235,9 +235,11 @@ def _as_mapping(options: Any) -> dict[str, Any]:
     if isinstance(options, (str, PathLike)):
         import yaml
 
+        from .yaml_values import yaml_values
+
         try:
             with open(options, encoding="utf-8") as file:
-                options = yaml.safe_load(file)
+                options = yaml_values(file)
         except (OSError, yaml.YAMLError) as error:
             raise AdapterOptionsError(
                 f"{options} cannot be read as YAML: {error}. Give the path of a recipe."
@@ -287,8 +289,10 @@ def _own_block(adapter: str, given: dict[str, Any]) -> dict[str, Any]:
         if isinstance(block, str):
             import yaml
 
+            from .yaml_values import yaml_values
+
             try:
-                block = yaml.safe_load(block)  # of which JSON is a subset
+                block = yaml_values(block)  # of which JSON is a subset
             except yaml.YAMLError as error:
                 raise AdapterOptionsError(f"{key} cannot be read: {error}. Write it as JSON.") from error
         if block is None:

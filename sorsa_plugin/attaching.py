@@ -12,6 +12,7 @@ from .attachment import Attachment, require_fp32
 from .config import check_gamma
 from .engines import Engine, find_engine
 from .errors import AttachError
+from .layer import SORSALayer
 from .peak_rate import peak_rate
 from .regularizer import model_factors, sorsa_layers, trainable_factors
 from .saying import say
@@ -65,6 +66,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
         known.gamma = known.gamma if gamma is None else gamma
         return known
     attachment = Attachment(layers, engine, gamma)
+    attachment.since = SORSALayer.adapters_made
     settings = attachment.settings()
     check_gamma(settings.gamma, settings.update)
     if settings.update == "decoupled" and type(optimizer).__module__.startswith("schedulefree"):
@@ -74,7 +76,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
         )
     require_fp32(layers, engine)
     owning = {id(share.group): share.group for share in engine.shares(trainable_factors(layers))}
-    peak = max(peak_rate(group, settings.gamma) for group in owning.values() if group is not None)
+    peak = max((peak_rate(group, settings.gamma) for group in owning.values() if group is not None), default=0.0)
     if peak > ADVISED_LR:
         say(
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
@@ -83,9 +85,9 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
     if known is not None:  # the optimizer steps another model too
         attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
         attachment.gamma = known.gamma if gamma is None else gamma
-        attachment.steps = known.steps
         attachment.settings()
-        known.detach()
+        known.layers, known.gamma, known.engine = attachment.layers, attachment.gamma, engine
+        return known
     attachment.handles = [
         optimizer.register_step_pre_hook(attachment.before_step),
         optimizer.register_step_post_hook(attachment.after_step),

@@ -10,6 +10,7 @@ live in it is the engine's answer (`engines.py`).
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +49,17 @@ class Attachment:
     """The regularizer on one optimizer; made by `attach`.
 
     Attributes:
+        layers: those whose adapters are regularized while they train; models that are let go take theirs along.
         steps: optimizer steps visited so far, warm-up steps with gamma_t = 0 included.
         eta: learning rate of the last step visited, of the first group with factors.
+        since: what `SORSALayer.adapters_made` was at attach; layers that get an adapter later are looked for.
+        looked: that number, and how many parameters the optimizer had, when that was last done.
     """
 
     def __init__(self, layers: Iterable[Any], engine: Engine, gamma: float | None) -> None:
-        self.layers = list(layers)
+        self.layers = layers
+        self.since = 0
+        self.looked: tuple[int, int] | None = None
         self.engine = engine
         self.gamma = gamma
         self.steps = 0
@@ -64,6 +70,14 @@ class Attachment:
         """How the step under way is regularized, and all trained factors: layers are asked once a step."""
         self.watch = GradientWatch()
         self.own_gradients: dict[str, torch.Tensor] = {}
+
+    @property
+    def layers(self) -> list[Any]:
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    @layers.setter
+    def layers(self, layers: Iterable[Any]) -> None:
+        self._layers = [weakref.ref(layer) for layer in layers]
 
     def detach(self) -> None:
         """Remove the hooks; the optimizer will not attach by itself again."""
@@ -98,6 +112,7 @@ class Attachment:
         options = found.pop() if found else Settings(0.0, "coupled", "lr")
         return options if self.gamma is None else Settings(self.gamma, options.update, options.schedule)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Coupled: add the regularizer's gradient. Counts the step."""
@@ -149,7 +164,7 @@ class Attachment:
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
-        rates = [(group, float(group["lr"])) for group in optimizer.param_groups if ETA_MAX in group]
+        rates = [(group, float(group["lr"] or 0.0)) for group in optimizer.param_groups if ETA_MAX in group]
         self.eta = rates[0][1] if rates else self.eta
         for group, rate in rates:
             if 0.0 < group[ETA_MAX] * (1 + 1e-6) < rate:
@@ -159,6 +174,7 @@ class Attachment:
                 self.peak_moved = True
                 group[ETA_MAX] = rate
 
+    @torch.compiler.disable
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
         if self._stepping is None:

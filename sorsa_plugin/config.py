@@ -140,11 +140,12 @@ class SORSAConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        # PeftConfig.from_pretrained hands over the JSON's plain string, everything else the enum member or nothing:
-        # this is how a config read from an adapter's directory is known, and its factors are then awaited from there.
+        # PeftConfig.from_pretrained hands over the JSON's plain string and the version that wrote it, a dictionary of
+        # options no version, everything else the enum member or nothing: this is how a config read from an adapter's
+        # directory is known, and its factors are then awaited from there.
         given: Any = self.peft_type  # type: ignore[has-type]
-        self.factors_from_file: bool = type(given) is str
+        self.factors_from_file: bool = type(given) is str and self.peft_version is not None
+        super().__post_init__()
         self.peft_type = PeftType.SORSA
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

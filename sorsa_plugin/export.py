@@ -192,15 +192,18 @@ def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfi
     targets: Any = config.target_modules
     kinds = {name: layout[0] for name, layout in config.lora_layouts.items()}
     tied = [name for name, kind in kinds.items() if kind == "tied"]
-    if not isinstance(targets, set) or config.exclude_modules or config.layers_to_transform is not None or tied:
-        targets = {outer_name(name) for name in layers if kinds.get(name) != "parameter"} | set(tied)
+    weights = {f"{name}.weight" for name in layers if kinds.get(name) == "weight"}
+    chosen = config.exclude_modules or config.layers_to_transform is not None
+    if not isinstance(targets, set) or chosen or tied or weights:
+        targets = {outer_name(name) for name in layers if kinds.get(name) not in ("parameter", "weight")} | set(tied)
+    parameters = sorted({*(config.target_parameters or []), *weights})
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=config.sorsa_dropout,
         target_modules=[],
         fan_in_fan_out=config.fan_in_fan_out,
-        target_parameters=sorted(config.target_parameters) if config.target_parameters else None,
+        target_parameters=parameters or None,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
         task_type=config.task_type,

@@ -59,6 +59,9 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
     parameter_name = "weight"
     """The base module's attribute that is adapted."""
 
+    adapters_made = 0
+    """By all layers of the process: an optimizer's step tells by it that there are new ones."""
+
     adapter_layer_names = ("sorsa_factors",)
     other_param_names = ("sorsa_dropout", "configs")
 
@@ -79,16 +82,29 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         self.register_load_state_dict_post_hook(_check_after_load)
         self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
         self.family = object()  # the same in all layers of a model
+        self.changed = 0  # what `adapters_made` was when the layer last got an adapter
         live_layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.number = next(_numbers)
         live_layers.add(self)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        SORSALayer.adapters_made += 1
+        self.changed = SORSALayer.adapters_made
 
     def base_weight(self) -> nn.Parameter:
         """The base weight as the base module holds it."""
         return getattr(self.get_base_layer(), self.parameter_name)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W, for models that read it off the layer instead of calling it (Mamba's `dt_proj.weight`): folded or not."""
+        if self.folded is not None and self.folded.intact is not None and not self.merged:
+            return self.folded.intact
+        return self.get_base_layer().weight
 
     @property
     def parameter_path(self) -> str:
@@ -135,6 +151,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         factors = SORSAFactors(self.out_features, self.in_features, rank, device, tuple(self.stack))
         factors.place_frozen(frozen_as_parameters())
         self.sorsa_factors[adapter_name] = factors
+        self._note_change()
         dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
         self.sorsa_dropout[adapter_name] = dropout.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -2,6 +2,7 @@
 
 A kind says in `lora_layout`, by way of adapter_config.json, which of these it is: nothing for linear layers,
 ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding] or ["unsupported", what it is].
+["weight"] is a linear whose name PEFT takes for that of an expert: see `renamed_by_peft`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.utils import transformers_weight_conversion as conversion
 
 from .errors import UnsupportedLayerError
 
@@ -43,6 +45,15 @@ def lora_tensors(
             "into the base model instead, with merge_and_unload()."
         )
     return {prefix + name: tensor.contiguous() for name, tensor in zip(names, (A, B), strict=True)}
+
+
+def renamed_by_peft(model: Any, layer: str) -> bool:
+    """Whether PEFT, which follows transformers' fused experts, loads a LoRA on a dense layer of a model of experts as
+    one on the experts: a shared expert's `gate_proj`, say. It does not where the target is the layer's parameter."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    names = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})
+    return bool(names) and layer.rpartition(".")[2] in names
 
 
 def outer_name(layer: str) -> str:

@@ -88,8 +88,8 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
 
 def left_to_autograd() -> bool:
     """Whether the formulas are written out: a compiler fuses them better than it could a custom function, and
-    torch.func's transforms (per-sample gradients) take none that writes in place."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    torch.func's transforms (per-sample gradients) and torch.jit.trace take none that writes in place."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
 def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tensor:

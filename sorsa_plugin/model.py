@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from peft import LoraConfig
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -23,6 +24,7 @@ from .layer import SORSALayer
 from .layers.attention import leave_fused_encoders
 from .layers.parameter import ParamWrapper
 from .layers.tied import tied_layer
+from .lora_layouts import renamed_by_peft
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
 from .offloading import keep_here
@@ -70,7 +72,9 @@ class SORSAModel(BaseTuner):
             config.lora_layouts = {
                 name: list(layout)
                 for name, layer in model.named_modules()
-                if isinstance(layer, SORSALayer) and adapter_name in layer.configs and (layout := layer.lora_layout())
+                if isinstance(layer, SORSALayer)
+                and adapter_name in layer.configs
+                and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
             }
         with residuals_announced(model, layers, adapter_name, config):
             initialise_layers(layers, adapter_name)
@@ -218,6 +222,15 @@ class SORSAModel(BaseTuner):
             if adapter_name in layer.sorsa_factors and dtype.is_floating_point:
                 layer.factors(adapter_name).cast_offsets(dtype)
 
+    def _check_target_module_compatiblity(self, peft_config: SORSAConfig, model: nn.Module, target_name: str) -> None:
+        """PEFT's, and what it asks of LoRA alone: Mamba's kernels read the weights of some modules and never call them.
+
+        Raises:
+            ValueError: the target is such a module.
+        """
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
     def _create_and_replace(
         self,
         peft_config: SORSAConfig,
@@ -260,6 +273,14 @@ class SORSAModel(BaseTuner):
                 "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
                 "nn.MultiheadAttention (as a whole) are, and what plug-ins add. Narrow target_modules, or add it to "
                 "exclude_modules."
+            )
+        parameter = layer_class.parameter_name
+        if hasattr(base, parameter) and parameter not in base._parameters:
+            raise UnsupportedLayerError(
+                f"The {parameter} of target module {name} is computed from other parameters (weight_norm, "
+                "spectral_norm or another parametrization); expected a parameter of its own. Make it one, with "
+                "torch.nn.utils.parametrize.remove_parametrizations() or torch.nn.utils.remove_weight_norm(), or add "
+                "the module to exclude_modules."
             )
         stored_in_out = isinstance(base, Conv1D)
         if config.fan_in_fan_out != stored_in_out:

@@ -18,11 +18,11 @@ def peak_rate(group: dict[str, Any], gamma: float) -> float:
         AttachError: it is not positive, and gamma is.
     """
     if not group.get(ETA_MAX):
-        group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
+        group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)
     if group[ETA_MAX] <= 0 and gamma > 0:
         raise AttachError(
             f"The peak learning rate of a parameter group with SORSA factors is {group[ETA_MAX]}; expected a positive "
-            "one, because the regularizer's rate is gamma relative to it. Raise the learning rate, or freeze the "
-            "adapter."
+            "one, because the regularizer's rate is gamma relative to it. Raise the learning rate (for Adafactor "
+            "relative_step=False, scale_parameter=False, lr=...), freeze the adapter, or set gamma=0."
         )
     return group[ETA_MAX]

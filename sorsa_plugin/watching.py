@@ -13,10 +13,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from .attaching import attach_layers, attachment_of, attachments
 from .engines import Engine, groups_by_parameter, innermost, only_makes_state
 from .errors import AttachError
-from .layer import live_layers
+from .layer import SORSALayer, live_layers
 from .peak_rate import ETA_MAX
 from .plugins import manager
-from .regularizer import trainable_factors
+from .regularizer import Adapter, factors_of, trainable_factors
 from .saying import say
 
 _watching = False
@@ -30,8 +30,12 @@ def watch_optimizers() -> None:
         _watching = True
 
 
+@torch.compiler.disable
 def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if innermost(optimizer) in attachments or _is_part_of_a_step(optimizer):
+    if innermost(optimizer) in attachments:
+        _follow_new_layers(innermost(optimizer))
+        return
+    if _is_part_of_a_step(optimizer):
         return
     living = _living_layers(optimizer)
     trained = [layer for layer in living if layer.trained()]
@@ -53,13 +57,37 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     owned = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
     adapters = {(id(layer.family), name) for layer in owned for name in layer.trained()}
     # all layers of these adapters, as attach() takes them: F counts those that another optimizer steps, and what is
-    # frozen now may train later
-    layers = [layer for layer in living if adapters & {(id(layer.family), name) for name in layer.sorsa_factors}]
+    # frozen now may train later, as may other adapters that the optimizer has
+    layers = [
+        layer
+        for layer in living
+        if adapters & {(id(layer.family), name) for name in layer.sorsa_factors} or _is_stepped(layer, engine)
+    ]
     settings = attach_layers(layers, engine, None).settings()
     say(
         "SORSA's orthonormal regularizer attached itself to %s at its first step: gamma %g, %s, %d factors.",
         type(optimizer).__name__, settings.gamma, settings.update, len(trainable_factors(owned)),
     )  # fmt: skip
+
+
+def _follow_new_layers(optimizer: Optimizer) -> None:
+    """Regularize what was adapted since the optimizer was attached to, where its parameters were given to it."""
+    attachment = attachment_of(optimizer)
+    now = SORSALayer.adapters_made, sum(len(group["params"]) for group in optimizer.param_groups)
+    if attachment is None or attachment.looked == now or attachment.since == now[0]:  # as in nearly every step
+        return
+    attachment.looked, known = now, set(attachment.layers)
+    new = [layer for layer in _living_layers(optimizer) if layer.changed > attachment.since and layer not in known]
+    layers = [layer for layer in new if _is_stepped(layer, attachment.engine)]
+    if layers:
+        attach_layers(layers, attachment.engine, None)
+        say("SORSA's orthonormal regularizer takes in %d layers that were adapted since.", len(layers))
+
+
+def _is_stepped(layer: SORSALayer, engine: Engine) -> bool:
+    """Whether the optimizer has one of the layer's adapters, in use or not."""
+    adapters = [Adapter(layer, name, layer.factors(name)) for name in layer.sorsa_factors]
+    return any(map(engine.owns, factors_of(adapters)))
 
 
 def _is_part_of_a_step(optimizer: Optimizer) -> bool:

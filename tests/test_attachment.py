@@ -17,9 +17,11 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
+from transformers.optimization import Adafactor
 
 from sorsa_plugin import SORSAConfig, attach, gaps
 from sorsa_plugin.errors import AttachError, NoAdaptedLayersError
+from sorsa_plugin.factors import OFFSETS
 from sorsa_plugin.peak_rate import ETA_MAX
 from sorsa_plugin.regularizer import sorsa_layers
 
@@ -589,6 +591,55 @@ def test_layers_that_train_after_the_first_step_are_regularized_from_then_on() -
     assert all(value.any() for name, value in moved.items() if not name.endswith("dS"))
 
 
+def as_a_fresh_optimizer_would(model: nn.Module, optimizer: Optimizer) -> bool:
+    other = copy.deepcopy(model)
+    expected = regularized(other, [sgd(other)])
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-3
+    return same(expected, regularized(model, [optimizer]))
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_an_adapter_begun_anew_for_the_same_optimizer_is_regularized_and_the_old_one_forgotten(explicit: bool) -> None:
+    """As ReLoRA merges one and begins another."""
+    model = two_layers()
+    optimizer = sgd(model)
+    if explicit:
+        attach(model, optimizer)
+    regularized(model, [optimizer])
+    base = model.unload()
+    del model
+    gc.collect()
+    again = get_peft_model(base, SORSAConfig(r=2, target_modules=["0", "1"], gamma=GAMMA))
+    perturb(again, scale=0.3)
+    optimizer.param_groups[0]["params"] = trained(again)
+    assert as_a_fresh_optimizer_would(again, optimizer)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_layers_adapted_after_the_first_step_are_regularized_once_the_optimizer_has_them(explicit: bool) -> None:
+    model = two_layers()
+    optimizer = sgd(model)
+    if explicit:
+        attach(model, optimizer)
+    regularized(model, [optimizer])
+    both = nn.ModuleList([model, two_layers()])
+    regularized(model, [optimizer])  # a step that has nothing of it yet
+    optimizer.add_param_group({"params": trained(both[1])})
+    assert as_a_fresh_optimizer_would(both, optimizer)
+
+
+def test_an_adapter_on_other_layers_is_regularized_when_its_turn_comes() -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = get_peft_model(base, SORSAConfig(r=2, target_modules=["0"], gamma=GAMMA))
+    model.add_adapter("other", SORSAConfig(r=2, target_modules=["1"], gamma=GAMMA))
+    for adapter in ("default", "other"):
+        perturb(model, adapter, scale=0.3)
+    optimizer = SGD([p for name, p in model.named_parameters() if name.rpartition(".")[2] in OFFSETS], lr=LR)
+    regularized(model, [optimizer])
+    model.set_adapter("other")
+    assert as_a_fresh_optimizer_would(model, optimizer)
+
+
 def test_adapters_with_other_options_may_train_with_optimizers_of_their_own(log: Callable) -> None:
     model = get_peft_model(
         nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), SORSAConfig(r=2, target_modules=["0"], gamma=GAMMA), "first"
@@ -703,6 +754,19 @@ def test_closure_is_an_error(by_keyword: bool) -> None:
 
     with pytest.raises(AttachError, match="was called with a closure"):
         optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+
+
+def test_an_optimizer_without_a_learning_rate_is_an_error_unless_gamma_is_zero() -> None:
+    """As Adafactor with relative_step=True."""
+    for gamma in (GAMMA, 0.0):
+        model = one_layer(gamma=gamma)
+        optimizer = Adafactor(trained(model), relative_step=True, lr=None)
+        backward(model)
+        if gamma:
+            with pytest.raises(AttachError, match="relative_step=False"):
+                optimizer.step()
+        else:
+            optimizer.step()
 
 
 def test_optimizer_that_owns_no_factor_is_an_error() -> None:

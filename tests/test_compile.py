@@ -13,7 +13,7 @@ from tiny_llama import tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sorsa_plugin import SORSAConfig
+from sorsa_plugin import SORSAConfig, attach, gaps
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +108,31 @@ def test_a_batch_of_mixed_adapters_is_right_after_an_ordinary_compiled_forward()
     compiled(x)
     names = ["default", "__base__"]
     torch.testing.assert_close(compiled(x, adapter_names=names), model(x, adapter_names=names), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_compiled_optimizer_step_is_regularized_as_an_eager_one(explicit: bool) -> None:
+    found = []
+    for compiled in (False, True):
+        model = adapted(TwoLayers(), target_modules=["linear"], gamma=0.1)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        if explicit:
+            attach(model, optimizer)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            step()
+        found.append(gaps(model))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    assert found[0] != gaps(adapted(TwoLayers(), target_modules=["linear"]))
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_model_is_traced_with_its_gradients(folded: bool) -> None:
+    model, x = adapted(nn.Sequential(nn.Linear(7, 5)), target_modules=["0"]), torch.randn(4, 7)
+    if folded:
+        model.fold()
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    other = torch.randn(4, 7)
+    torch.testing.assert_close(traced(other), model(other))

@@ -12,7 +12,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, get_peft_config, get_peft_model
 from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, SORSAError
@@ -241,3 +241,9 @@ def test_a_pickled_config_opens_in_a_fresh_process_that_never_imported_the_packa
     )
     output = subprocess.run([sys.executable, "-c", script, path], check=True, capture_output=True, text=True).stdout
     assert output.split("\n")[0] == "3 {'q_proj': 2} False True"
+
+
+def test_a_config_of_a_dictionary_makes_a_new_adapter():
+    config = get_peft_config({"peft_type": "SORSA", "r": 4, "target_modules": ["q_proj"]})
+    assert not config.factors_from_file
+    assert sorsa_layers(get_peft_model(tiny_llama(), config))[0].factors("default").base_checked

@@ -16,7 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import SHAPES, adapt, make_base, only_layer, perturb, refuse_to_factorise
 from tiny_llama import tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, SORSAError, export_lora, save_adapter
@@ -533,3 +540,26 @@ def test_the_command_ends_with_the_error_in_one_sentence(saved, tmp_path):
 
 def test_the_model_card_names_the_command(saved):
     assert "sorsa export-lora path/to/this/adapter -o lora" in (saved / "README.md").read_text()
+
+
+def deepseek():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    heads |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    config = DeepseekV3Config(**sizes, **heads, **experts, num_hidden_layers=2, first_k_dense_replace=1)
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+def test_dense_layers_beside_experts_stay_what_they_are(tmp_path, tokens):
+    """PEFT takes a LoRA's target named gate_proj for the fused experts' in such a model."""
+    model = get_peft_model(deepseek(), SORSAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    perturb(model, scale=0.3)
+    model.save_pretrained(tmp_path / "sorsa")
+    export_lora(tmp_path / "sorsa", tmp_path / "lora")
+    loaded = PeftModel.from_pretrained(deepseek(), tmp_path / "lora").eval()
+    with torch.no_grad():
+        found, expected, base = loaded(tokens).logits, model.eval()(tokens).logits, deepseek()(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (expected - base).abs().max() > 1e-2

@@ -24,6 +24,7 @@ from support import (
     snapshot,
 )
 from tiny_llama import tiny_llama
+from torch import nn
 
 from sorsa_plugin import SORSAConfig, gaps
 from sorsa_plugin.errors import BaseMismatchError
@@ -293,3 +294,32 @@ def test_only_parts_and_x_and_x_times_v_are_kept_for_backward() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x)
     assert kept == [64 * 4 * 4]
+
+
+class Reader(nn.Module):
+    """Reads the weight off a layer instead of calling it, as Mamba does with `dt_proj`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.proj.weight, self.proj.bias)
+
+
+def test_a_model_that_reads_the_weight_reads_w_folded_or_not() -> None:
+    base, x = Reader(), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    expected = base(x)
+    model = get_peft_model(base, SORSAConfig(r=2, target_modules=["proj"]))
+    model.fold()
+    assert torch.equal(model(x), expected)
+    model.unfold()
+    assert torch.equal(model(x), expected)
+    perturb(model)
+    model.merge_adapter()
+    merged = model(x)
+    assert not torch.equal(merged, expected)
+    model.unmerge_adapter()
+    model.fold()
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), merged)

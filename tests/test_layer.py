@@ -29,6 +29,7 @@ from support import (
 )
 from tiny_llama import tiny_llama
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from sorsa_plugin import SORSAConfig, factorise
@@ -603,3 +604,21 @@ def test_a_config_from_another_directory_does_not_leak_into_the_layer(tmp_path):
     base, x = make_base(), inputs(24)
     expected = base(x)
     assert torch.equal(get_peft_model(base, config)(x), expected)
+
+
+def test_modules_that_mambas_kernels_read_are_refused_as_for_lora():
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4))
+    with pytest.raises(ValueError, match="Module 'out_proj' is incompatible with Mamba-based models"):
+        get_peft_model(model, SORSAConfig(r=2, target_modules=["out_proj"]))
+    get_peft_model(model, SORSAConfig(r=2, target_modules=["in_proj"]))
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm],
+)
+def test_a_weight_computed_from_others_is_refused_with_a_way_out(computed):
+    base = nn.Sequential(computed(nn.Linear(6, 5)))
+    with pytest.raises(UnsupportedLayerError, match="computed from other parameters") as error:
+        get_peft_model(base, SORSAConfig(r=2, target_modules=["0"]))
+    assert "remove_parametrizations" in str(error.value)

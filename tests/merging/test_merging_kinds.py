@@ -7,10 +7,10 @@ import torch
 from merge_cases import llama, mixtral, stored, trained
 from peft import PeftModel
 from transformers import (
+    ConvNextConfig,
+    ConvNextModel,
     GptOssConfig,
     GptOssForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Qwen3MoeConfig,
@@ -68,8 +68,8 @@ CASES = {
     "convolutions": (whisper, {"target_modules": ["conv1", "conv2", "q_proj", "embed_positions"]}),
     "encoder-decoder-tied": (whisper, {"target_modules": ["conv1", "embed_tokens"], **TIED}),
     "grouped-convolution": (
-        lambda: made(MambaForCausalLM, MambaConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, state_size=4)),
-        {"target_modules": ["conv1d", "in_proj"]},
+        lambda: made(ConvNextModel, ConvNextConfig(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1])),
+        {"target_modules": ["dwconv", "pwconv1"]},
     ),
     "patches": (lambda: made(ViTModel, ViTConfig(**VISION)), {"target_modules": ["projection"]}),
     "attention": (
