@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from support import (
     KINDS,
     ROUNDOFF,
@@ -622,3 +622,19 @@ def test_a_weight_computed_from_others_is_refused_with_a_way_out(computed):
     with pytest.raises(UnsupportedLayerError, match="computed from other parameters") as error:
         get_peft_model(base, SORSAConfig(r=2, target_modules=["0"]))
     assert "remove_parametrizations" in str(error.value)
+
+
+def test_all_linear_narrows_the_rank_where_a_weight_is_narrower_and_a_named_module_is_refused(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1), nn.Linear(1, 8))
+
+    model = get_peft_model(base(), SORSAConfig(r=4, target_modules="all-linear"))
+    assert [layer.factors("default").rank for layer in sorsa_layers(model)] == [4, 1, 1]
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    loaded = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(RankError, match="only 1 singular triplets"):
+        get_peft_model(base(), SORSAConfig(r=4, target_modules=["0", "1", "2"]))
