@@ -11,7 +11,6 @@ from peft import LoraConfig
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,9 +30,9 @@ from .offloading import keep_here
 from .plugins import manager
 from .quantisation import is_quantised
 from .quantised import warn_about_rounding
+from .ranks import Ranks
 from .regularizer import sorsa_layers
 from .residual import check_request, forget_mark, make_whole, require_quantised, residuals_announced
-from .saying import say
 from .watching import watch_optimizers
 
 
@@ -48,7 +47,6 @@ class SORSAModel(BaseTuner):
     """
 
     prefix = "sorsa_"
-    _narrows = False
     tuner_layer_cls = SORSALayer
     # the published script adapts all seven projections ("all-linear"); where nothing is said, PEFT users expect LoRA's
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -63,13 +61,14 @@ class SORSAModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         check_request(model, config)
-        self._narrows = config.target_modules == "all-linear"
+        self._ranks = Ranks(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_fused_encoders(model)
         everyone = sorsa_layers(model)
         for layer in everyone:
             layer.family = everyone[0].family
         layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
+        self._ranks.check()
         if not config.factors_from_file:
             config.base_storage = _common_storage(layers)
             config.lora_layouts = {
@@ -244,10 +243,7 @@ class SORSAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        rank = peft_config.rank_pattern.get(key, peft_config.r)
-        if self._narrows and key not in peft_config.rank_pattern:
-            rank = _narrowed(peft_config, current_key, target)
+        rank = self._ranks.of(current_key, target)
         adapted = isinstance(target, SORSALayer) and parameter_name in (None, target.parameter_name)
         if isinstance(target, SORSALayer) and adapted:
             target.update_layer(adapter_name, rank, peft_config)
@@ -319,17 +315,6 @@ class SORSAModel(BaseTuner):
             for name, key in keys.items():
                 names[name].factors(adapter).names_in(state_dict, key)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _narrowed(config: SORSAConfig, name: str, target: nn.Module) -> int:
-    """The rank of a module that "all-linear" chose: no larger than its weight allows, as that of a gate for a shared
-    expert, which has one row; noted in `rank_pattern`."""
-    limit = min(getattr(target, "in_features", config.r), getattr(target, "out_features", config.r))
-    if limit >= config.r:
-        return config.r
-    config.rank_pattern[name] = limit
-    say("%s has only %d singular triplets: its rank is %d instead of %d.", name, limit, limit, config.r)
-    return limit
 
 
 def _common_storage(layers: list[SORSALayer]) -> str | None:
