@@ -591,6 +591,16 @@ def test_layers_that_train_after_the_first_step_are_regularized_from_then_on() -
     assert all(value.any() for name, value in moved.items() if not name.endswith("dS"))
 
 
+def begun(explicit: bool) -> tuple[PeftModel, Optimizer]:
+    """Two layers, and an optimizer that has stepped them once."""
+    model = two_layers()
+    optimizer = sgd(model)
+    if explicit:
+        attach(model, optimizer)
+    regularized(model, [optimizer])
+    return model, optimizer
+
+
 def as_a_fresh_optimizer_would(model: nn.Module, optimizer: Optimizer) -> bool:
     other = copy.deepcopy(model)
     expected = regularized(other, [sgd(other)])
@@ -601,11 +611,7 @@ def as_a_fresh_optimizer_would(model: nn.Module, optimizer: Optimizer) -> bool:
 @pytest.mark.parametrize("explicit", [True, False])
 def test_an_adapter_begun_anew_for_the_same_optimizer_is_regularized_and_the_old_one_forgotten(explicit: bool) -> None:
     """As ReLoRA merges one and begins another."""
-    model = two_layers()
-    optimizer = sgd(model)
-    if explicit:
-        attach(model, optimizer)
-    regularized(model, [optimizer])
+    model, optimizer = begun(explicit)
     base = model.unload()
     del model
     gc.collect()
@@ -617,11 +623,7 @@ def test_an_adapter_begun_anew_for_the_same_optimizer_is_regularized_and_the_old
 
 @pytest.mark.parametrize("explicit", [True, False])
 def test_layers_adapted_after_the_first_step_are_regularized_once_the_optimizer_has_them(explicit: bool) -> None:
-    model = two_layers()
-    optimizer = sgd(model)
-    if explicit:
-        attach(model, optimizer)
-    regularized(model, [optimizer])
+    model, optimizer = begun(explicit)
     both = nn.ModuleList([model, two_layers()])
     regularized(model, [optimizer])  # a step that has nothing of it yet
     optimizer.add_param_group({"params": trained(both[1])})

@@ -129,7 +129,7 @@ def test_a_compiled_optimizer_step_is_regularized_as_an_eager_one(explicit: bool
 
 
 @pytest.mark.parametrize("folded", [False, True])
-def test_a_model_is_traced_with_its_gradients(folded: bool) -> None:
+def test_a_model_is_traced_where_gradients_are_on(folded: bool) -> None:
     model, x = adapted(nn.Sequential(nn.Linear(7, 5)), target_modules=["0"]), torch.randn(4, 7)
     if folded:
         model.fold()
