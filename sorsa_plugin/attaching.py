@@ -6,12 +6,14 @@ import weakref
 from typing import Any
 
 from torch import nn
+from torch.optim import LBFGS
 from torch.optim.optimizer import Optimizer
 
-from .attachment import Attachment, require_fp32
+from .attachment import Attachment
 from .config import check_gamma
 from .engines import Engine, find_engine
 from .errors import AttachError
+from .fp32_factors import require_fp32
 from .layer import SORSALayer
 from .peak_rate import peak_rate
 from .regularizer import model_factors, sorsa_layers, trainable_factors
@@ -73,6 +75,11 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
         raise AttachError(
             "reg_update='decoupled' writes the parameters after the step, and a schedule-free optimizer keeps others "
             "in its state. Use reg_update='coupled' with it."
+        )
+    if settings.update == "coupled" and settings.gamma > 0.0 and isinstance(optimizer, LBFGS):
+        raise AttachError(
+            "LBFGS searches along a line by the loss that its closure returns, and reg_update='coupled' adds to the "
+            "gradients alone. Use reg_update='decoupled' with it."
         )
     require_fp32(layers, engine)
     owning = {id(share.group): share.group for share in engine.shares(trainable_factors(layers))}

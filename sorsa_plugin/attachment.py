@@ -4,14 +4,16 @@
     decoupled  after the step    P <- P - gamma_t P E,   gamma_t = gamma eta_t/eta_max, or gamma ("constant")
 
 There gradients are reduced over processes, unscaled and clipped; a step that fp16 scaling skips does not get there;
-and it is once per optimizer step for any gradient accumulation. Trainers only find that optimizer; where the factors
+and it is once per optimizer step for any gradient accumulation. Where `step(closure)` computes the gradients itself, as
+in Lightning, coupled adds its own after each call of the closure. Trainers only find that optimizer; where the factors
 live in it is the engine's answer (`engines.py`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch.optim.optimizer import Optimizer
 from .deviations import Batch, all_gaps, deviations
 from .engines import Engine, Share, WholeFactors, find_engine, only_makes_state
 from .errors import AttachError
-from .factors import FROZEN, ROUNDED
+from .fp32_factors import require_fp32
 from .nonfinite import GradientWatch, origin, own_gradients
 from .peak_rate import ETA_MAX, peak_rate
 from .precision import full_precision
@@ -114,33 +116,57 @@ class Attachment:
 
     @torch.compiler.disable
     @torch.no_grad()
-    def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Coupled: add the regularizer's gradient. Counts the step."""
+    def before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Coupled: add the regularizer's gradient to those at hand, or have the closure do so. Counts the step."""
         if only_makes_state(optimizer, kwargs):
-            return
+            return None
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
-        # args[0] is the optimizer itself
-        coupled = settings.update == "coupled" and settings.gamma > 0.0
-        if coupled and any(callable(closure) for closure in (*args[1:], kwargs.get("closure"))):
-            raise AttachError(
-                "optimizer.step() was called with a closure, which computes the gradients inside the step, after the "
-                "regularizer's turn. Call backward() before step(), without a closure."
-            )
         factors = factors_of(adapters)
         if self.steps == 0 and settings.gamma > 0.0 and factors:
             self._follow_parameters(factors, optimizer)
         begins = self.engine.begins_step()
         self.steps += begins
         self._follow_peak(optimizer)
-        shares = self.engine.stepping(factors)
-        if begins:
-            self.own_gradients = own_gradients(adapters)
-        if getattr(optimizer, "found_inf", None) is None:  # fused optimizers leave out steps that are not finite
-            self.watch.note(self.steps, shares, self.own_gradients)
+
+        @torch.no_grad()
+        def take_gradients() -> None:
+            shares = self.engine.stepping(factors)
+            if begins:
+                self.own_gradients = own_gradients(adapters)
+            if getattr(optimizer, "found_inf", None) is None:  # fused optimizers leave out steps that are not finite
+                self.watch.note(self.steps, shares, self.own_gradients)
+            if settings.update == "coupled" and settings.gamma > 0.0:
+                self._push(settings, shares, sum(factor.matrices for factor in factors), optimizer)
+
+        def wrapped(closure: Callable[[], Any]) -> Callable[[], Any]:
+            def compute() -> Any:
+                with self._step_of(settings, factors):
+                    loss = closure()
+                    take_gradients()
+                return loss
+
+            return compute
+
+        with self._step_of(settings, factors):
+            if callable(kwargs.get("closure")):
+                return args, {**kwargs, "closure": wrapped(kwargs["closure"])}
+            if callable(args[1] if len(args) > 1 else None):  # args[0] is the optimizer itself
+                return (args[0], wrapped(args[1]), *args[2:]), kwargs
+            take_gradients()
+        return None
+
+    @contextmanager
+    def _step_of(self, settings: Settings, factors: list[Factor]) -> Iterator[None]:
+        """In this context and after it, until `after_step`, a step is under way; not after an error."""
         self._stepping = settings, factors
-        if coupled:
-            self._push(settings, shares, sum(factor.matrices for factor in factors), optimizer)
+        try:
+            yield
+        except BaseException:
+            self._stepping = None
+            raise
 
     def name_skipped_step(self, number: int) -> None:
         """Log which process and layers made an engine (DeepSpeed) leave an optimizer step out; every process calls it.
@@ -258,22 +284,3 @@ def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
         group = batch.shares[0].group
         assert group is not None
         yield batch, group
-
-
-def require_fp32(layers: list[Any], engine: Engine) -> None:
-    """Make the optimizer step fp32 offsets, and refuse frozen factors that an engine rounded."""
-    adapters = [adapter.tensors for adapter in trained_adapters(layers)]
-    if any(getattr(adapter, name).dtype in ROUNDED for adapter in adapters for name in FROZEN):
-        raise AttachError(
-            "The frozen factors were cast to 16 bits, where they are no longer the triplets of the base weight; "
-            "expected fp32. An engine casts parameters and leaves buffers alone: see docs/distributed.md."
-        )
-    if not engine.owns_parameters:
-        return
-    restored = [offset for adapter in adapters for offset in adapter.restore_fp32()]
-    if any(engine.optimizer.state.get(parameter) for parameter in restored):  # type: ignore[union-attr]
-        raise AttachError(
-            f"{len(restored)} SORSA offsets had been cast to 16 bits and the optimizer already holds state for them; "
-            "expected fp32, which small learning rates need. Pass SORSACallback() to the trainer, or cast them back "
-            "before the optimizer takes its first step."
-        )

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, On
 from transformers.optimization import Adafactor
 
 from sorsa_plugin import SORSAConfig, attach, gaps
-from sorsa_plugin.errors import AttachError, NoAdaptedLayersError
+from sorsa_plugin.errors import AttachError, NoAdaptedLayersError, NonFiniteGradientError
 from sorsa_plugin.factors import OFFSETS
 from sorsa_plugin.peak_rate import ETA_MAX
 from sorsa_plugin.regularizer import sorsa_layers
@@ -745,17 +745,84 @@ def test_adapters_that_ask_for_different_regularizers_are_an_error_while_active_
         optimizer.step()
 
 
+@pytest.mark.parametrize("reg_update", ["coupled", "decoupled"])
+@pytest.mark.parametrize("optimizer_class", [SGD, AdamW])
 @pytest.mark.parametrize("by_keyword", [True, False])
-def test_closure_is_an_error(by_keyword: bool) -> None:
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_closure_trains_as_backward_before_the_step(
+    by_keyword: bool, optimizer_class: type[Optimizer], reg_update: str, attached: bool
+) -> None:
+    """As Lightning trains: `step(closure)`, with the gradients made inside."""
+    results = []
+    for with_closure in (False, True):
+        model = one_layer(reg_update=reg_update)
+        optimizer = optimizer_class(trained(model), lr=LR)  # type: ignore[call-arg]
+        if attached:
+            attach(model, optimizer)
+
+        def closure(model: nn.Module = model, optimizer: Optimizer = optimizer) -> float:
+            optimizer.zero_grad()
+            backward(model)
+            return 7.0
+
+        for _ in range(3):
+            if not with_closure:
+                step(model, optimizer)
+            else:
+                assert (optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)) == 7.0
+        results.append(values(model))
+    assert same(*results)
+    assert not same(results[0], values(one_layer()))
+
+
+def test_a_closure_whose_gradients_are_not_finite_is_named_and_its_step_not_taken() -> None:
     model = one_layer()
     optimizer = sgd(model)
-    attach(model, optimizer)
+    attachment = attach(model, optimizer)
+    before = values(model)
 
     def closure() -> None:
-        backward(model)
+        (model(inputs(24, dtype=torch.float64)) * float("nan")).sum().backward()
 
-    with pytest.raises(AttachError, match="was called with a closure"):
-        optimizer.step(closure=closure) if by_keyword else optimizer.step(closure)
+    with pytest.raises(NonFiniteGradientError, match="in optimizer step 1"):
+        optimizer.step(closure)
+    assert same(before, values(model))
+    assert not attachment.stepping
+
+
+def test_an_optimizer_whose_step_hands_the_closure_to_another_is_regularized_once() -> None:
+    class Wrapper(Optimizer):
+        def __init__(self, base: Optimizer) -> None:
+            self.base = base
+            super().__init__(base.param_groups, {})
+            self.param_groups = base.param_groups
+
+        def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
+            return self.base.step(closure)
+
+    results = []
+    for wrap in (False, True):
+        model = one_layer()
+        base = sgd(model)
+        optimizer = Wrapper(base) if wrap else base
+
+        def closure(model: nn.Module = model, base: Optimizer = base) -> float:
+            base.zero_grad()
+            backward(model)
+            return 0.0
+
+        for _ in range(2):
+            optimizer.step(closure)
+        results.append(values(model))
+    assert same(*results)
+
+
+def test_lbfgs_is_refused_where_the_penalty_would_miss_its_line_search() -> None:
+    model = one_layer()
+    with pytest.raises(AttachError, match="LBFGS searches along a line"):
+        attach(model, torch.optim.LBFGS(trained(model), lr=LR))
+    model = one_layer(reg_update="decoupled")
+    attach(model, torch.optim.LBFGS(trained(model), lr=LR))
 
 
 def test_an_optimizer_without_a_learning_rate_is_an_error_unless_gamma_is_zero() -> None:

@@ -22,11 +22,18 @@ from sorsa_plugin.regularizer import Factor, model_factors, sorsa_layers
 
 RANK = 4
 FACTORS = 2 * 7 * 2  # two decoder layers, seven projections, U and V
+WIDEST = 48  # rows of the tallest factor
 
 
 def eps(rank: int) -> float:
     """The orthonormality that the initialisation promises."""
     return 1e-5 * rank**0.5
+
+
+def gap_rounding(rows: int, dtype: torch.dtype = torch.float32) -> float:
+    """How far two products P^T P of other summation order may put one gap apart: each of their r^2 entries sums `rows`
+    terms, whose errors have either sign."""
+    return RANK * (2.0 * rows) ** 0.5 * torch.finfo(dtype).eps
 
 
 def adapted(dtype: torch.dtype = torch.float32, scale: float = 0.0, **options: object) -> PeftModel:
@@ -160,12 +167,17 @@ def test_gradient_agrees_with_central_differences(scale: float, seed: int) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradient_at_init_is_no_larger_than_eps_promises(dtype: torch.dtype) -> None:
-    """At init gap <= eps, so that each gradient is 2/F P E / eps: at most 2/F (gap / eps) sigma_max(P), not 2/F."""
+    """At init gap <= eps, so that each gradient is 2/F P E / eps: at most 2/F (gap / eps) sigma_max(P), not 2/F.
+
+    That gap is itself rounding, and another one in a product of its own.
+    """
     model = adapted(dtype)
     found, values = package_gradients(model), gaps(model)
     for name, gradient in found.items():
         assert values[name] <= eps(RANK), f"{name}: initialisation breaks its promise"
-        promised = 2 / FACTORS * values[name] / eps(RANK) * 1.001  # sigma_max(P) <= sqrt(1 + eps), roundings
+        gap = values[name] + gap_rounding(len(gradient), dtype)
+        promised = 2 / FACTORS * gap / eps(RANK) * 1.001  # sigma_max(P) <= sqrt(1 + eps)
+        assert promised < 0.5 * 2 / FACTORS
         assert torch.isfinite(gradient).all(), name
         assert float(gradient.norm()) <= promised, name
 
@@ -227,6 +239,7 @@ def test_loss_is_differentiable_with_respect_to_the_offsets_only() -> None:
 def two_adapters() -> PeftModel:
     model = adapted(scale=0.1)
     model.add_adapter("other", SORSAConfig(r=2, target_modules=["q_proj"]))
+    perturb(model, "other", scale=0.1)  # a gap at init is rounding, and another one in a batch
     return model
 
 
@@ -239,7 +252,7 @@ def test_only_active_adapters_count() -> None:
     assert len(first) == FACTORS
     assert {name.split(".")[-2] for name in second} == {"other"}
     assert len(second) == 4  # q_proj of two layers
-    assert orthonormality(model).item() == pytest.approx(sum(second.values()) / 4, rel=1e-6)
+    assert orthonormality(model).item() == pytest.approx(sum(second.values()) / 4, abs=gap_rounding(WIDEST))
 
 
 def test_every_factor_of_adapters_active_together_counts() -> None:
@@ -247,7 +260,7 @@ def test_every_factor_of_adapters_active_together_counts() -> None:
     model.base_model.set_adapter(["default", "other"])
     found = gaps(model)
     assert len(found) == FACTORS + 4
-    assert orthonormality(model).item() == pytest.approx(sum(found.values()) / (FACTORS + 4), rel=1e-6)
+    assert orthonormality(model).item() == pytest.approx(sum(found.values()) / (FACTORS + 4), abs=gap_rounding(WIDEST))
 
 
 def test_frozen_layers_do_not_count() -> None:

@@ -22,6 +22,15 @@ from sorsa_quickstart.answering import load_base
 LN2 = float(torch.tensor(math.log(2.0), dtype=torch.float32))
 
 
+def loss_of_equals(changes):
+    """DPO's loss while policy and reference are one: log 2, to the bit where one batch goes through both.
+
+    Precomputed references come from other batches, whose products are summed in another order: the log-probabilities of
+    27 tokens in each of two answers err by at most 1e-5 each (logits of about 10), and the loss by beta/2 of that.
+    """
+    return pytest.approx(LN2, abs=0.1 / 2 * 2 * 27 * 1e-5) if "precompute_ref_log_probs" in changes else LN2
+
+
 def test_sft_trains_and_is_regularized(tmp_path):
     regularized = build(SFTTrainer, tmp_path / "a", sorsa_config(), gradient_accumulation_steps=2)
     without = build(SFTTrainer, tmp_path / "b", sorsa_config(gamma=0.0), gradient_accumulation_steps=2)
@@ -40,15 +49,14 @@ def test_sft_trains_and_is_regularized(tmp_path):
 def test_dpos_reference_is_the_untouched_base(changes, tmp_path):
     trainer = build(DPOTrainer, tmp_path, sorsa_config(), **changes)
     trainer.train()
-    # policy and reference are bit-equal, so every margin is 0 and the loss log(2), rounded to fp32
-    assert logged(trainer, "loss")[0] == LN2
+    assert logged(trainer, "loss")[0] == loss_of_equals(changes)
     assert logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"precompute_ref_log_probs": True}], ids=["plain", "precomputed reference"])
 def test_dpo_on_a_trained_adapter_refers_to_a_frozen_copy_of_it(changes, tmp_path):
     model = get_peft_model(load_base()[0], sorsa_config())
-    perturb(model, scale=1e-3)
+    perturb(model, scale=1e-2)  # beside the base as reference, the first loss would be off by 2e-3
     model.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(load_base()[0], tmp_path / "adapter", is_trainable=True)
     trainer = build(DPOTrainer, tmp_path / "run", None, model=model, **changes)
@@ -57,7 +65,7 @@ def test_dpo_on_a_trained_adapter_refers_to_a_frozen_copy_of_it(changes, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(adapter_tensors(trainer), copied, strict=True))
     assert len(model_factors(trainer.model)) == 2 * len(layers)  # the copy does not count
     trainer.train()
-    assert logged(trainer, "loss")[0] == LN2
+    assert logged(trainer, "loss")[0] == loss_of_equals(changes)
     assert all(torch.equal(a, b) for a, b in zip(adapter_tensors(trainer, "ref"), copied, strict=True))
     for layer in layers:
         trained, frozen = layer.factors("default"), layer.factors("ref")
