@@ -18,6 +18,7 @@ def launch(command: str, arguments: list[str]) -> None:
     from trl.cli.accelerate_config import resolve_accelerate_config_argument
 
     recipe = RecipeParser(command).parse(arguments)
+    recipe.require_model()
     setup_adapter(recipe.adapter)
     launching = resolve_accelerate_config_argument([*recipe.from_file, *recipe.from_command_line])
     training = _without(arguments, recipe.from_command_line)

@@ -10,6 +10,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sorsa_plugin.adapters import SPELLINGS, VARIANTS, VOCABULARY, block_names, nearest
 from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_transformers import AdapterArguments
@@ -53,10 +55,13 @@ class Recipe:
     from_file: list[str]
     from_command_line: list[str]
 
+    def require_model(self) -> None:
+        """Raises AdapterOptionsError where the recipe names no model."""
+        if not self.model.model_name_or_path:
+            raise AdapterOptionsError("No model: give model_name_or_path, a directory or a hub id.")
+
     def write(self, directory: Path) -> Path:
         """Write recipe.yaml, which the same command runs again."""
-        import yaml
-
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "recipe.yaml"
         text = HEADER.format(command=self.command, name=path) + yaml.safe_dump(self.given, sort_keys=False)
@@ -98,11 +103,18 @@ class RecipeParser(TrlParser):
         """Parse a command line, with the recipe that its --config names.
 
         Raises:
-            AdapterOptionsError: a key of the recipe is known neither here nor to `accelerate launch`.
+            AdapterOptionsError: the recipe cannot be read, a key of it is known neither here nor to `accelerate
+                launch`, or the training arguments refuse a value.
         """
-        *parts, from_file, from_command_line = self.parse_args_and_config(
-            list(args), return_remaining_strings=True, separate_remaining_strings=True
-        )
+        arguments = list(args)
+        if arguments[-1:] == ["--config"]:
+            raise AdapterOptionsError("--config names no file; expected that of a recipe after it.")
+        try:
+            *parts, from_file, from_command_line = self.parse_args_and_config(
+                arguments, return_remaining_strings=True, separate_remaining_strings=True
+            )
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise AdapterOptionsError(f"The recipe or the arguments cannot be honoured: {error}") from error
         self._check_launch_arguments([*from_file, *from_command_line])
         script, training, model, datasets, _ = parts
         given = {**self.from_file, **self.typed}

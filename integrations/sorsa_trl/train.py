@@ -36,9 +36,8 @@ def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     from transformers import set_seed
     from trl import DPOTrainer, SFTTrainer, get_quantization_config
 
+    recipe.require_model()
     script, training, model = recipe.script, recipe.training, recipe.model
-    if not model.model_name_or_path:
-        raise AdapterOptionsError("No model: give model_name_or_path, a directory or a hub id.")
     checkpoint = checkpoint_to_resume(training)
     setup = setup_adapter(recipe.adapter)
     if setup.adapter == "adalora":

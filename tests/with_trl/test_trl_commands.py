@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,31 @@ def test_what_cannot_run_is_a_sentence(changes, message, tmp_path, capsys):
     assert main(["sft", "--config", str(path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("Error: ")
     assert not (tmp_path / "run" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be honoured: .*No such file or directory: .*recipe.yaml"),
+        ("a: [1", "cannot be honoured: while parsing a flow sequence"),
+        ("- a", "cannot be honoured: .*must contain a YAML mapping"),
+        ("model_name_or_path: m\nbf16: true\nfp16: true", "cannot be honoured: .*bf16"),
+    ],
+    ids=["missing", "not YAML", "no mapping", "a value that the training arguments refuse"],
+)
+def test_a_recipe_that_cannot_be_read_is_a_sentence(content, message, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    assert main(["sft", "--config", str(path)]) == 1
+    last = capsys.readouterr().err
+    assert re.search(f"Error: .*{message}", last)
+    assert "Traceback" not in last
+
+
+def test_a_config_option_without_a_file_is_a_sentence(capsys):
+    assert main(["sft", "--config"]) == 1
+    assert "Error: --config names no file" in capsys.readouterr().err
 
 
 def test_errors_come_from_the_command_before_anything_is_launched(tmp_path):
