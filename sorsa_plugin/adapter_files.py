@@ -47,8 +47,8 @@ def read_config(source: Path) -> SORSAConfig:
         ) from error
     if kind != "SORSA":
         raise ForeignAdapterError(
-            f"{path} says peft_type {kind!r}; expected 'SORSA'. A LoRA needs no export, and other methods have "
-            "peft.convert_to_lora."
+            f"{path} says peft_type {kind!r}; expected 'SORSA'. PEFT itself loads and merges this adapter, and vLLM "
+            "serves it if it is a LoRA; peft.convert_to_lora makes one of many other methods."
         )
     return SORSAConfig.from_pretrained(str(source))
 

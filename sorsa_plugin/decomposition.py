@@ -106,10 +106,15 @@ def factorise(
 
 @full_precision()
 def captured_energy(weight: torch.Tensor, triplets: Triplets) -> float:
-    """Share of ||W||_F^2 (0 to 1) that the triplets span: sum diag(U^T W V)^2 / ||W||_F^2."""
+    """Share of ||W||_F^2 (0 to 1) that the triplets span: sum diag(U^T W V)^2 / ||W||_F^2; 1 for a zero weight."""
     matrix = weight.detach().to(triplets.U)
     diagonal = ((matrix @ triplets.V) * triplets.U).sum(0)
-    return float(diagonal.square().sum() / matrix.square().sum())
+    return energy_share(diagonal.square().sum(), matrix.square().sum())
+
+
+def energy_share(part: torch.Tensor, whole: torch.Tensor) -> float:
+    """part / whole for energies; all of nothing is 1."""
+    return float(part / whole) if whole > 0 else 1.0
 
 
 def working_device(home: torch.device) -> torch.device:
@@ -123,7 +128,10 @@ def working_device(home: torch.device) -> torch.device:
 
 def _exact(matrix: torch.Tensor, rank: int) -> Triplets:
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Triplets(U[:, :rank], S[:rank], Vh[:rank].mT)
+    triplets = Triplets(U[:, :rank], S[:rank], Vh[:rank].mT)
+    if not _are_orthonormal(triplets):  # Jacobi's method, an accelerator's, promises less than LAPACK
+        raise torch.linalg.LinAlgError("U or V is not orthonormal")
+    return triplets
 
 
 def _randomized(matrix: torch.Tensor, rank: int, seed: int, energy: float) -> Triplets:
@@ -152,7 +160,7 @@ def _randomized(matrix: torch.Tensor, rank: int, seed: int, energy: float) -> Tr
         if captured - previous <= (1 / energy - 1) * captured:
             break
     triplets = space.triplets(rank, *cholesky_qr(space.Z, space.gram))
-    if not all(_gap(P) <= ORTHONORMALITY * rank**0.5 for P in (triplets.U, triplets.V)):  # NaN is not, either
+    if not _are_orthonormal(triplets):
         space = Projection.onto(torch.linalg.qr(space.Q).Q, matrix)
         triplets = space.triplets(rank, *torch.linalg.qr(space.Z))
     return triplets
@@ -217,10 +225,15 @@ def cholesky_qr(X: torch.Tensor, gram: torch.Tensor | None = None) -> tuple[torc
     return torch.linalg.solve_triangular(L2.mT, Q, upper=True, left=False), L2.mT @ L1.mT
 
 
-def _gap(P: torch.Tensor) -> float:
-    E = P.mT @ P
-    E.diagonal().sub_(1.0)
-    return float(E.norm())
+def _are_orthonormal(triplets: Triplets) -> bool:
+    """Whether U and V keep the promise; NaN does not."""
+    limit = ORTHONORMALITY * triplets.S.shape[0] ** 0.5
+    deviations = []
+    for P in (triplets.U, triplets.V):
+        E = P.mT @ P
+        E.diagonal().sub_(1.0)
+        deviations.append(float(E.norm()))
+    return all(deviation <= limit for deviation in deviations)
 
 
 def _on_cpu(matrix: torch.Tensor, rank: int, name: str, error: Exception) -> Triplets:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SORSAConfig
+from .decomposition import energy_share
 from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
 from .folding import fold_model, intact_weight
@@ -84,7 +85,7 @@ class SORSAModel(BaseTuner):
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
         """{layer: share of ||W||_F^2 (0 to 1) that its initial triplets hold}: how much of each weight the adapter
-        starts from. One pass over the weights."""
+        starts from; 1 of a zero weight. One pass over the weights."""
         found = {}
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
@@ -94,7 +95,7 @@ class SORSAModel(BaseTuner):
                     if layer.folded is not None and layer.folded.intact is None:
                         matrix = matrix + factors.initial_matrix().to(matrix.device)
                     total = matrix.square().sum()
-                found[layer.name] = float(factors.S0.square().sum() / total)
+                found[layer.name] = energy_share(factors.S0.square().sum(), total.to(factors.S0.device))
         return found
 
     def fold(self) -> None:

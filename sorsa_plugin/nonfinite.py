@@ -140,7 +140,7 @@ def origin(own: dict[str, torch.Tensor], occasion: str) -> str:
 def _explain(norms: Norms, outcome: str) -> str:
     bad = [name for name, value in zip(norms.names, norms.values.tolist(), strict=True) if not _finite(value)]
     return (
-        f"The gradient of {len(bad)} of {len(norms.names)} SORSA factors is not finite in optimizer step {norms.step}, "
+        f"The gradient of {len(bad)} of {len(norms.names)} SORSA tensors is not finite in optimizer step {norms.step}, "
         f"the first of them {bad[0]}; the step {outcome}. {origin(norms.own, f'step {norms.step}')} Then lower the "
         "learning rate or leave the batch out, and resume from last_complete_checkpoint(output_dir)."
     )

@@ -302,6 +302,21 @@ def test_divergence_falls_back_to_float64_lapack_and_says_for_which_layer(svd, m
     assert ((U * S) @ V.T - (expected.U[:, :3] * expected.S[:3]) @ expected.Vh[:3]).abs().max() <= 8 * U32
 
 
+def test_exact_factors_that_are_not_orthonormal_are_computed_again_in_float64(monkeypatch, caplog):
+    """As LAPACK's are not, but an accelerator's may be."""
+    W, real = matrix_of((20, 30), "geometric"), torch.linalg.svd
+
+    def svd(matrix, **options):
+        U, S, Vh = real(matrix, **options)
+        return (U * 1.001 if matrix.dtype == torch.float32 else U), S, Vh
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    with caplog.at_level(logging.WARNING):
+        U = factorise(W, 3, svd="exact", name="layers.0.q_proj").U
+    assert (U.T @ U - torch.eye(3)).norm() <= 9 * 20 * U32
+    assert "layers.0.q_proj did not converge on cpu (U or V is not orthonormal)" in caplog.text
+
+
 def test_divergence_everywhere_is_an_error_that_names_the_layer(monkeypatch):
     fail(2, monkeypatch)
     with pytest.raises(DecompositionError, match=r"layers\.0\.q_proj converged neither on cpu nor on the CPU"):
@@ -322,5 +337,6 @@ def test_captured_energy_of_all_triplets_is_one_and_of_none_of_them_zero():
     W = matrix_of((10, 14), "geometric")
     full = factorise(W, 10)
     assert captured_energy(W, full) == pytest.approx(1.0, abs=4 * 140 * U32)
+    assert captured_energy(torch.zeros(10, 14), full) == 1.0
     elsewhere = decomposition.Triplets(full.U[:, 5:], full.S[5:], full.V[:, :5])  # mismatched pairs span no energy
     assert captured_energy(W, elsewhere) <= 1e-10

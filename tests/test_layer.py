@@ -321,10 +321,14 @@ def test_a_clone_takes_the_initial_triplets_of_a_trained_adapter_and_starts_at_t
 
 
 def test_initial_energy_is_each_weights_share_in_its_best_triplets():
-    model = get_peft_model(tiny_llama(), SORSAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    base = tiny_llama()
+    base.model.layers[1].mlp.down_proj.weight.data.zero_()
+    model = get_peft_model(base, SORSAConfig(r=4, target_modules=["q_proj", "down_proj"]))
     found = model.initial_energy()
-    assert list(found) == [layer.name for layer in sorsa_layers(model)]
-    for layer in sorsa_layers(model):
+    assert found.pop("model.layers.1.mlp.down_proj") == 1.0  # all of nothing
+    layers = [layer for layer in sorsa_layers(model) if layer.base_matrix().any()]
+    assert list(found) == [layer.name for layer in layers]
+    for layer in layers:
         S64 = torch.linalg.svdvals(layer.base_matrix().detach().double())
         expected = float(S64[:4].square().sum() / S64.square().sum())
         assert found[layer.name] == pytest.approx(expected, rel=4 * 32 * 48 * ROUNDOFF[torch.float32])

@@ -69,7 +69,7 @@ def test_the_step_is_not_taken_and_the_layers_are_named(options: dict, clipped: 
     total, said = len(sorsa_layers(model)), str(raised.value)
     assert f"on rank 0 in {inside} of {total} layers, the last of them model.layers.0.mlp.down_proj" in said
     if not clipped or math.isnan(value):  # clipping by a norm of infinity spreads NaN or not, as its sums happen to go
-        assert f"The gradient of {2 * (total if clipped else inside)} of {2 * total} SORSA factors" in said
+        assert f"The gradient of {2 * (total if clipped else inside)} of {2 * total} SORSA tensors" in said
 
 
 def test_what_overflows_after_backward_is_told_apart() -> None:
