@@ -35,7 +35,7 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     if innermost(optimizer) in attachments:
         _follow_new_layers(innermost(optimizer))
         return
-    if _is_part_of_a_step(optimizer):
+    if _is_part_of_a_step(optimizer) or _hands_on_to_an_attached_one(optimizer):
         return
     living = _living_layers(optimizer)
     trained = [layer for layer in living if layer.trained()]
@@ -98,6 +98,11 @@ def _is_part_of_a_step(optimizer: Optimizer) -> bool:
         for other in list(attachments)
         if (attachment := attachment_of(other)) is not None
     )
+
+
+def _hands_on_to_an_attached_one(optimizer: Optimizer) -> bool:
+    """Whether it holds another optimizer that somebody attached to, whose step its own will call."""
+    return any(isinstance(value, Optimizer) and attachment_of(value) for value in vars(optimizer).values())
 
 
 def _living_layers(optimizer: Optimizer) -> list[Any]:

@@ -665,8 +665,8 @@ class Around(Optimizer):
         self.name = name
         setattr(self, name, base)
 
-    def step(self) -> None:
-        getattr(self, self.name).step()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        getattr(self, self.name).step(closure)
 
 
 @pytest.mark.parametrize("name", ["optimizer", "base_optimizer"])
@@ -678,6 +678,31 @@ def test_an_optimizer_around_another_acts_once(update: str, name: str, log: Call
             step(model, optimizer)
     assert same(values(alone), values(wrapped))
     assert len(log(ATTACHED)) == 2
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer"])
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+@pytest.mark.parametrize("with_closure", [True, False])
+@pytest.mark.parametrize("attached", [True, False])
+def test_an_optimizer_around_an_attached_one_or_with_a_closure_acts_once(
+    attached: bool, with_closure: bool, update: str, name: str
+) -> None:
+    models = one_layer(reg_update=update), one_layer(reg_update=update)
+    for model in models:
+        base = sgd(model)
+        optimizer = base if model is models[0] else Around(base, name)
+        if attached:
+            attach(model, base)
+
+        def closure(model: nn.Module = model, base: Optimizer = base) -> None:
+            base.zero_grad()
+            backward(model)
+
+        for _ in range(2):
+            if not with_closure:
+                closure()
+            optimizer.step(closure if with_closure else None)
+    assert same(*map(values, models))
 
 
 def by_peft(config: SORSAConfig) -> nn.Module:
@@ -788,33 +813,6 @@ def test_a_closure_whose_gradients_are_not_finite_is_named_and_its_step_not_take
         optimizer.step(closure)
     assert same(before, values(model))
     assert not attachment.stepping
-
-
-def test_an_optimizer_whose_step_hands_the_closure_to_another_is_regularized_once() -> None:
-    class Wrapper(Optimizer):
-        def __init__(self, base: Optimizer) -> None:
-            self.base = base
-            super().__init__(base.param_groups, {})
-            self.param_groups = base.param_groups
-
-        def step(self, closure: Callable[[], float]) -> float:  # type: ignore[override]
-            return self.base.step(closure)
-
-    results = []
-    for wrap in (False, True):
-        model = one_layer()
-        base = sgd(model)
-        optimizer = Wrapper(base) if wrap else base
-
-        def closure(model: nn.Module = model, base: Optimizer = base) -> float:
-            base.zero_grad()
-            backward(model)
-            return 0.0
-
-        for _ in range(2):
-            optimizer.step(closure)
-        results.append(values(model))
-    assert same(*results)
 
 
 def test_lbfgs_is_refused_where_the_penalty_would_miss_its_line_search() -> None:
