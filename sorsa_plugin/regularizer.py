@@ -58,8 +58,11 @@ def factors_of(adapters: Iterable[Adapter]) -> list[Factor]:
     """U and V of every adapter."""
     found = []
     for layer, adapter, tensors in adapters:
-        found.append(Factor(f"{layer.name}.{adapter}.U", tensors.U0, tensors.dU))
-        found.append(Factor(f"{layer.name}.{adapter}.V", tensors.V0, tensors.dV))
+        # by the dictionaries: every optimizer step asks, and modules look attributes up slowly
+        by_name: dict[str, Any] = {**tensors._buffers, **tensors._parameters}
+        name = f"{layer.name}.{adapter}"
+        found.append(Factor(f"{name}.U", by_name["U0"], by_name["dU"]))
+        found.append(Factor(f"{name}.V", by_name["V0"], by_name["dV"]))
     return found
 
 
