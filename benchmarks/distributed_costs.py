@@ -152,7 +152,7 @@ def _plain(model: Any, handles: list[Any]) -> Training:
     return Training(step, optimizer, (model, *handles))
 
 
-def zero(stage: int, config: Any) -> Callable[[torch.nn.Module], Training]:
+def zero(config: Any) -> Callable[[torch.nn.Module], Training]:
     def start(model: torch.nn.Module) -> Training:
         import deepspeed
 
@@ -185,7 +185,7 @@ def starter(name: str) -> Callable[[torch.nn.Module], Training]:
             "zero_force_ds_cpu_optimizer": False,
         }
     )
-    return zero(stage, config)
+    return zero(config)
 
 
 def held() -> int:

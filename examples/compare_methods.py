@@ -52,7 +52,9 @@ def run_one(arguments: list[str]) -> dict[str, float]:
     trainer = train(RecipeParser("sft").parse(arguments), callbacks=[times])
     evaluation = trainer.evaluate()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    losses = losses or [entry["train_loss"] for entry in history if "train_loss" in entry]  # a run shorter than that
     return {
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "step_ms": 1000 * sorted(times.seconds)[len(times.seconds) // 2],

@@ -29,6 +29,9 @@ from transformers import (
 
 from sorsa_plugin import SORSAConfig, gaps
 
+GSM8K, PAIRS = ("question", "answer"), ("prompt", "completion")
+"""Columns of the published data set, and of the rows in examples/data."""
+
 METHODS = ("sorsa", "sorsa-gamma0", "lora", "head")
 
 
@@ -41,8 +44,9 @@ def load_examples(path: Path, tokenizer: Any, count: int) -> list[dict[str, Any]
     examples = []
     for line in path.read_text().splitlines()[:count]:
         row = json.loads(line)
-        steps = row["answer"].count("<<")
-        encoded = tokenizer(row["question"], truncation=True, max_length=96)
+        question, answer = (row[name] for name in (GSM8K if "question" in row else PAIRS))
+        steps = answer.count("<<")
+        encoded = tokenizer(question, truncation=True, max_length=96)
         examples.append({"input_ids": encoded["input_ids"], "labels": float(steps)})
     return examples
 

@@ -23,7 +23,11 @@ DATA = Path(__file__).parent / "data" / "gsm8k"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(BASE), help="directory or hub id of a causal language model")
-    parser.add_argument("--data", default=str(DATA), help="a data set with prompt and completion, or messages")
+    parser.add_argument(
+        "--data",
+        default=str(DATA),
+        help="directory or hub id with splits train and test, of prompt and completion or of messages",
+    )
     parser.add_argument("--adapter", default="sorsa", help="sorsa, lora, pissa, dora, ..., full")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3, help="3e-5 is the published rate for 7B models")

@@ -123,8 +123,6 @@ def verbatim(name: str, config_class: Any) -> AdapterType:
     """An adapter type for a method that PEFT registers: its own config fields, and the vocabulary where it fits."""
 
     def setup(options: AdapterOptions) -> AdapterSetup:
-        if name in NEEDS_A_CALL:
-            raise AdapterOptionsError(f"adapter: {name} needs {NEEDS_A_CALL[name]}.")
         fields = {item.name for item in dataclasses.fields(config_class)}
         candidates = {"dropout": (f"{name}_dropout", "module_dropout"), "alpha": (f"{name}_alpha",)}
         names = {word: field for word, choices in candidates.items() for field in choices if field in fields}

@@ -158,16 +158,18 @@ def adapter_type(name: str) -> AdapterType:
     """The registered type of that name, or one made from PEFT's own registry.
 
     Raises:
-        AdapterOptionsError: neither knows it.
+        AdapterOptionsError: neither knows it, or it takes a call that only Python code can make.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    from .adapter_types import verbatim
+    from .adapter_types import NEEDS_A_CALL, verbatim
     from .plugins import broken_note
 
     types = registered_adapters()
     if name in types:
         return types[name]
+    if name in NEEDS_A_CALL:
+        raise AdapterOptionsError(f"adapter: {name} needs {NEEDS_A_CALL[name]}.")
     registered = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name in registered:
         return verbatim(name, registered[name])

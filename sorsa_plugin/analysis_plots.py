@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import MissingExtraError
+from .errors import MissingPackageError
 
 if TYPE_CHECKING:
     from .analysis import Analysis, LayerChange
@@ -35,12 +35,12 @@ def require_matplotlib() -> None:
     """Nothing, where charts can be drawn.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
+        raise MissingPackageError(
             'Charts need matplotlib, which is not installed. Run: pip install "sorsa-plugin[plot]", or leave the '
             "charts out (--no-plots)."
         ) from error
@@ -50,7 +50,7 @@ def save_plots(analysis: Analysis, directory: str | PathLike[str]) -> list[Path]
     """Draw every chart that the analysis has numbers for, as NAME.png and NAME.svg; the files written.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
+        MissingPackageError: matplotlib is not installed.
     """
     require_matplotlib()
     from matplotlib import rc_context

@@ -9,11 +9,10 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .decomposition import DEFAULT_ENERGY
+from .decomposition import DEFAULT_ENERGY, SvdMethod
 from .errors import SORSAConfigError
 from .lora_options import refuse_lora_options
 
-SvdMethod = Literal["auto", "exact", "randomized"]
 RegUpdate = Literal["coupled", "decoupled"]
 RegSchedule = Literal["lr", "constant"]
 

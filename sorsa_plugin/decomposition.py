@@ -8,7 +8,7 @@ never read or written.
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 EXACT_LIMIT = 256
 """`svd="auto"` is exact where the smaller side is at most this: there LAPACK is about as fast as the sketch."""
 
-METHODS = ("auto", "exact", "randomized")
+SvdMethod = Literal["auto", "exact", "randomized"]
+METHODS = get_args(SvdMethod)
 
 DEFAULT_ENERGY = 0.998
 """Where the randomized path stops: the estimated share of the energy of the best triplets that is captured. The
@@ -73,14 +74,8 @@ def factorise(
     """
     if svd not in METHODS:
         raise SORSAConfigError(f"svd is {svd!r}; expected one of {', '.join(map(repr, METHODS))}.")
-    if rank < 1:
-        raise RankError(f"The rank of {name} is {rank}; expected an integer >= 1.")
+    require_triplets(rank, tuple(weight.shape), name)
     smaller = min(weight.shape)
-    if rank > smaller:
-        raise RankError(
-            f"The rank of {name} is {rank}, but its weight of shape {tuple(weight.shape)} has only {smaller} singular "
-            f"triplets. Lower r to at most {smaller}, give it an entry in rank_pattern, or exclude the module."
-        )
     exact = svd == "exact" or (svd == "auto" and (smaller <= EXACT_LIMIT or 2 * rank >= smaller))
     home, device = weight.device, working_device(weight.device)
 
@@ -102,6 +97,18 @@ def factorise(
         logger.warning("%s has no room to decompose %s; the CPU takes its place, and longer.", device, name)
         triplets = work(torch.device("cpu"))
     return Triplets(*(part.to(home) for part in _fix_signs(triplets)))
+
+
+def require_triplets(rank: int, shape: tuple[int, ...], name: str) -> None:
+    """Raises RankError where a weight (... x out x in) does not have that many singular triplets, or none is asked."""
+    if rank < 1:
+        raise RankError(f"The rank of {name} is {rank}; expected an integer >= 1.")
+    smaller = min(shape[-2:])
+    if rank > smaller:
+        raise RankError(
+            f"The rank of {name} is {rank}, but its weight of shape {shape} has only {smaller} singular triplets. "
+            f"Lower r to at most {smaller}, give the module an entry in rank_pattern, or exclude it."
+        )
 
 
 @full_precision()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import Any
 
 import torch
@@ -16,15 +16,15 @@ from packaging.specifiers import SpecifierSet
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
+from .adapters import registered_adapters
 from .config import SORSAConfig
 from .errors import PluginError
-from .hookspecs import GROUP
 from .model import SORSAModel
-from .plugins import manager
+from .plugins import broken, manager
 from .registration import NAME
 
 OURS = "sorsa-plugin"
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "axolotl", "deepspeed", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "axolotl", "deepspeed", "bitsandbytes", "torchao")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Diagnosis:
     """Whether PEFT's SORSA is this package's."""
     plugins: tuple[str, ...]
     broken: dict[str, str]
-    """{plug-in that could not be loaded: why}."""
+    """{plug-in that could not be loaded or failed: why}."""
     device: str
 
     @property
@@ -116,17 +116,13 @@ def _installed(name: str) -> str | None:
 
 def _plugins() -> tuple[tuple[str, ...], dict[str, str]]:
     """The names of the loaded plug-ins, and of those that are broken with the reason."""
-    broken = {}
-    for entry_point in entry_points(group=GROUP):
-        try:
-            entry_point.load()
-        except Exception as error:  # whatever a stranger's module raises
-            broken[f"{entry_point.name} ({entry_point.value})"] = repr(error)
+    failed = {}
     try:
-        loaded = tuple(name for name, plugin in manager().list_name_plugin() if plugin is not None)
+        registered_adapters()  # asks every plug-in: who fails is noted
     except PluginError as error:
-        return (), broken or {"": str(error)}
-    return loaded, broken
+        failed["adapter types"] = str(error)
+    loaded = tuple(name for name, plugin in manager().list_name_plugin() if plugin is not None and name not in broken)
+    return loaded, failed | {f"{name} ({plugin.distribution})": plugin.error for name, plugin in broken.items()}
 
 
 def _device() -> str:

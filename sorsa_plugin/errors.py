@@ -75,13 +75,9 @@ class AdapterOptionsError(SORSAError, ValueError):
     """What a recipe says about its adapter is unknown, contradicts itself, or cannot be honoured."""
 
 
-class MissingExtraError(SORSAError, ImportError):
-    """An optional package is needed and not installed."""
-
-
 class PluginError(SORSAError, RuntimeError):
     """Plug-ins contradict each other."""
 
 
 class MissingPackageError(SORSAError, ImportError):
-    """An optional package is needed and absent."""
+    """An optional package is needed and not installed."""

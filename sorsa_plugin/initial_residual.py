@@ -22,7 +22,7 @@ from .config import SORSAConfig
 from .errors import MissingPackageError, SORSAConfigError, SORSAError
 from .outputs import appearing_whole, refuse_occupied
 from .regularizer import sorsa_layers
-from .residual import ADAPTER, quantize_residual, write_residual
+from .residual import FOLDER, quantize_residual, write_residual
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -47,7 +47,7 @@ class ResidualReport:
     @property
     def adapter(self) -> Path:
         """Where the adapter is."""
-        return self.output / ADAPTER
+        return self.output / FOLDER
 
 
 def init_residual(

@@ -17,7 +17,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .errors import RankError
+from .decomposition import require_triplets
 from .factors import SORSAFactors, frozen_as_parameters, not_loaded
 from .fingerprint import check, fingerprint, storage_of
 from .folding import Foldable, intact_weight, refold
@@ -139,13 +139,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         """
         self.refuse_beside_folded(adapter_name, rank)
         matrix = self.base_matrix()
-        limit = min(matrix.shape[-2:])
-        if rank > limit:
-            raise RankError(
-                f"The rank of {self.name} is {rank}, but its weight of shape {tuple(matrix.shape)} has only "
-                f"{limit} singular triplets. Lower r to at most {limit}, give the module an "
-                "entry in rank_pattern, or exclude it."
-            )
+        require_triplets(rank, tuple(matrix.shape), self.name)
         self.configs[adapter_name] = config
         device = torch.device("meta") if self.awaits_file(adapter_name) else matrix.device
         factors = SORSAFactors(self.out_features, self.in_features, rank, device, tuple(self.stack))

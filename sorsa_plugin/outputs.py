@@ -40,8 +40,20 @@ def appearing_whole(output: Path, kept_as: str | None = None) -> Iterator[Path]:
     try:
         yield partial
         refuse_occupied(output)
+        _make_readable(partial)
         os.replace(partial, output)
     except BaseException:
         if kept_as is None:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _make_readable(directory: Path) -> None:
+    """Give files the permissions of any new file: safetensors lets their owner alone read those that it writes."""
+    probe = directory / ".new"
+    probe.touch()
+    usual = probe.stat().st_mode
+    probe.unlink()
+    for file in directory.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(usual)

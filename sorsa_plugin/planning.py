@@ -161,7 +161,11 @@ def plan(
 def memory(
     model: PeftModel, block: nn.Module | None, gpus: int, engine: str, optimizer: str, activations: int | None = None
 ) -> Memory:
-    """Bytes on each GPU of what a model's tensors say, on any device; `activations` is handed through."""
+    """Bytes on each GPU of what a model's tensors say, on any device; `activations` is handed through.
+
+    ZeRO-3 has the frozen factors, which are buffers there, whole on every GPU, and shares of fp32 masters and of a
+    second copy of the gradients (docs/scaling.md, where both are measured).
+    """
     factors = tuple(f".{ADAPTER}.{name}" for name in FROZEN)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     trained = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
@@ -171,12 +175,14 @@ def memory(
     share = gpus if sharded else 1
     gathered = 2 * sum(t.nbytes for t in (*block.parameters(), *block.buffers())) if block is not None else 0
     communication = gathered if sharded else trained
+    deepspeed = engine == "zero3" and gpus > 1
+    state = trained * OPTIMIZER_STATE[optimizer] + (trained if deepspeed else 0)
     return Memory(
         weights=-(-weights // share),
-        frozen_factors=-(-frozen // share),
+        frozen_factors=frozen if deepspeed else -(-frozen // share),
         trained=-(-trained // share),
-        gradients=-(-trained // share),
-        optimizer_state=-(-int(trained * OPTIMIZER_STATE[optimizer]) // share),
+        gradients=-(-trained * (2 if deepspeed else 1) // share),
+        optimizer_state=-(-int(state) // share),
         communication=communication if gpus > 1 else 0,
         activations=activations,
     )

@@ -1,4 +1,8 @@
-"""The plug-in manager: built-ins and strangers go through the same hooks, and a broken stranger harms nobody else."""
+"""The plug-in manager: built-ins and strangers go through the same hooks.
+
+A stranger that cannot be loaded, or fails while it lists adapter types or commands, is named and left out. An error in
+a layer's or an engine's hook reaches the caller: what it was asked for cannot be made without it.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
+from .errors import PluginError
 from .hookspecs import GROUP
 
 logger = logging.getLogger(__name__)
@@ -49,10 +54,24 @@ def manager() -> pluggy.PluginManager:
     for entry in entry_points(group=GROUP):
         distributions[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
         try:
-            plugins.register(entry.load(), entry.name)
+            plugin = entry.load()
+            plugins.register(plugin, entry.name)
+            _require_known_hooks(plugins, plugin)
         except Exception as error:
+            if plugins.has_plugin(entry.name):
+                plugins.unregister(name=entry.name)
             _report(entry.name, error)
     return plugins
+
+
+def _require_known_hooks(plugins: pluggy.PluginManager, plugin: Any) -> None:
+    callers = plugins.get_hookcallers(plugin) or []
+    unknown = [caller.name for caller in callers if not caller.has_spec()]
+    if unknown:
+        known = [name for name in vars(hookspecs) if name.startswith("sorsa_")]
+        raise PluginError(
+            f"It implements {', '.join(unknown)}, which nobody calls; expected some of {', '.join(known)}."
+        )
 
 
 def answers(hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:

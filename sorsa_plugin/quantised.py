@@ -102,8 +102,8 @@ def warn_about_rounding(layers: Iterable[SORSALayer]) -> None:
 def say_rounding(beginning: str, errors: dict[str, MergeRounding]) -> None:
     """Log one line: `beginning`, with the number of layers in it, and the layer whose change suffered most."""
     if errors:
-        name, worst = max(errors.items(), key=lambda item: item[1].of_change)
+        name, worst = max(errors.items(), key=lambda item: (item[1].of_change, item[1].of_weight))
+        of_change = f"up to {worst.of_change:.2g} times as large as the adapter's change, and " * (worst.of_change > 0)
         say(
-            f"{beginning}: the rounding is up to %.2g times as large as the adapter's change, and %.2g of the weight "
-            "(%s).", len(errors), worst.of_change, worst.of_weight, name,
+            f"{beginning}: the rounding is %s%.2g of the weight (%s).", len(errors), of_change, worst.of_weight, name,
         )  # fmt: skip

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 MARK = "sorsa_residual"
 """Attribute of a transformers config, saved in config.json: the weights are residuals, and of which model."""
 
-ADAPTER = "adapter"
+FOLDER = "adapter"
 """Folder of the adapter in what `save_residual` writes."""
 
 
@@ -93,7 +93,7 @@ def check_request(model: nn.Module, config: SORSAConfig) -> None:
     if mark_of(model) and not folded and not config.factors_from_file:
         raise FoldError(
             "This base model stores quantised residuals already, so residual_base=True cannot make them again. Load "
-            f"the adapter that was saved with it (PeftModel.from_pretrained(model, '.../{ADAPTER}', "
+            f"the adapter that was saved with it (PeftModel.from_pretrained(model, '.../{FOLDER}', "
             "is_trainable=True)), or the full-precision base quantised as it is."
         )
 
@@ -113,7 +113,7 @@ def residuals_announced(model: Any, layers: list[SORSALayer], adapter_name: str,
         if all(layer.folded is None for layer in layers):
             forget_mark(model)
         raise
-    say_rounding(to_make)
+    say_residuals(to_make)
 
 
 def _announce(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:
@@ -189,7 +189,7 @@ def make_whole(layer: Any) -> None:
         layer.store_weight(layer.as_stored(layer.merged_weight([]), layer.stored_weight()))
 
 
-def say_rounding(layers: list[SORSALayer]) -> None:
+def say_residuals(layers: list[SORSALayer]) -> None:
     """Log one line: the error of the weights, and what plain quantisation had."""
     found = [layer.rounding for layer in layers if layer.rounding is not None]
     if found:
@@ -233,8 +233,8 @@ def write_residual(model: PeftModel, directory: Path, name: Path, adapter_name: 
     base: Any = model.base_model.model
     with without_adapters(base):
         base.save_pretrained(directory)
-    model.save_pretrained(str(directory / ADAPTER), selected_adapters=[adapter_name])
-    folder = directory / ADAPTER if adapter_name == "default" else directory / ADAPTER / adapter_name
+    model.save_pretrained(str(directory / FOLDER), selected_adapters=[adapter_name])
+    folder = directory / FOLDER if adapter_name == "default" else directory / FOLDER / adapter_name
     path = folder / "adapter_config.json"
     options = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": str(name)}
     path.write_text(json.dumps(options, indent=2, sort_keys=True), encoding="utf-8")

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import types
-from importlib.metadata import EntryPoint, version
+from importlib.metadata import version
 from pathlib import Path
 
 import peft
@@ -18,6 +18,7 @@ from peft.utils import PeftType
 from typer.testing import CliRunner
 
 import sorsa_plugin.doctor as doctor
+from sorsa_plugin import AdapterType, hookimpl, plugins
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.doctor import Package, examine
 
@@ -73,16 +74,41 @@ def test_another_registration_is_noticed(monkeypatch):
     assert not examine().healthy
 
 
-def test_a_broken_plugin_is_named_with_its_error(monkeypatch):
-    broken = EntryPoint("mine", "a_package_that_is_not_there.plugin", "sorsa_plugin")
-    monkeypatch.setattr(doctor, "entry_points", lambda group: [broken])
-    diagnosis = examine()
-    (name,) = diagnosis.broken
-    assert name == "mine (a_package_that_is_not_there.plugin)"
-    assert "No module named 'a_package_that_is_not_there'" in diagnosis.broken[name]
+def test_a_plugin_that_cannot_be_loaded_is_named_with_its_error(monkeypatch):
+    error = "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"
+    monkeypatch.setitem(plugins.broken, "mine", plugins.BrokenPlugin("mine", "a-package 1.0", error, "Traceback"))
+    assert examine().broken == {"mine (a-package 1.0)": error}
     run = CliRunner().invoke(build_app(), ["doctor"])
     assert run.exit_code == 1
     assert "broken plug-in mine" in run.output
+
+
+def offering(name):
+    """A plug-in that offers an adapter type of some name; of the name None it fails."""
+
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def sorsa_adapters():
+            return [AdapterType(name.lower(), "", lambda options: None)]
+
+    return Plugin
+
+
+def test_plugins_that_fail_when_asked_or_claim_one_name_are_found(monkeypatch):
+    monkeypatch.setattr(plugins, "broken", broken := {})
+    monkeypatch.setattr(doctor, "broken", broken)
+    for name, message in ((None, "AttributeError"), ("sorsa", "both claim the adapter name 'sorsa'")):
+        stranger = offering(name)
+        plugins.manager().register(stranger, "stranger")
+        try:
+            found = examine()
+        finally:
+            plugins.manager().unregister(stranger)
+        assert not found.healthy
+        assert any(message in reason for reason in found.broken.values())
+        broken.clear()
+    assert examine().healthy
 
 
 def test_an_absent_engine_comes_with_its_command_and_is_no_problem(monkeypatch):

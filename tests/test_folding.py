@@ -71,7 +71,8 @@ def test_the_output_folded_is_the_papers_formula_in_use_and_disabled(
         found = model(x).detach().double()
     # the reference is itself a product in this dtype
     assert ((found - disabled).abs() <= 2 * bound).all()
-    assert (active - disabled).norm() > 20 * (found - disabled).norm() or dtype == torch.bfloat16
+    if dtype != torch.bfloat16:  # where rounding the residual is as large
+        assert (active - disabled).norm() > 20 * (found - disabled).norm()
 
 
 @pytest.mark.parametrize("leading", [(), (5,), (2, 3)], ids=str)

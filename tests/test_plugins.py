@@ -210,6 +210,39 @@ def test_installed_plugin_that_cannot_be_imported_is_named_and_harms_nobody_else
     assert [plugin["name"] for plugin in listed["broken"]] == ["broken"]
 
 
+class Misspelt:
+    @staticmethod
+    @hookimpl
+    def sorsa_comands(app: typer.Typer) -> None: ...
+
+
+class WrongArgument:
+    @staticmethod
+    @hookimpl
+    def sorsa_adapters() -> list[AdapterType]:
+        return []
+
+    @staticmethod
+    @hookimpl
+    def sorsa_commands(application: typer.Typer) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [(Misspelt, "It implements sorsa_comands, which nobody calls; expected some of sorsa_layer, sorsa_engine"),
+     (WrongArgument, "application")],
+)  # fmt: skip
+def test_installed_plugin_whose_hooks_cannot_be_called_is_left_out_whole(
+    plugin: type, message: str, monkeypatch: pytest.MonkeyPatch, forget_failures: None
+) -> None:
+    monkeypatch.setattr(EntryPoint, "load", lambda entry: plugin)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [EntryPoint("stranger", "a.module", group)])
+    fresh = manager.__wrapped__()
+    assert not fresh.has_plugin("stranger")
+    assert all(impl.plugin_name != "stranger" for impl in fresh.hook.sorsa_adapters.get_hookimpls())
+    assert message in plugins.broken["stranger"].error
+
+
 def test_plugin_that_fails_in_a_hook_is_named_and_harms_nobody_else(
     caplog: pytest.LogCaptureFixture, forget_failures: None
 ) -> None:

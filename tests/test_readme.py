@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import os
 import re
 from pathlib import Path
 
 import pytest
+from peft import PeftConfig
+
+import sorsa_plugin
+from sorsa_plugin import SORSAConfig, SORSAModel
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,6 +26,21 @@ def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.Monk
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md block {number}", "exec"), namespace)
     assert (tmp_path / "runs" / "readme" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_page_of_options_has_every_option_and_its_default() -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| `(.*?)` \|", page, flags=re.MULTILINE))
+    known = {field.name for field in dataclasses.fields(PeftConfig)} | {"base_storage", "lora_layouts"}  # filled in
+    defaults = {
+        field.name: field.default_factory() if callable(field.default_factory) else field.default
+        for field in dataclasses.fields(SORSAConfig)
+        if field.name not in known
+    }
+    assert {name: ast.literal_eval(default) for name, default in listed.items()} == defaults
+    functions = re.findall(r"^\| `(?:model\.)?(\w+)\(", page, flags=re.MULTILINE)
+    assert len(functions) >= 7
+    assert all(hasattr(sorsa_plugin, name) or hasattr(SORSAModel, name) for name in functions)
 
 
 def test_every_make_target_it_names_exists() -> None:

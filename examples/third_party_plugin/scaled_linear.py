@@ -14,6 +14,7 @@ from torch import nn
 
 from sorsa_plugin import AdapterSetup, AdapterType, SORSALayer, hookimpl, setup_adapter
 from sorsa_plugin.adapters import AdapterOptions
+from sorsa_plugin.layers.additive import AdditiveLayer
 
 
 class ScaledLinear(nn.Module):
@@ -28,7 +29,7 @@ class ScaledLinear(nn.Module):
         return self.scale * x @ self.weight.T
 
 
-class SORSAScaledLinear(SORSALayer):
+class SORSAScaledLinear(AdditiveLayer):
     """SORSA on `ScaledLinear`: W is stored (out x in), and the change is scaled as the output is."""
 
     def base_matrix(self) -> torch.Tensor:
@@ -37,14 +38,14 @@ class SORSAScaledLinear(SORSALayer):
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
         return delta
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(... x in) -> (... x out)."""
-        self.unmerge_if_disabled()
-        y = self.base_layer(x)
-        for name in self.adapters_in_use():
-            L, R = self.ready_factors(name).low_rank_pair()
-            y = y + self.get_base_layer().scale * (self.sorsa_dropout[name](x) @ R) @ L.mT
-        return y
+    def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """y (... x out) with the change of x (... x in)."""
+        L, R = self.ready_factors(adapter_name).low_rank_pair()
+        return y + self.get_base_layer().scale * (self.sorsa_dropout[adapter_name](x) @ R) @ L.mT
+
+    def lora_layout(self) -> tuple[str, ...]:
+        """PEFT's LoRA knows no such layer, so that an export would be of no use."""
+        return ("unsupported", "a ScaledLinear")
 
 
 @hookimpl

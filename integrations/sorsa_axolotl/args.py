@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sorsa_plugin.adapters import nearest
-from sorsa_plugin.config import RegSchedule, RegUpdate, SvdMethod
+from sorsa_plugin.config import RegSchedule, RegUpdate
+from sorsa_plugin.decomposition import SvdMethod
 
 from .recipe import ADAPTERS, check_config, merge_with_peft, refuse_unhonoured
 

@@ -18,6 +18,8 @@ from rich.table import Table
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from sorsa_plugin import SORSAConfig, gaps
+from sorsa_plugin.analysis_plots import require_matplotlib
+from sorsa_plugin.errors import SORSAConfigError
 from sorsa_transformers import SORSACallback
 from sorsa_transformers.data import encode_all
 
@@ -48,6 +50,8 @@ def run(adapter: str, steps: int, seed: int, gamma: float | None, output: Path, 
         What report.json holds: loss, accuracy before and after, gaps, checks.
     """
     config = adapter_config(adapter, gamma)
+    if plot is not None:
+        require_matplotlib()
     console = Console()
     for part in ("adapter", "checkpoints"):  # an earlier run's; the directory may hold other things
         shutil.rmtree(output / part, ignore_errors=True)
@@ -111,13 +115,13 @@ def adapter_config(adapter: str, gamma: float | None) -> Any:
     """The PEFT config of the adapter to train.
 
     Raises:
-        ValueError: the adapter is not one of the two, or gamma is given for LoRA.
+        SORSAConfigError: the adapter is not one of the two, or gamma is given for LoRA.
     """
     if adapter not in LEARNING_RATES:
-        raise ValueError(f"The adapter is {adapter!r}; expected one of {', '.join(LEARNING_RATES)}.")
+        raise SORSAConfigError(f"The adapter is {adapter!r}; expected one of {', '.join(LEARNING_RATES)}.")
     if adapter == "lora":
         if gamma is not None:
-            raise ValueError(f"gamma is {gamma}, and LoRA has no orthonormal regularizer. Drop --gamma.")
+            raise SORSAConfigError(f"gamma is {gamma}, and LoRA has no orthonormal regularizer. Drop --gamma.")
         return LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return SORSAConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM", gamma=gamma)
 
@@ -187,15 +191,9 @@ def show(
 
 
 def draw(path: Path, history: list[dict[str, Any]]) -> None:
-    """A chart of the training loss and, for SORSA, of the gaps.
+    """A chart of the training loss and, for SORSA, of the gaps."""
+    import matplotlib
 
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("The chart needs matplotlib: pip install 'sorsa-plugin[plot]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -145,7 +145,7 @@ def _read_deepspeed(source: Path) -> dict[str, torch.Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
         raise MissingPackageError(
-            f"DeepSpeed wrote {source}, and it takes DeepSpeed to read it: pip install deepspeed"
+            f"DeepSpeed wrote {source}, and it takes DeepSpeed to read it: pip install 'sorsa-plugin[deepspeed]'"
         ) from error
     with contextlib.redirect_stdout(sys.stderr):  # it prints
         return get_fp32_state_dict_from_zero_checkpoint(str(source), exclude_frozen_parameters=True)

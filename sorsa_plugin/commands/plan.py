@@ -78,7 +78,8 @@ def _show(plan: Plan, work: str) -> None:
     from rich.table import Table
 
     page = console()
-    layers = Table(title=f"SORSA on {plan.model} ({plan.dtype})", title_justify="left")
+    page.print(f"SORSA on {plan.model} ({plan.dtype})", style="italic", highlight=False, soft_wrap=True)
+    layers = Table()
     for name in ("matrices", "module", "out x in", "rank"):
         layers.add_column(name, justify="left" if name == "module" else "right")
     for group in plan.groups:

@@ -27,14 +27,15 @@ def plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON inste
     if as_json:
         typer.echo(json.dumps({"plugins": loaded, "broken": failed}, indent=2))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from .figures import console
 
     table = Table("plug-in", "from", "hooks", "adapter types")
     for plugin in loaded:
         table.add_row(*(value if isinstance(value, str) else ", ".join(value) for value in plugin.values()))
-    console = Console()
-    console.print(table)
+    page = console()
+    page.print(table)
     for plugin in failed:
-        console.print(f"[red]{plugin['name']}[/red] of {plugin['distribution']} failed: {plugin['error']}", markup=True)
-        console.print(plugin["traceback"], markup=False, highlight=False)
+        page.print(f"{plugin['name']} of {plugin['distribution']} failed: {plugin['error']}", style="red", markup=False)
+        page.print(plugin["traceback"], markup=False, highlight=False)

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, analyze
 from sorsa_plugin.cli import build_app
-from sorsa_plugin.errors import ForeignAdapterError, MissingExtraError, RankError, SORSAConfigError
+from sorsa_plugin.errors import ForeignAdapterError, MissingPackageError, RankError, SORSAConfigError
 
 TARGETS = ["q_proj", "k_proj", "up_proj"]
 
@@ -229,7 +229,7 @@ def test_without_matplotlib_a_sentence_comes_before_the_work(runs, tmp_path, mon
     assert done.exit_code == 1
     assert 'pip install "sorsa-plugin[plot]"' in done.output
     assert not (tmp_path / "out").exists()
-    assert issubclass(MissingExtraError, ImportError)
+    assert issubclass(MissingPackageError, ImportError)
     assert command(*arguments, "--no-plots").exit_code == 0
 
 

@@ -150,7 +150,8 @@ def test_changed_weights_that_experts_compute_with_are_part_of_the_activations(t
     assert sum(found) >= lent
 
 
-def test_sharded_engines_divide_everything_and_gather_two_blocks(tmp_path):
+def test_fsdp2_divides_everything_zero3_not_the_frozen_factors_and_both_gather_two_blocks():
+    """ZeRO-3's figures are those that docs/scaling.md measures: K + 6 T/N, with masters and gradients twice."""
     model = get_peft_model(tiny_llama(), config())
     block = largest_block(tiny_llama())
     alone = memory(model, block, 1, "ddp", "adamw")
@@ -158,11 +159,15 @@ def test_sharded_engines_divide_everything_and_gather_two_blocks(tmp_path):
     ddp = memory(model, block, 4, "ddp", "adamw")
     assert ddp == replace(alone, communication=alone.gradients)
     gathered = 2 * size([*block.parameters(), *block.buffers()])
-    for engine in ("fsdp2", "zero3"):
-        sharded = memory(model, block, 4, engine, "adamw")
-        for name in ("weights", "frozen_factors", "trained", "gradients", "optimizer_state"):
-            assert getattr(sharded, name) == -(-getattr(alone, name) // 4)
-        assert sharded.communication == gathered
+    fsdp2, zero3 = (memory(model, block, 4, engine, "adamw") for engine in ("fsdp2", "zero3"))
+    for name in ("weights", "frozen_factors", "trained", "gradients", "optimizer_state"):
+        assert getattr(fsdp2, name) == -(-getattr(alone, name) // 4)
+    assert fsdp2.communication == zero3.communication == gathered
+    assert zero3.weights == fsdp2.weights
+    assert zero3.frozen_factors == alone.frozen_factors
+    trained = zero3.trained + zero3.gradients + zero3.optimizer_state
+    assert trained == pytest.approx(6 * alone.trained / 4, abs=3)  # each rounded up to a byte
+    assert memory(model, block, 1, "zero3", "adamw") == alone
     assert memory(model, block, 1, "ddp", "sgd").optimizer_state == 0
     assert memory(model, block, 1, "ddp", "adamw_8bit").optimizer_state == alone.optimizer_state // 4
 

@@ -107,5 +107,5 @@ def test_deepspeed_partitions_without_deepspeed_are_refused(tmp_path: Path, monk
     adapted().save_pretrained(tmp_path)
     (tmp_path / "latest").write_text("global_step3")
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(MissingPackageError, match="pip install deepspeed"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'sorsa-plugin\[deepspeed\]'"):
         convert_checkpoint(tmp_path, tmp_path / "adapter")

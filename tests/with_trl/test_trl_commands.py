@@ -294,4 +294,8 @@ def test_the_recipes_in_examples_run_as_they_stand(name, tmp_path, monkeypatch):
     )
     assert trainer.model.peft_config["default"].peft_type.value == "SORSA"
     assert len(losses(trainer)) == 3
-    assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-7) or losses(trainer)[-1] < losses(trainer)[0]
+    if name == "sft":
+        assert losses(trainer)[-1] < losses(trainer)[0]
+    else:  # policy and reference are one at first; three preferences later they are not
+        assert losses(trainer)[0] == pytest.approx(0.6931472, abs=1e-7)
+        assert losses(trainer)[-1] != losses(trainer)[0]
