@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 from torch.optim import LBFGS
-from torch.optim.optimizer import Optimizer
 
-from .attachment import Attachment
+from .attachment import Attachment, attachment_of, attachments
 from .config import check_gamma
 from .engines import Engine, find_engine
 from .errors import AttachError
@@ -20,17 +19,6 @@ from .regularizer import model_factors, sorsa_layers, trainable_factors
 from .saying import say
 
 ADVISED_LR = 1e-4
-
-attachments: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
-"""Every optimizer that has been attached to, detached ones included. The values are references, because an attachment
-holds its optimizer; the optimizer's hooks keep the attachment."""
-
-
-def attachment_of(optimizer: Optimizer) -> Attachment | None:
-    """The attachment whose hooks the optimizer has; None where it has none."""
-    reference = attachments.get(optimizer)
-    attachment = reference() if reference is not None else None
-    return attachment if attachment is not None and attachment.handles else None
 
 
 def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from .deviations import Batch, all_gaps, deviations
 from .engines import Engine, Share, WholeFactors, find_engine, only_makes_state
 from .errors import AttachError
 from .fp32_factors import require_fp32
+from .nested_steps import enclosing_steps
 from .nonfinite import GradientWatch, origin, own_gradients
 from .peak_rate import ETA_MAX, peak_rate
 from .precision import full_precision
@@ -87,11 +87,6 @@ class Attachment:
             handle.remove()
         self.handles.clear()
 
-    @property
-    def stepping(self) -> bool:
-        """Whether a step is under way."""
-        return self._stepping is not None
-
     def settings(self) -> Settings:
         """The options in force.
 
@@ -120,7 +115,7 @@ class Attachment:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Coupled: add the regularizer's gradient to those at hand, or have the closure do so. Counts the step."""
-        if only_makes_state(optimizer, kwargs):
+        if only_makes_state(optimizer, kwargs) or is_part_of_a_step(optimizer):
             return None
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
@@ -141,32 +136,21 @@ class Attachment:
             if settings.update == "coupled" and settings.gamma > 0.0:
                 self._push(settings, shares, sum(factor.matrices for factor in factors), optimizer)
 
-        def wrapped(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def followed(closure: Callable[[], Any]) -> Callable[[], Any]:
             def compute() -> Any:
-                with self._step_of(settings, factors):
-                    loss = closure()
-                    take_gradients()
+                loss = closure()
+                take_gradients()
                 return loss
 
             return compute
 
-        with self._step_of(settings, factors):
-            if callable(kwargs.get("closure")):
-                return args, {**kwargs, "closure": wrapped(kwargs["closure"])}
-            if callable(args[1] if len(args) > 1 else None):  # args[0] is the optimizer itself
-                return (args[0], wrapped(args[1]), *args[2:]), kwargs
-            take_gradients()
-        return None
-
-    @contextmanager
-    def _step_of(self, settings: Settings, factors: list[Factor]) -> Iterator[None]:
-        """In this context and after it, until `after_step`, a step is under way; not after an error."""
         self._stepping = settings, factors
-        try:
-            yield
-        except BaseException:
-            self._stepping = None
-            raise
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": followed(kwargs["closure"])}
+        if callable(args[1] if len(args) > 1 else None):  # args[0] is the optimizer itself
+            return (args[0], followed(args[1]), *args[2:]), kwargs
+        take_gradients()
+        return None
 
     def name_skipped_step(self, number: int) -> None:
         """Log which process and layers made an engine (DeepSpeed) leave an optimizer step out; every process calls it.
@@ -203,7 +187,7 @@ class Attachment:
     @torch.compiler.disable
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Decoupled: pull every stepped factor towards orthonormality."""
-        if self._stepping is None:
+        if self._stepping is None or is_part_of_a_step(optimizer):
             return
         (settings, factors), self._stepping = self._stepping, None
         if settings.update == "decoupled" and settings.gamma > 0.0:
@@ -276,6 +260,23 @@ class Attachment:
         sharded."""
         shares = self.engine.shares(trainable_factors(self.layers))
         return all_gaps(shares) if shares else torch.zeros(1)
+
+
+attachments: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
+"""Every optimizer that has been attached to, detached ones included. The values are references, because an attachment
+holds its optimizer; the optimizer's hooks keep the attachment."""
+
+
+def attachment_of(optimizer: Optimizer) -> Attachment | None:
+    """The attachment whose hooks the optimizer has; None where it has none."""
+    reference = attachments.get(optimizer)
+    attachment = reference() if reference is not None else None
+    return attachment if attachment is not None and attachment.handles else None
+
+
+def is_part_of_a_step(optimizer: Optimizer) -> bool:
+    """Whether the step whose hook asks belongs to one that is attached to: that one delivers the regularizer."""
+    return any(attachment_of(outer) is not None for outer in enclosing_steps(optimizer))
 
 
 def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .attaching import attach_layers, attachment_of, attachments
+from .attaching import attach_layers
+from .attachment import attachment_of, attachments, is_part_of_a_step
 from .engines import Engine, groups_by_parameter, innermost, only_makes_state
 from .errors import AttachError
 from .layer import SORSALayer, live_layers
@@ -35,7 +36,7 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     if innermost(optimizer) in attachments:
         _follow_new_layers(innermost(optimizer))
         return
-    if _is_part_of_a_step(optimizer) or _hands_on_to_an_attached_one(optimizer):
+    if is_part_of_a_step(optimizer) or _hands_on_to_an_attached_one(optimizer):
         return
     living = _living_layers(optimizer)
     trained = [layer for layer in living if layer.trained()]
@@ -90,19 +91,16 @@ def _is_stepped(layer: SORSALayer, engine: Engine) -> bool:
     return any(map(engine.owns, factors_of(adapters)))
 
 
-def _is_part_of_a_step(optimizer: Optimizer) -> bool:
-    """Whether the step of another optimizer calls this one's (Lookahead, SAM): that one delivers the regularizer."""
-    groups = {id(group) for group in optimizer.param_groups}
-    return any(
-        attachment.stepping and any(id(group) in groups for group in other.param_groups)
-        for other in list(attachments)
-        if (attachment := attachment_of(other)) is not None
-    )
-
-
 def _hands_on_to_an_attached_one(optimizer: Optimizer) -> bool:
-    """Whether it holds another optimizer that somebody attached to, whose step its own will call."""
-    return any(isinstance(value, Optimizer) and attachment_of(value) for value in vars(optimizer).values())
+    """Whether it holds another optimizer of its parameters that was attached to, whose step its own will call."""
+    held = [
+        part for value in vars(optimizer).values() for part in (value if isinstance(value, list | tuple) else [value])
+    ]
+    mine = set(groups_by_parameter(optimizer))
+    return any(
+        isinstance(part, Optimizer) and attachment_of(part) is not None and mine & set(groups_by_parameter(part))
+        for part in held
+    )
 
 
 def _living_layers(optimizer: Optimizer) -> list[Any]:

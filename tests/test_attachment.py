@@ -680,6 +680,72 @@ def test_an_optimizer_around_another_acts_once(update: str, name: str, log: Call
     assert len(log(ATTACHED)) == 2
 
 
+class Several(Optimizer):
+    """Several optimizers in one, as Muon for matrices with AdamW for the rest."""
+
+    def __init__(self, model: nn.Module) -> None:
+        matrices, others = ([p for p in trained(model) if (p.ndim == 2) == two] for two in (True, False))
+        self.parts = [SGD(matrices, lr=LR), SGD(others, lr=LR)]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        for part in self.parts:
+            part.step()
+
+
+class CallsSuper(SGD):
+    """Of another class than SGD, so that torch puts hooks on both steps."""
+
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+@pytest.mark.parametrize("attached", ["by itself", "outside", "inside"])
+@pytest.mark.parametrize("kind", ["super", "several", "several, loaded"])
+def test_a_step_within_a_step_regularizes_once(kind: str, attached: str, update: str) -> None:
+    models = one_layer(reg_update=update), one_layer(reg_update=update)
+    plain = sgd(models[0])
+    optimizer = CallsSuper(trained(models[1]), lr=LR) if kind == "super" else Several(models[1])
+    if "loaded" in kind:  # as accelerate does: the groups are new dictionaries then
+        optimizer.load_state_dict(optimizer.state_dict())
+    if attached != "by itself":
+        attach(models[1], optimizer if attached == "outside" or kind == "super" else optimizer.parts[0])
+    for _ in range(3):
+        step(models[0], plain)
+        step(models[1], optimizer)
+    assert same(*map(values, models))
+
+
+def test_a_step_that_raised_leaves_the_next_optimizer_of_its_groups_regularized() -> None:
+    class Breaks(SGD):
+        def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+            raise MemoryError
+
+    models = one_layer(), one_layer()
+    broken = Breaks(trained(models[0]), lr=LR)
+    backward(models[0])
+    with pytest.raises(MemoryError):
+        broken.step()
+    models[0].zero_grad()
+    for model, optimizer in zip(models, (SGD(broken.param_groups), sgd(models[1])), strict=True):
+        step(model, optimizer)
+    assert same(*map(values, models))
+
+
+def test_an_optimizer_that_knows_one_of_another_model_is_regularized_all_the_same() -> None:
+    models = one_layer(), one_layer()
+    other = one_layer()
+    partner = sgd(other)
+    attach(other, partner)
+    optimizers = [sgd(model) for model in models]
+    optimizers[0].partner = partner  # type: ignore[attr-defined]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step(model, optimizer)
+    assert same(*map(values, models))
+
+
 @pytest.mark.parametrize("name", ["optimizer", "base_optimizer"])
 @pytest.mark.parametrize("update", ["coupled", "decoupled"])
 @pytest.mark.parametrize("with_closure", [True, False])
@@ -803,7 +869,7 @@ def test_a_closure_trains_as_backward_before_the_step(
 def test_a_closure_whose_gradients_are_not_finite_is_named_and_its_step_not_taken() -> None:
     model = one_layer()
     optimizer = sgd(model)
-    attachment = attach(model, optimizer)
+    attach(model, optimizer)
     before = values(model)
 
     def closure() -> None:
@@ -812,7 +878,6 @@ def test_a_closure_whose_gradients_are_not_finite_is_named_and_its_step_not_take
     with pytest.raises(NonFiniteGradientError, match="in optimizer step 1"):
         optimizer.step(closure)
     assert same(before, values(model))
-    assert not attachment.stepping
 
 
 def test_lbfgs_is_refused_where_the_penalty_would_miss_its_line_search() -> None:

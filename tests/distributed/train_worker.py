@@ -43,7 +43,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     from transformers import Trainer, TrainingArguments
 
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.attaching import attachment_of
+    from sorsa_plugin.attachment import attachment_of
     from sorsa_plugin.engines import innermost
     from sorsa_plugin.regularizer import model_factors
     from sorsa_transformers import SORSACallback

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from trl_runs import EXAMPLES, PREFERENCES, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
-from sorsa_plugin.attaching import attachment_of
+from sorsa_plugin.attachment import attachment_of
 from sorsa_plugin.engines import innermost
 from sorsa_quickstart.answering import BASE, load_base
 
