@@ -29,10 +29,16 @@ from .read_through import ReadThrough
 if TYPE_CHECKING:
     from .config import SORSAConfig
 
-live_layers: weakref.WeakSet[SORSALayer] = weakref.WeakSet()
-"""Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
+_living: weakref.WeakValueDictionary[int, SORSALayer] = weakref.WeakValueDictionary()
+"""Every SORSA layer of the process, by its number."""
 
 _numbers = itertools.count()
+
+
+def live_layers() -> list[SORSALayer]:
+    """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
+    # a list of references is made at once, while other threads may make layers
+    return [layer for reference in _living.valuerefs() if (layer := reference()) is not None]
 
 
 class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
@@ -83,12 +89,12 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
         self.family = object()  # the same in all layers of a model
         self.changed = 0  # what `adapters_made` was when the layer last got an adapter
-        live_layers.add(self)
+        _living[self.number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.number = next(_numbers)
-        live_layers.add(self)
+        _living[self.number] = self
         self._note_change()
 
     def _note_change(self) -> None:

@@ -9,24 +9,23 @@ nothing behind.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 
 from torch.optim.optimizer import Optimizer
+
+from .engines import groups_by_parameter
 
 STEP = Optimizer.profile_hook_step(lambda *args: None).__code__
 """What torch puts around the `step` of every class of optimizers, to call hooks."""
 
 
-def enclosing_steps(optimizer: Optimizer) -> Iterator[Optimizer]:
+def enclosing_steps(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that share parameters with one and whose `step` called its own, from the inside to the outside;
     itself, where its class's `step` calls that of the class above. To be asked in a hook of a step."""
-    frame, own = sys._getframe(1), True
-    parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    stepping, frame = [], sys._getframe(1)
     while frame is not None:
         if frame.f_code is STEP:
-            stepping = frame.f_locals["args"][0]
-            if own and stepping is optimizer:
-                own = False  # the step whose hook this is
-            elif any(id(parameter) in parameters for group in stepping.param_groups for parameter in group["params"]):
-                yield stepping
+            stepping.append(frame.f_locals["args"][0])
         frame = frame.f_back  # type: ignore[assignment]
+    outer = stepping[1:] if stepping[:1] == [optimizer] else stepping  # without the step whose hook this is
+    mine = groups_by_parameter(optimizer) if outer else {}
+    return [other for other in outer if not mine.keys().isdisjoint(groups_by_parameter(other))]

@@ -96,11 +96,9 @@ def _hands_on_to_an_attached_one(optimizer: Optimizer) -> bool:
     held = [
         part for value in vars(optimizer).values() for part in (value if isinstance(value, list | tuple) else [value])
     ]
-    mine = set(groups_by_parameter(optimizer))
-    return any(
-        isinstance(part, Optimizer) and attachment_of(part) is not None and mine & set(groups_by_parameter(part))
-        for part in held
-    )
+    attached = [part for part in held if isinstance(part, Optimizer) and attachment_of(part) is not None]
+    mine = groups_by_parameter(optimizer)
+    return any(not mine.keys().isdisjoint(groups_by_parameter(part)) for part in attached)
 
 
 def _living_layers(optimizer: Optimizer) -> list[Any]:
@@ -111,7 +109,7 @@ def _living_layers(optimizer: Optimizer) -> list[Any]:
         places = (order.get(id(factor.offset), len(order)) for factor in trainable_factors([layer]))
         return min(places, default=len(order)), layer.number
 
-    return sorted(live_layers, key=place)
+    return sorted(live_layers(), key=place)
 
 
 def _is_regularized(layer: Any) -> bool:

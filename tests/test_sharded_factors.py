@@ -22,7 +22,7 @@ def test_the_optimizer_of_another_model_that_is_sharded_is_left_alone(mesh: Devi
     critic(inputs(24)).sum().backward()
     optimizer.step()
     assert not torch.equal(critic.bias.full_tensor(), before)
-    assert model.proj in live_layers, "whose factors the step looked for"
+    assert model.proj in live_layers(), "whose factors the step looked for"
 
 
 def test_factors_that_are_sharded_between_attach_and_the_first_step_are_found(

@@ -8,15 +8,17 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from sorsa_plugin.attaching import attach
 from sorsa_plugin.attachment import Attachment
 from sorsa_plugin.config import SORSAConfig
-from sorsa_plugin.engines import innermost
+from sorsa_plugin.engines import groups_by_parameter, innermost
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.factors import frozen_as_parameters
 from sorsa_plugin.model_card import complete_model_card
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer import model_factors, sorsa_layers
+from sorsa_plugin.saying import say
 
 from .sharded_checkpoints import complete_sharded_checkpoint
 
@@ -65,8 +67,19 @@ class SORSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        inner = innermost(optimizer)
+        if isinstance(inner, LayerWiseDummyOptimizer):
+            return self._attach_to_each(model, list(inner.optimizer_dict.values()))
         self.attachment = attach(model, optimizer, gamma=self.gamma)
         self._steps_seen = self.attachment.steps
+
+    def _attach_to_each(self, model: nn.Module, optimizers: list[Any]) -> None:
+        """The Trainer's layerwise optimizers: one for each parameter, which steps in backward."""
+        factors = {id(factor.offset) for factor in model_factors(model)}
+        for optimizer in optimizers:
+            if factors & set(groups_by_parameter(optimizer)):
+                attach(model, optimizer, gamma=self.gamma)
+        say("Each parameter has an optimizer of its own: the regularizer acts in each, and its metrics are not logged.")
 
     def on_step_end(
         self,

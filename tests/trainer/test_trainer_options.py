@@ -8,6 +8,7 @@ import pytest
 import torch
 from hf_runs import adapted, attachment_of, make_trainer, trained_values
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.trainer_utils import SchedulerType
 
 from sorsa_plugin import gaps
@@ -205,3 +206,36 @@ def test_adamw_with_state_of_8_bits(tmp_path: Path) -> None:
     assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
     assert attachment_of(trainer).steps == 4
     assert sum(gaps(model).values()) < before
+
+
+def layerwise(model: torch.nn.Module) -> LayerWiseDummyOptimizer:
+    """As `optim="galore_adamw_layerwise"` does it: every parameter is stepped as soon as it has its gradient."""
+    parts = {p: torch.optim.SGD([p], lr=LR) for p in model.parameters() if p.requires_grad}
+
+    def step(parameter: torch.nn.Parameter) -> None:
+        parts[parameter].step()
+        parts[parameter].zero_grad()
+
+    for parameter in parts:
+        parameter.register_post_accumulate_grad_hook(step)
+    return LayerWiseDummyOptimizer(parts)
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["callback", "by-itself"])
+def test_an_optimizer_for_each_parameter_is_regularized_as_one_for_all(explicit: bool, tmp_path: Path) -> None:
+    values = []
+    for each in (False, True):
+        model = adapted()
+        optimizer = layerwise(model) if each else torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+        options = {"max_grad_norm": 0.0, "learning_rate": LR, "lr_scheduler_type": "constant"}
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+        trainer = make_trainer(
+            model, tmp_path, callbacks=callbacks(explicit), optimizers=(optimizer, schedule), **options
+        )
+        trainer.train()
+        values.append(trained_values(model))
+    for name, value in values[0].items():  # four steps, each rounded twice; batches of one have other roundings
+        torch.testing.assert_close(values[1][name], value, rtol=0, atol=8 * 2**-23 * float(value.abs().max()))
+    assert any(not torch.equal(value, trained_values(adapted())[name]) for name, value in values[0].items())
