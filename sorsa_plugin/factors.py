@@ -231,6 +231,16 @@ class SORSAFactors(nn.Module):
         for name in OFFSETS:
             getattr(self, name).data.zero_()
 
+    def _rounded_by_hand(self) -> bool:
+        """Whether offsets that train were cast to 16 bits, as TRL does, and not by an engine, to which views of its
+        own flat memory belong."""
+        offsets = [self.get_parameter(name) for name in OFFSETS]
+        return all(
+            offset.requires_grad and offset.dtype in ROUNDED and type(offset.data) is torch.Tensor
+            and offset.untyped_storage().nbytes() == offset.nbytes
+            for offset in offsets
+        )  # fmt: skip
+
     def names_in(self, state_dict: Any, prefix: str) -> list[str]:
         """The names of this adapter's tensors in a state dict: all of them or none, because a part of them would be a
         silently different adapter.
@@ -285,8 +295,11 @@ class SORSAFactors(nn.Module):
         present = self.names_in(state_dict, prefix)
         if local_metadata.get("assign_to_params_buffers", False):  # the tensors given become ours, dtype and all
             state_dict.update({prefix + name: state_dict[prefix + name].float() for name in present})
-        elif present and self.pending:
-            self.materialise(state_dict[prefix + "dS"].device)
+        elif present:
+            if self._rounded_by_hand() and state_dict[prefix + "dS"].dtype == torch.float32:
+                self.cast_offsets(torch.float32)  # else what the file holds would be rounded on the way in
+            if self.pending:
+                self.materialise(state_dict[prefix + "dS"].device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if present:
             self.base_checked = False

@@ -243,6 +243,34 @@ def test_rounded_offsets_are_restored_in_place_with_their_gradients(dtype):
     assert {p.dtype for p in parameters} == {p.grad.dtype for p in parameters} == {torch.float32}
 
 
+def test_what_a_file_holds_is_not_rounded_into_offsets_that_train():
+    saved = make_factors(seed=1).state_dict()
+    factors = make_factors()
+    parameters = [factors.get_parameter(name) for name in OFFSETS]
+    factors.cast_offsets(torch.bfloat16)
+    factors.load_state_dict(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in factors.state_dict().items())
+    assert [id(factors.get_parameter(name)) for name in OFFSETS] == [id(p) for p in parameters]
+
+
+@pytest.mark.parametrize("why", ["frozen", "engine"])
+def test_16_bit_offsets_of_inference_and_of_engines_keep_their_dtype_and_memory_on_loading(why):
+    factors = make_factors()
+    factors.cast_offsets(torch.bfloat16)
+    parameters = [factors.get_parameter(name) for name in OFFSETS]
+    if why == "frozen":
+        factors.requires_grad_(False)
+    else:  # DeepSpeed's parameters are views of one flat tensor that it steps
+        flat = torch.cat([p.data.reshape(-1) for p in parameters])
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.data = part.view_as(parameter)
+    memory = [p.data_ptr() for p in parameters]
+    saved = make_factors(seed=1).state_dict()
+    factors.load_state_dict(saved)
+    assert [p.data_ptr() for p in parameters] == memory
+    assert all(torch.equal(getattr(factors, name), saved[name].bfloat16()) for name in OFFSETS)
+
+
 def test_random_factors_are_orthonormal_and_their_change_is_of_the_size_of_the_weight():
     torch.manual_seed(0)
     factors = SORSAFactors(24, 16, 4, "cpu")

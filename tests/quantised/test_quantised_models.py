@@ -176,17 +176,24 @@ EXAMPLES = train_examples(32)
 PREFERENCES = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in EXAMPLES]
 
 
-def trl_trainer(kind: type, model: Any, directory: Path, config: SORSAConfig | None = None, **options: Any) -> Any:
+def trl_trainer(
+    kind: type,
+    model: Any,
+    directory: Path,
+    config: SORSAConfig | None = None,
+    callback: bool = True,
+    **options: Any,
+) -> Any:
     from sorsa_quickstart.answering import load_base
 
     arguments_class = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig}[kind]
     return kind(
         model,
-        args=arguments_class(str(directory), **OPTIONS, bf16=False, **options),
+        args=arguments_class(str(directory), **OPTIONS | {"bf16": False} | options),
         train_dataset=Dataset.from_list(EXAMPLES if kind is SFTTrainer else PREFERENCES),
         processing_class=load_base()[1],
         peft_config=config,
-        callbacks=[SORSACallback()],
+        callbacks=[SORSACallback()] if callback else [],
     )
 
 
@@ -214,6 +221,21 @@ def test_sft_trains_in_fp32_what_trl_casts_to_bfloat16(
         assert {part.dtype for part in layer.factors("default").parts()} == {torch.float32}
     assert {s.dtype for state in trainer.optimizer.state.values() for s in state.values()} == {torch.float32}
     assert_same_tensors(base_tensors(trainer.model), before)
+
+
+def test_a_config_alone_resumes_with_the_offsets_of_its_checkpoint(tmp_path: Path) -> None:
+    """TRL casts the new adapter's offsets to bfloat16, before the Trainer loads the checkpoint's into them."""
+    options = {"callback": False, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainers = [
+        trl_trainer(SFTTrainer, load_llama(str(BASE)), tmp_path, trl_config(), **options)  # type: ignore[arg-type]
+        for _ in range(2)
+    ]
+    whole, resumed = trainers
+    whole.train()
+    assert {part.dtype for part in sorsa_layers(resumed.model)[0].factors("default").parts()[:3]} == {torch.bfloat16}
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for ours, theirs in zip(sorsa_layers(resumed.model), sorsa_layers(whole.model), strict=True):
+        assert_same_tensors(ours.factors("default").state_dict(), theirs.factors("default").state_dict())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
