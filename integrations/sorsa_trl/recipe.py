@@ -14,6 +14,7 @@ import yaml
 
 from sorsa_plugin.adapters import SPELLINGS, VARIANTS, VOCABULARY, block_names, nearest
 from sorsa_plugin.errors import AdapterOptionsError
+from sorsa_plugin.yaml_values import yaml_values
 from sorsa_transformers import AdapterArguments
 
 from .requirement import require_trl
@@ -136,11 +137,14 @@ class RecipeParser(TrlParser):
 
 
 def _adapter_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a recipe says about its adapter, with the defaults that TRL gives LoRA."""
+    """What a recipe says about its adapter, with the defaults that TRL gives LoRA.
+
+    TRL read it as YAML 1.1, where 4e-4 is a word; written out and read by `setup_adapter`'s reader it is a number.
+    """
     model_fields = {item.name: item for item in fields(ModelConfig)}
     ours = {item.name for item in fields(AdapterArguments)}
     keys = {*block_names(), *VOCABULARY, *SPELLINGS, *VARIANTS, *ours, "lora_target_linear"}
-    options = {key: value for key, value in given.items() if key in keys}
+    options = yaml_values(yaml.safe_dump({key: value for key, value in given.items() if key in keys}))
     options["adapter"] = options.get("adapter") or ("lora" if given.get("use_peft") else "full")
     defaults = {name: item.default for name, item in model_fields.items() if item.default is not MISSING}
     for word in ("r", "alpha", "dropout", "task_type"):

@@ -144,6 +144,17 @@ def test_what_trl_leaves_out_is_trls_default_for_lora_and_the_methods_own_for_ot
         config("--adapter", "sorsa", "--use_dora")
 
 
+@pytest.mark.parametrize("block", ["sorsa: {gamma: 4e-4, svd_energy: 9E-1}", "adapter_options: {gamma: 4e-4}"])
+def test_a_recipes_numbers_are_those_that_setup_adapter_reads_from_it(block, tmp_path):
+    """4e-4 and 5e-2 without a dot: numbers in YAML 1.2, words in TRL's YAML 1.1."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"adapter: sorsa\nr: 4\nlora_dropout: 5e-2\n{block}\n")
+    parsed = setup_adapter(RecipeParser("sft").parse(["--config", str(path), *ON_CPU]).adapter).peft_config
+    assert (parsed.gamma, parsed.sorsa_dropout) == (4e-4, 0.05)
+    read = setup_adapter(path).peft_config.to_dict()
+    assert parsed.to_dict() == read | {"task_type": "CAUSAL_LM"}
+
+
 def test_the_command_line_overrides_the_recipe_and_the_resolved_recipe_runs_again(tmp_path):
     path = recipe(tmp_path / "recipe.yaml", seed=3)
     first = run(
