@@ -18,6 +18,38 @@ from sorsa_transformers import SORSACallback
 TrainerClass = TypeVar("TrainerClass", bound=type[Trainer])
 
 
+class _Penalties:
+    """Those of the optimizer steps since the last report, each as it was when the step's forward ran."""
+
+    def __init__(self) -> None:
+        self.step = -1
+        self.newest = torch.zeros(())
+        self.total: torch.Tensor | float = 0.0
+        self.steps = 0
+
+    def add(self, step: int, penalty: torch.Tensor) -> None:
+        self.step, self.newest = step, penalty
+        self.total = self.total + penalty.double()
+        self.steps += 1
+
+    def take_mean(self) -> float:
+        mean = float(self.total) / self.steps
+        self.total, self.steps = 0.0, 0
+        return mean
+
+
+class _Regularizer(SORSACallback):
+    """The wrapper's callback; a training run begins without the penalties that one before it did not report."""
+
+    def __init__(self, trainer: Trainer, gamma: float | None) -> None:
+        super().__init__(trainer, gamma=gamma, log=False)
+        self.penalties = _Penalties()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        super().on_train_begin(*args, **kwargs)
+        self.penalties = _Penalties()
+
+
 class OrthonormalLoss:
     """Mixin for a Trainer: adds SORSA's penalty to the training loss that is reported.
 
@@ -34,28 +66,34 @@ class OrthonormalLoss:
         given = next((c for c in trainer.callback_handler.callbacks if isinstance(c, SORSACallback)), None)
         if given is not None:  # it has been asked for the regularizer; what it logs would come twice
             trainer.remove_callback(given)
-        self.regularizer = SORSACallback(trainer, gamma=given.gamma if given else None, log=False)
+        self.regularizer = _Regularizer(trainer, given.gamma if given else None)
         trainer.add_callback(self.regularizer)
-        self._penalties: dict[int, torch.Tensor] = {}
-        """Penalty of each optimizer step since the last report, as it was when the step's forward ran."""
+
+    def add_callback(self, callback: Any) -> None:
+        """Trainer's; a SORSACallback logs nothing, because the wrapper does."""
+        trainer: Any = self
+        super().add_callback(callback)  # type: ignore[misc]
+        for added in trainer.callback_handler.callbacks:
+            if isinstance(added, SORSACallback):
+                added.log = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of one micro-batch as the Trainer sums them, with its share of the step's penalty."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
-        step, attachment = trainer.state.global_step, self.regularizer.attachment
+        step, attachment, penalties = trainer.state.global_step, self.regularizer.attachment, self.regularizer.penalties
         if attachment is None:
             return loss
-        if step not in self._penalties:
-            self._penalties[step] = attachment.penalty(innermost(trainer.optimizer))
-        return loss + self._penalties[step].to(loss) / trainer.current_gradient_accumulation_steps
+        if penalties.step != step:
+            penalties.add(step, attachment.penalty(innermost(trainer.optimizer)))
+        return loss + penalties.newest.to(loss) / trainer.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs and self._penalties and self.regularizer.attachment is not None:
-            penalty = float(torch.stack(list(self._penalties.values())).double().mean())
-            self._penalties.clear()
+        attachment, penalties = self.regularizer.attachment, self.regularizer.penalties
+        if "loss" in logs and penalties.steps and attachment is not None:
+            penalty = penalties.take_mean()
             trainer: Any = self
-            logs |= self.regularizer.attachment.metrics(innermost(trainer.optimizer))
+            logs |= attachment.metrics(innermost(trainer.optimizer))
             logs |= {"sorsa/reg_loss": penalty, "sorsa/task_loss": logs["loss"] - penalty}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 

@@ -73,6 +73,19 @@ def test_the_penalty_is_averaged_over_the_steps_of_a_report_and_over_a_short_las
     assert min(logged(every, "sorsa/reg_loss")[1:]) > 0
 
 
+def test_a_second_training_reports_no_penalty_of_the_first(tmp_path):
+    """3 steps and a report every 2: the first training ends with a penalty that nobody reported."""
+    changes = {"max_steps": 3, "logging_steps": 2}
+    plain = build(SFTTrainer, tmp_path / "a", sorsa_config(), **changes)
+    wrapped = build(SFTTrainer, tmp_path / "b", sorsa_config(), trainer_class=SORSASFTTrainer, **changes)
+    for trainer in (plain, wrapped, plain, wrapped):
+        trainer.train()
+    assert len(logged(wrapped, "loss")) == 1, "the history is that of the second"
+    # a mean of 2 fp32 losses near 8, each rounded once more by the penalty
+    assert logged(wrapped, "sorsa/task_loss") == pytest.approx(logged(plain, "loss"), abs=2 * 2**-24 * 16)
+    assert logged(wrapped, "sorsa/reg_loss")[0] > 1e-4
+
+
 def test_loss_and_penalty_reach_the_event_file(tmp_path):
     trainer = build(
         SFTTrainer, tmp_path, sorsa_config(), trainer_class=SORSASFTTrainer, report_to="tensorboard", max_steps=2
@@ -101,6 +114,16 @@ def test_a_callback_given_as_well_keeps_its_gamma_and_logs_nothing_twice(tmp_pat
     trainer.train()
     assert sum(isinstance(c, SORSACallback) for c in trainer.callback_handler.callbacks) == 1
     assert trainer.regularizer.attachment.settings().gamma == 0.02
+    assert len(logged(trainer, "sorsa/gap_mean")) == len(logged(trainer, "loss")) == 2
+
+
+def test_a_callback_added_later_keeps_its_gamma_and_logs_nothing_twice(tmp_path):
+    trainer = build(SFTTrainer, tmp_path, sorsa_config(gamma=0.5), trainer_class=SORSASFTTrainer, max_steps=2)
+    callback = SORSACallback(trainer, gamma=0.02)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert callback.attachment is trainer.regularizer.attachment
+    assert callback.attachment.settings().gamma == 0.02
     assert len(logged(trainer, "sorsa/gap_mean")) == len(logged(trainer, "loss")) == 2
 
 
