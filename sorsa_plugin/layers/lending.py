@@ -1,16 +1,20 @@
 """Kinds whose base module reads its weight by itself: while its forward runs, it finds W + L R^T in its place.
 
 This is right for whatever the module does with its weight, and costs one matrix of the weight's size per forward.
-Where the weight has 16 bits, so has the sum: changes below its rounding do not show, as after merging.
+Where the weight has 16 bits, so has the sum: changes below its rounding do not show, as after merging. Threads that use
+one model take turns at such a module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from threading import RLock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from ..errors import SORSAConfigError
 from ..layer import SORSALayer
@@ -18,6 +22,9 @@ from ..offloading import with_base_weight
 
 if TYPE_CHECKING:
     from ..config import SORSAConfig
+
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""Of base modules that were lent a weight; not on them, because modules are copied and pickled and locks are not."""
 
 
 class LendingLayer(SORSALayer):
@@ -65,13 +72,15 @@ def lent(layer: SORSALayer) -> Iterator[None]:
     if not names:
         yield
         return
-    # an instance attribute hides the parameter, which stays registered: nothing that lists parameters sees a change
-    attributes = vars(layer.get_base_layer())
-    attributes[layer.parameter_name] = changed_weight(layer, names)
-    try:
-        yield
-    finally:
-        del attributes[layer.parameter_name]
+    base = layer.get_base_layer()
+    with nullcontext() if torch.compiler.is_compiling() else _locks.setdefault(base, RLock()):
+        # an instance attribute hides the parameter, which stays registered: nothing that lists parameters sees a change
+        attributes = vars(base)
+        attributes[layer.parameter_name] = changed_weight(layer, names)
+        try:
+            yield
+        finally:
+            del attributes[layer.parameter_name]
 
 
 @with_base_weight

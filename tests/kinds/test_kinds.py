@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier, BrokenBarrierError
+
 import pytest
 import torch
 from base_modules import KINDS, make_model, sample
@@ -220,3 +224,21 @@ def test_dropout_drops_inputs_of_the_change_and_keeps_its_mean(name):
 def test_dropout_is_refused_where_the_change_has_no_input(name, refused):
     with refused(SORSAConfigError, r"sorsa_dropout is 0\.1"):
         adapted(name, sorsa_dropout=0.1)
+
+
+@pytest.mark.parametrize("name", LENDING)
+def test_threads_that_use_one_model_take_turns_at_a_weight_that_is_lent(name):
+    """Two forwards wait for each other inside the base module, as long as both can be there."""
+    model, x = adapted(name), sample(name)
+    perturb(model)
+    expected, both_inside = model(x), Barrier(2)
+
+    def meet(*_):
+        with suppress(BrokenBarrierError):
+            both_inside.wait(timeout=0.1)
+
+    layers_of(model)[0].get_base_layer().register_forward_pre_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        for y in threads.map(model, [x, x]):
+            torch.testing.assert_close(y, expected, **TOLERANCE)
+    assert both_inside.broken
