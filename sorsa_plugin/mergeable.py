@@ -107,6 +107,16 @@ class Mergeable(nn.Module):
         if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
             refold(self)
 
+    def unload_and_optionally_merge_module(  # type: ignore[misc]
+        self: SORSALayer, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module as it was, or merged; PEFT calls it. Nobody will unmerge it: the original is let go at once,
+        so that merging a model holds one of them at a time."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._original.clear()
+        return self.get_base_layer()
+
     def unmerge_if_disabled(self: SORSALayer) -> None:  # type: ignore[misc]
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
         if self.disable_adapters and self.merged:

@@ -68,8 +68,8 @@ class SORSAMultiheadAttention(LendingLayer):
         base: Any = self.base_layer
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            self.output_layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        base.out_proj = base.out_proj.get_base_layer()
+        base.out_proj = self.output_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        self._original.clear()  # last, so that where this fails nothing is lost
         return base
 
     @property

@@ -59,5 +59,6 @@ class ParamWrapper(LendingLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         inner: Any = self.base_layer
         if isinstance(inner, ParamWrapper):
-            return inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+            inner = inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        self._original.clear()  # last, so that where this fails nothing is lost
         return inner

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Barrier, BrokenBarrierError
+from weakref import ref
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_unloading_gives_back_the_base_module_merged_or_not(kind):
     model = adapted(kind)
     perturb(model)
     assert_same_tensors(snapshot(model.unload()), snapshot(plain))
+
+
+def test_a_layer_that_was_merged_and_unloaded_does_not_keep_the_weight_from_before(kind):
+    """Else a model that is being merged holds all of them, because it works on a list of its layers."""
+    model = adapted(kind)
+    layers = layers_of(model)
+    originals = [ref(layer.base_weight()) for layer in layers]
+    model.merge_and_unload()
+    assert [layer.merged for layer in layers] == [True] * len(layers)
+    assert [original() for original in originals] == [None] * len(layers)
 
 
 @torch.no_grad()
