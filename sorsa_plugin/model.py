@@ -301,6 +301,7 @@ class SORSAModel(BaseTuner):
         """Refuse a file that has an adapter on some of its layers only, or damaged, before any layer is written; PEFT
         would warn and go on."""
         names = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
+        found = False
         for adapter in self.peft_config:
             keys = {
                 name: f"{prefix}{name}.sorsa_factors.{adapter}."
@@ -313,8 +314,16 @@ class SORSAModel(BaseTuner):
                     f"The adapter file has no tensors for {len(absent)} of the {len(keys)} adapted layers, the first "
                     f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
                 )
+            found = found or len(absent) < len(keys)
             for name, key in keys.items():
                 names[name].factors(adapter).names_in(state_dict, key)
+        strange = next((key for key in state_dict if ".sorsa_factors." in key), None)
+        if names and strange is not None and not found:  # a state dict without factors is the base's
+            raise IncompleteAdapterError(
+                f"The adapter file has no tensors for any of the {len(names)} adapted layers, the first of them "
+                f"{next(iter(names))}, but has {strange}. It was saved with other target modules: load it with its own "
+                "adapter_config.json, or resume with the options of the run that saved it."
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

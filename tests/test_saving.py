@@ -307,6 +307,25 @@ def test_a_refused_second_adapter_is_never_used_half_loaded(saved, tmp_path, tok
         model(tokens)
 
 
+def test_a_file_with_factors_of_other_layers_alone_is_refused_and_changes_nothing(tmp_path, tokens):
+    """What resuming with other target modules comes to; PEFT would load nothing and say nothing."""
+    get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["v_proj"]))
+    perturb(model)
+    expected = model(tokens).logits
+    with pytest.raises(IncompleteAdapterError, match=r"any of the 2 adapted layers.*v_proj, but has .*q_proj"):
+        model.load_adapter(tmp_path, adapter_name="default", is_trainable=True)
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_the_base_models_weights_load_into_an_adapted_model_without_its_adapter(tokens):
+    model = trained(seed=5)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".sorsa_" not in name}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert len(missing) == 7 * len(sorsa_layers(model))
+    assert not unexpected
+
+
 def test_a_file_of_another_method_is_not_taken_for_a_second_adapter(saved, tmp_path, tokens):
     get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
     shutil.copy(saved[0] / "adapter_config.json", tmp_path)
