@@ -174,11 +174,12 @@ class SORSAConfig(PeftConfig):
         return self.reg_schedule or "lr"
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and SORSA's section into the model card that PEFT has written there."""
-        from .model_card import complete_model_card
+        """Write adapter_config.json, and SORSA's section into the model card that PEFT has just written with it."""
+        from .model_card import complete_saved_card
 
         super().save_pretrained(save_directory, **kwargs)
-        complete_model_card(save_directory, self)
+        if "auto_mapping_dict" in kwargs:  # PEFT's models say this and write a card; transformers' do neither
+            complete_saved_card(save_directory, self)
 
     def _check_rank(self) -> None:
         ranks: dict[str, Any] = {"r": self.r}

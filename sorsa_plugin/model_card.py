@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
+from yaml import YAMLError
+
+from .saying import say
 
 if TYPE_CHECKING:
     from .config import SORSAConfig
 
+CARD = "README.md"
 HEADING = "## SORSA adapter"
 
 SECTION = """{heading}
@@ -54,14 +59,30 @@ weights by `sorsa merge`: an ordinary model, which needs neither PEFT nor sorsa-
 """
 
 
-def complete_model_card(directory: str, config: SORSAConfig) -> None:
-    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card.
+def complete_saved_card(directory: str, config: SORSAConfig) -> None:
+    """Complete the card that PEFT has just written with an adapter in `directory`.
 
     PEFT puts an adapter that is not called "default" into a folder of its own, and the card beside that folder.
     """
-    path = _card_of(Path(directory).absolute())
-    if path is None:
+    own = Path(directory).absolute()
+    complete_model_card(own if _front_matter(own / CARD).get("library_name") == "peft" else own.parent, config)
+
+
+def complete_model_card(directory: str | PathLike[str], config: SORSAConfig) -> None:
+    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card.
+
+    What goes wrong with a card is said and raises nothing: weights are often still to be saved.
+    """
+    path = Path(directory) / CARD
+    if not path.is_file():
         return
+    try:
+        _complete(path, config)
+    except Exception as error:
+        say("%s stays without SORSA's section (%r).", path, error)
+
+
+def _complete(path: Path, config: SORSAConfig) -> None:
     card = ModelCard.load(path)
     section = SECTION.format(
         heading=HEADING,
@@ -74,7 +95,7 @@ def complete_model_card(directory: str, config: SORSAConfig) -> None:
     before, _, earlier = card.text.partition(HEADING)
     after = earlier.partition("\n## ")
     card.text = before.rstrip() + "\n\n" + section + ("".join(after[1:]) if after[1] else "")
-    tags = (metadata_load(path) or {}).get("tags") or []  # as written: ModelCardData may split a word into letters
+    tags = _front_matter(path).get("tags") or []  # as written: ModelCardData may split a word into letters
     card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "sorsa"})
     card.save(path)
 
@@ -84,18 +105,19 @@ def _residual(config: SORSAConfig) -> str:
     return RESIDUAL.format(storage=config.base_storage, full=full) if config.residual_base else ""
 
 
-def _card_of(directory: Path) -> Path | None:
-    own, above = directory / "README.md", directory.parent / "README.md"
-    if own.is_file():
-        return own
-    return above if above.is_file() and ModelCard.load(above).data.library_name == "peft" else None
+def _front_matter(path: Path) -> dict[str, Any]:
+    """The metadata at the top of a card as they are written; none where there is no card, or no readable one."""
+    try:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
 
 
 def write_merged_card(base: Path, directory: Path, config: SORSAConfig) -> None:
     """The card of a model that an adapter was merged into; licence and languages are those of the base's card."""
-    known = ModelCard.load(base / "README.md").data.to_dict() if (base / "README.md").is_file() else {}
+    known = _front_matter(base / CARD)
     kept = {key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known}
     name = config.base_model_name_or_path
     data = ModelCardData(**kept, base_model=name, library_name="transformers", tags=["sorsa"])
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + MERGED.format(base=name or "the base model", rank=config.r))
-    card.save(directory / "README.md")
+    card.save(directory / CARD)

@@ -227,6 +227,16 @@ def test_all_other_files_are_copied_but_no_unmerged_weights_no_card_and_no_adapt
     assert "The base" not in card
 
 
+@pytest.mark.parametrize("card", [b"---\nA rule: with: colons\n---\n", b"---\nlicense: mit\n---\ncaf\xe9\n"])
+def test_a_base_whose_card_cannot_be_read_is_merged_as_one_without(base, adapter, card, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_bytes(card)
+    merge_adapter(tmp_path / "base", adapter, tmp_path / "merged")
+    written = (tmp_path / "merged" / "README.md").read_text()
+    assert "- sorsa" in written
+    assert "license" not in written
+
+
 MEMORY = """
 import sys
 import torch

@@ -49,6 +49,17 @@ def test_shards_become_the_adapter(shards: tuple[Path, dict[str, torch.Tensor]],
     assert torch.equal(loaded(tokens).logits, adapted().eval()(tokens).logits)
 
 
+def test_a_card_around_the_checkpoint_is_not_the_adapters(
+    shards: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    card = tmp_path / "README.md"
+    for text in ("---\nA rule: with: colons\n---\n", "---\nlibrary_name: peft\n---\n\n# A LoRA\n"):
+        card.write_text(text)
+        complete_sharded_checkpoint(shards[0], adapted())
+        convert_checkpoint(shards[0], tmp_path / f"adapter{len(text)}")
+        assert card.read_text() == text
+
+
 @pytest.mark.parametrize("adapter_name", ["default", "other"])
 def test_tensors_of_a_model_get_the_names_that_peft_saves_them_by(adapter_name: str) -> None:
     model = adapted()
