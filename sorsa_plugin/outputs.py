@@ -16,11 +16,16 @@ def refuse_occupied(output: Path) -> None:
     """Nothing, where `output` is new or an empty directory.
 
     Raises:
-        OutputExistsError: it is a file, or holds something.
+        OutputExistsError: it is a file, holds something, or is a mount point.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         kind = "is not empty" if output.is_dir() else "is a file"
         raise OutputExistsError(f"{output} {kind}; expected a new or empty directory. Remove it, or choose another.")
+    if os.path.ismount(output):
+        raise OutputExistsError(
+            f"{output} is a mount point, whose place the finished directory cannot take; expected a new or empty "
+            "directory. Give a new one inside it."
+        )
 
 
 @contextmanager

@@ -414,6 +414,16 @@ def test_an_output_that_is_in_use_is_refused_and_left_alone(saved, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"file", "full"}
 
 
+def test_a_mount_point_is_refused_before_the_work_that_could_not_take_its_place(saved, tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
+    monkeypatch.setattr("sorsa_plugin.export.open_tensors", lambda _: pytest.fail("work was begun"))
+    with pytest.raises(OutputExistsError, match="volume is a mount point"):
+        export_lora(saved, tmp_path / "volume")
+    monkeypatch.undo()
+    export_lora(saved, tmp_path / "volume" / "lora")
+
+
 def test_an_empty_output_is_used_and_missing_parents_are_made(saved, tmp_path):
     (tmp_path / "empty").mkdir()
     for output in (tmp_path / "empty", tmp_path / "a" / "b" / "lora"):
