@@ -30,7 +30,7 @@ def read_config(source: Path) -> SORSAConfig:
 
     Raises:
         ForeignAdapterError: there is none, or one of another method.
-        IncompleteAdapterError: it cannot be read.
+        IncompleteAdapterError: it cannot be read, or holds an option that cannot be honoured.
     """
     path = source / CONFIG_NAME
     if not path.is_file():
@@ -38,19 +38,19 @@ def read_config(source: Path) -> SORSAConfig:
         remedy = f"Its adapters are in {', '.join(below)}: give one of these." if below else "Give the directory."
         raise ForeignAdapterError(f"{source} holds no {CONFIG_NAME}; expected the directory of an adapter. {remedy}")
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-        kind = options["peft_type"]
-    except (ValueError, TypeError, KeyError) as error:
+        kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        config = SORSAConfig.from_pretrained(str(source)) if kind == "SORSA" else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IncompleteAdapterError(
-            f"{path} cannot be read as an adapter's configuration ({error!r}); expected JSON with a peft_type. Take "
-            "it from the original run again."
+            f"{path} cannot be read as an adapter's configuration ({error!r}); expected JSON with a peft_type and "
+            "options that it can have. Take it from the original run again."
         ) from error
-    if kind != "SORSA":
+    if config is None:
         raise ForeignAdapterError(
             f"{path} says peft_type {kind!r}; expected 'SORSA'. PEFT itself loads and merges this adapter, and vLLM "
             "serves it if it is a LoRA; peft.convert_to_lora makes one of many other methods."
         )
-    return SORSAConfig.from_pretrained(str(source))
+    return config
 
 
 @contextmanager

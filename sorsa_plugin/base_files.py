@@ -10,6 +10,7 @@ Stored names are not always the model's: `stored_weights.py` knows which are whi
 from __future__ import annotations
 
 import json
+import re
 from copy import deepcopy
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -146,12 +147,12 @@ def read_model_config(source: str | PathLike[str], revision: str | None = None) 
     """A model's config, from a directory or the hub; its name_or_path is `source`.
 
     Raises:
-        BaseFilesError: there is none, or transformers does not know its architecture.
+        BaseFilesError: there is none, or one that transformers does not know or refuses.
     """
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
+        first = re.sub(r":\s+", ": ", str(error)).strip().splitlines()[0]  # of a refused option, two lines are one
         raise BaseFilesError(
             f"{source} gives no model config ({first}). Expected a directory with a config.json that transformers "
             "knows, or the id of a model that is on the hub or in the local cache."

@@ -7,18 +7,21 @@ from typing import Any
 
 import typer
 import typer.core
+from safetensors import SafetensorError
 
 from .errors import SORSAError
 from .plugins import answers
 
 
 class Commands(typer.core.TyperGroup):
-    """Prints the sentence of this package's errors without a traceback, and exits with 1."""
+    """Prints the errors of this package and of the disk as their sentences, without a traceback, and exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except SORSAError as error:
+        except BrokenPipeError:  # of `sorsa ... | head`, which typer ends without a word
+            raise
+        except (SORSAError, OSError, SafetensorError) as error:
             typer.echo(f"Error: {error}", err=True)
             raise typer.Exit(1) from error
 

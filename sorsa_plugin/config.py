@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -152,6 +153,7 @@ class SORSAConfig(PeftConfig):
         if self.ensure_weight_tying:  # PEFT fills these in when it finds tied modules
             self.modules_to_tie: Any = None
             self.target_modules_to_tie: Any = None
+        self.lora_layouts = self.lora_layouts or {}
         self._check_rank()
         self._check_layer_selection()
         self._check_choices()
@@ -206,6 +208,16 @@ class SORSAConfig(PeftConfig):
                 f"Got layers_pattern={self.layers_pattern!r} alone: add the layer indices or drop the pattern."
             )
 
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise SORSAConfigError(
+                        f"{name} is {value!r}, which is no regular expression ({error}). Correct it, or give a list of "
+                        "names."
+                    ) from error
         if isinstance(self.target_parameters, str):
             raise SORSAConfigError(
                 f"target_parameters is the string {self.target_parameters!r}; expected a list of names such as "

@@ -273,7 +273,7 @@ def _principal(layer: Any, initial: bool) -> float | None:
 def _read_any_config(path: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise IncompleteAdapterError(
             f"{path / CONFIG_NAME} cannot be read as an adapter's configuration ({error!r}). It was damaged, or "
             "written by a newer PEFT or a package that is not imported here."

@@ -41,6 +41,8 @@ REFUSED = [
     ({"target_modules": "q_proj", "layers_to_transform": 0}, "`layers_to_transform` cannot be used .* is a str"),
     ({"target_modules": "q_proj", "layers_pattern": "layers"}, "`layers_pattern` cannot be used .* is a str"),
     ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "`layers_to_transform` must also be specified"),
+    ({"target_modules": r"(q_proj"}, r"target_modules is '\(q_proj', which is no regular expression \(missing \)"),
+    ({"exclude_modules": "*.1"}, r"exclude_modules is '\*\.1', which is no regular expression \(nothing to repeat"),
     ({"svd": "fast"}, "svd is 'fast'; expected one of 'auto', 'exact', 'randomized'"),
     ({"svd": None}, "svd is None; expected one of"),
     ({"reg_update": "both"}, "reg_update is 'both'; expected one of 'coupled', 'decoupled'"),

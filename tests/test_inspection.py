@@ -198,3 +198,23 @@ def test_damaged_and_foreign_adapters_are_named(saved, tmp_path):
     assert run.exit_code == 1
     assert "holds no adapter_config.json" in run.output
     assert "Its adapters are in half, lora" in run.output
+
+
+def edited(saved, directory, **options):
+    shutil.copytree(saved[0], directory)
+    config = directory / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | options))
+    return inspect_adapter(directory)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("task_type", "NONE"), ("exclude_modules", "(["), ("rank_pattern", "q_proj=4"), ("r", 0)]
+)
+def test_an_option_in_the_file_that_cannot_be_honoured_is_named_with_the_file(saved, tmp_path, option, value):
+    with pytest.raises(IncompleteAdapterError, match=r"edited.adapter_config\.json cannot be read as an adapter"):
+        edited(saved, tmp_path / "edited", **{option: value})
+
+
+def test_layouts_that_are_null_in_the_file_are_none(saved, tmp_path):
+    summary = edited(saved, tmp_path / "edited", lora_layouts=None)
+    assert summary.layers == inspect_adapter(saved[0]).layers

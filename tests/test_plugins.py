@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from support import perturb
 from torch import nn
 from typer.testing import CliRunner
@@ -182,6 +183,29 @@ def test_plugin_adds_a_command() -> None:
         result = CliRunner().invoke(build_app(), ["greet", "you"])
     assert result.output.strip() == "hello you"
     assert CliRunner().invoke(build_app(), ["greet", "you"]).exit_code != 0
+
+
+@pytest.mark.parametrize(
+    ("error", "output"),
+    [
+        (OSError(28, "No space left on device", "out/file"), "Error: [Errno 28] No space left on device: 'out/file'\n"),
+        (SafetensorError("I/O error: No space left on device"), "Error: I/O error: No space left on device\n"),
+        (BrokenPipeError(32, "Broken pipe"), ""),  # of `sorsa write | head`
+    ],
+)
+def test_an_error_of_the_disk_ends_a_command_without_a_traceback(error: Exception, output: str) -> None:
+    class Plugin:
+        @staticmethod
+        @hookimpl
+        def sorsa_commands(app: typer.Typer) -> None:
+            @app.command()
+            def write() -> None:
+                raise error
+
+    with registered(Plugin):
+        result = CliRunner().invoke(build_app(), ["write"])
+    assert (result.exit_code, result.output) == (1, output)
+    assert isinstance(result.exception, SystemExit)
 
 
 @pytest.fixture

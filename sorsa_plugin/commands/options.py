@@ -79,8 +79,18 @@ def sorsa_config(
 
 
 def task(name: str) -> str | None:
-    """PEFT's task type, or None for "none"."""
-    return None if name.lower() == "none" else name
+    """PEFT's task type, or None for "none".
+
+    Raises:
+        SORSAConfigError: PEFT has no such type.
+    """
+    from peft import TaskType
+
+    if name.lower() == "none":
+        return None
+    if name not in list(TaskType):
+        raise SORSAConfigError(f"--task-type is {name!r}; expected one of {', '.join(TaskType)}, or none.")
+    return name
 
 
 def names_or_expression(text: str) -> list[str] | str:

@@ -151,6 +151,16 @@ def quantise(directory):
     (directory / "config.json").write_text(json.dumps(config))
 
 
+def with_option(**options):
+    """A damage: config.json with other options."""
+
+    def edit(directory):
+        config = directory / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | options))
+
+    return edit
+
+
 DAMAGE = {
     "truncated": (truncate, "cannot be read .*expected a complete safetensors file"),
     "a-shard-lost": (lambda d: next(d.glob("*.safetensors")).unlink(), r"lacks model-00\d+-of-00\d+\.safetensors"),
@@ -160,6 +170,12 @@ DAMAGE = {
     ),
     "no-config": (lambda d: (d / "config.json").unlink(), "gives no model config"),
     "config-damaged": (lambda d: (d / "config.json").write_text("{"), "gives no model config"),
+    "option-of-another-type": (
+        with_option(hidden_size="x"),
+        r"gives no model config \(Validation error for field 'hidden_size': TypeError: .* got str",
+    ),
+    "options-at-odds": (with_option(num_attention_heads=5), r"gives no model config \(.* attention heads \(5\)"),
+    "unknown-dtype": (with_option(dtype="float7"), "gives no model config .*float7"),
     "quantised": (quantise, "stored quantised"),
 }
 

@@ -260,3 +260,6 @@ def test_the_command_prints_a_table_or_json(tmp_path):
     refused = runner.invoke(app, [*arguments, "--engine", "tpu"])
     assert refused.exit_code == 1
     assert "engine is 'tpu'" in refused.output
+    refused = runner.invoke(app, [*arguments, "--task-type", "CHAT"])
+    assert refused.exit_code == 1
+    assert "--task-type is 'CHAT'; expected one of SEQ_CLS," in refused.output
