@@ -136,8 +136,11 @@ def condition_number(S: torch.Tensor) -> float:
 
 @torch.no_grad()
 def product_condition(P: torch.Tensor, Q: torch.Tensor) -> float | None:
-    """Condition number of P Q^T (out x r times r x in) on its rank r, or None where its rank is lower."""
+    """Condition number of P Q^T (out x r times r x in) on its rank r; None where it is of lower rank, or not finite."""
     _, R1 = torch.linalg.qr(P.double())
     _, R2 = torch.linalg.qr(Q.double())
-    condition = condition_number(torch.linalg.svdvals(R1 @ R2.mT))
+    core = R1 @ R2.mT
+    if not core.isfinite().all():
+        return None
+    condition = condition_number(torch.linalg.svdvals(core))
     return condition if condition != float("inf") else None

@@ -62,7 +62,7 @@ class TrainedWeights(Protocol):
     """The trained weights of one adapter or model."""
 
     modules: list[str]
-    """What can be read, in the base's order."""
+    """What can be read, in the base's order: weights of two dimensions at least."""
     partial: bool
     """Whether these modules are the ones that were trained; of a whole model, nobody knows."""
 
@@ -116,7 +116,7 @@ def open_trained(source: str | PathLike[str], base: BaseWeights) -> TrainedWeigh
     """The trained weights in a directory: a PEFT adapter's, or a whole model's.
 
     Raises:
-        ForeignAdapterError: it is neither, or its tensors are not on modules of the base.
+        ForeignAdapterError: it is neither, or its tensors are not on modules of the base, or on no matrix.
         IncompleteAdapterError, BaseFilesError: files are absent or damaged.
     """
     path = Path(source)
@@ -161,7 +161,12 @@ class AdapterWeights:
             if layout[0] == "tied":  # its weight is the embedding's, adapted there
                 self._replaced.pop(name, None)
         found = {*self._keys, *self._replaced, *self._rows}
-        self.modules = [name for name in base.with_weight if name in found]
+        matrices = (name for name in base.with_weight if base.model.get_parameter(f"{name}.weight").ndim > 1)
+        self.modules = [name for name in matrices if name in found]
+        if not self.modules:
+            raise ForeignAdapterError(
+                f"{path} holds trained vectors alone; expected matrices, which have singular values."
+            )
         if getattr(self._config, "init_lora_weights", None) not in (None, True, False, "pissa", "olora", "gaussian"):
             logger.warning(
                 "%s was initialised by init_lora_weights=%r, which PEFT repeats here on fp32 weights; where it is not "

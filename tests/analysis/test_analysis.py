@@ -19,7 +19,13 @@ from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, analyze
 from sorsa_plugin.cli import build_app
-from sorsa_plugin.errors import ForeignAdapterError, MissingPackageError, RankError, SORSAConfigError
+from sorsa_plugin.errors import (
+    DecompositionError,
+    ForeignAdapterError,
+    MissingPackageError,
+    RankError,
+    SORSAConfigError,
+)
 
 TARGETS = ["q_proj", "k_proj", "up_proj"]
 
@@ -187,6 +193,23 @@ def test_what_cannot_be_compared_is_a_sentence(runs, tmp_path):
         analyze(runs / "base", [adapter], degenerate=-1)
     with pytest.raises(RankError, match="top is 0"):
         analyze(runs / "base", [adapter], top=0, progress=False)
+
+
+@pytest.mark.parametrize("kind", [LoraConfig, SORSAConfig])
+def test_a_diverged_adapter_is_named_by_its_first_layer(runs, tmp_path, kind):
+    model = get_peft_model(tiny_llama(), kind(r=3, target_modules=["up_proj"]))
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        parameter.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(DecompositionError, match=r"layers\.0\.mlp\.up_proj of adapter holds NaN or infinity"):
+        analyze(runs / "base", [tmp_path / "adapter"], progress=False)
+
+
+def test_trained_vectors_are_left_out(runs, tmp_path):
+    config = SORSAConfig(r=3, target_modules=["up_proj"], modules_to_save=["norm", "lm_head"])
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
+    found = analyze(runs / "base", [tmp_path / "adapter"], progress=False)
+    assert set(found.spectra) == {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"}
 
 
 def command(*arguments):

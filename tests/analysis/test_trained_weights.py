@@ -10,6 +10,7 @@ import torch
 from peft import (
     HRAConfig,
     IA3Config,
+    LNTuningConfig,
     LoHaConfig,
     LoKrConfig,
     LoraConfig,
@@ -224,6 +225,10 @@ def test_adapters_that_cannot_be_read_layer_by_layer_are_refused(tmp_path):
     prompt.save_pretrained(tmp_path / "prompt")
     with pytest.raises(ForeignAdapterError, match="PROMPT_TUNING adapter, which changes no weight"):
         open_trained(tmp_path / "prompt", base)
+    norms = get_peft_model(tiny_llama(), LNTuningConfig(target_modules=["input_layernorm"]))
+    norms.save_pretrained(tmp_path / "norms")
+    with pytest.raises(ForeignAdapterError, match="norms holds trained vectors alone"):
+        open_trained(tmp_path / "norms", base)
     with pytest.raises(ForeignAdapterError, match="holds neither adapter_config"):
         open_trained(tmp_path, base)
 
