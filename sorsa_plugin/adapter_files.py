@@ -106,14 +106,14 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
     for layer in layers:
         prefix = f"{ROOT}{layer}.sorsa_factors."
         layout = config.lora_layouts.get(layer)
-        key = pattern_name(layer, layout)
+        key = pattern_name(layer, layout, layers)
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
         rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
         SORSAFactors(rows[0], rows[1], rank, "meta", tuple(U.shape[:-2])).names_in(shapes, prefix)
         parameter = layout is not None and layout[0] == "parameter"
         any_linear = config.target_modules in (None, "all-linear")
-        if not (parameter or any_linear or check_target_module_exists(config, outer_name(layer))):
+        if not (parameter or any_linear or check_target_module_exists(config, outer_name(layer, layers))):
             raise IncompleteAdapterError(
                 f"The adapter file has factors of {layer}, which target_modules in {CONFIG_NAME} does not select. The "
                 "two belong to different adapters: take both from the original run again."

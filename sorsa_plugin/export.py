@@ -195,7 +195,8 @@ def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfi
     weights = {f"{name}.weight" for name in layers if kinds.get(name) == "weight"}
     chosen = config.exclude_modules or config.layers_to_transform is not None
     if not isinstance(targets, set) or chosen or tied or weights:
-        targets = {outer_name(name) for name in layers if kinds.get(name) not in ("parameter", "weight")} | set(tied)
+        modules = [name for name in layers if kinds.get(name) not in ("parameter", "weight")]
+        targets = {outer_name(name, layers) for name in modules} | set(tied)
     parameters = sorted({*(config.target_parameters or []), *weights})
     lora = LoraConfig(
         r=rank,

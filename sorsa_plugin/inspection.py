@@ -96,7 +96,7 @@ def inspect_adapter(adapter_dir: str | PathLike[str]) -> AdapterSummary:
             tensors = {part: file.get_tensor(prefix + part) for part in (*OFFSETS, *FROZEN)}
             dtypes |= {str(tensors[part].dtype).removeprefix("torch.") for part in OFFSETS}
             trainable += sum(tensors[part].numel() for part in OFFSETS)
-            shown = base_name(name, config.lora_layouts.get(name))
+            shown = base_name(name, config.lora_layouts.get(name), ranks)
             layers.append(_summarise(shown, rank, {part: tensor.float() for part, tensor in tensors.items()}))
         whole = tuple(name for name in carried if not name.endswith(TRAINED_TOKENS))
         rows = [name for name in carried if name not in whole]

@@ -7,13 +7,16 @@ A kind says in `lora_layout`, by way of adapter_config.json, which of these it i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from peft.utils import transformers_weight_conversion as conversion
 
 from .errors import UnsupportedLayerError
+
+INSIDE = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def lora_tensors(
@@ -56,16 +59,28 @@ def renamed_by_peft(model: Any, layer: str) -> bool:
     return bool(names) and layer.rpartition(".")[2] in names
 
 
-def outer_name(layer: str) -> str:
-    """The name of a layer's target: a parameter's wrappers and an attention's output layer are inside of others."""
-    return layer.split(".base_layer", 1)[0]
+def outer_name(layer: str, adapted: Collection[str]) -> str:
+    """The name of a layer's target: a parameter's wrappers and an attention's output layer are inside of others.
+
+    Args:
+        layer: its name in the file.
+        adapted: the names of all layers there: what is inside of one of these is in its `base_layer`, and any other
+            module of that name is the model's own.
+    """
+    return next((layer[: inside.start()] for inside in INSIDE.finditer(layer) if _wraps(inside, adapted)), layer)
 
 
-def base_name(layer: str, layout: Sequence[Any] | None) -> str:
-    """What a layer adapts, under its name in the base model: a module, or a parameter."""
-    return layout[1] if layout and layout[0] == "parameter" else layer.replace(".base_layer", "")
+def base_name(layer: str, layout: Sequence[Any] | None, adapted: Collection[str]) -> str:
+    """What a layer adapts, under its name in the base model: a module, or a parameter; arguments as `outer_name`."""
+    if layout and layout[0] == "parameter":
+        return layout[1]
+    return INSIDE.sub(lambda inside: "" if _wraps(inside, adapted) else inside[0], layer)
 
 
-def pattern_name(layer: str, layout: Sequence[Any] | None) -> str:
-    """The name that `rank_pattern` is matched with: a parameter's own."""
-    return layout[1] if layout and layout[0] == "parameter" else outer_name(layer)
+def pattern_name(layer: str, layout: Sequence[Any] | None, adapted: Collection[str]) -> str:
+    """The name that `rank_pattern` is matched with: a parameter's own; arguments as `outer_name`."""
+    return layout[1] if layout and layout[0] == "parameter" else outer_name(layer, adapted)
+
+
+def _wraps(inside: re.Match[str], adapted: Collection[str]) -> bool:
+    return inside.string[: inside.start()] in adapted

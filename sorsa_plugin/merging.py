@@ -128,7 +128,7 @@ def _model_with(files: BaseFiles, config: SORSAConfig, layers: list[str]) -> Pre
                 raise
             continue
         modules = dict(model.named_modules())
-        absent = next((name for name in layers if outer_name(name) not in modules), "")
+        absent = next((name for name in layers if outer_name(name, layers) not in modules), "")
         if not absent:
             return model
     raise BaseFilesError(

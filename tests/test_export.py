@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 from sorsa_plugin import SORSAConfig, SORSAError, export_lora, save_adapter
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, OutputExistsError, RankError
+from sorsa_plugin.inspection import inspect_adapter
 from sorsa_plugin.lowrank import Parts
 from sorsa_plugin.regularizer import sorsa_layers
 
@@ -422,6 +423,36 @@ def test_a_mount_point_is_refused_before_the_work_that_could_not_take_its_place(
         export_lora(saved, tmp_path / "volume")
     monkeypatch.undo()
     export_lora(saved, tmp_path / "volume" / "lora")
+
+
+class Wrapped(torch.nn.Module):
+    """A model whose own modules have the name that PEFT gives to what it wraps, and one that begins with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+        self.base_layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+
+    def forward(self, x):
+        return self.base_layers[0](self.base_layer(x).relu())
+
+
+def test_a_models_own_base_layer_is_no_wrapper(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(Wrapped())
+
+    names = ["0.base_layer.0", "0.base_layer.1", "0.base_layers.0"]
+    model = get_peft_model(make(), SORSAConfig(r=2, target_modules=r"0\.base_layers?\.\d"))
+    perturb(model)
+    model.save_pretrained(tmp_path / "sorsa")
+    assert [layer.name for layer in inspect_adapter(tmp_path / "sorsa").layers] == names
+    export_lora(tmp_path / "sorsa", tmp_path / "lora")
+    assert json.loads((tmp_path / "lora" / CONFIG).read_text())["target_modules"] == names
+    lora = PeftModel.from_pretrained(make(), tmp_path / "lora").eval()
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    # three layers of products of at most 8 terms, rounded in fp32
+    torch.testing.assert_close(lora(x), model.eval()(x), rtol=0, atol=64 * U32 * float(model(x).abs().max()))
 
 
 def test_an_empty_output_is_used_and_missing_parents_are_made(saved, tmp_path):
