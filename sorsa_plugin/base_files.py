@@ -133,6 +133,12 @@ class BaseFiles:
             raise BaseFilesError(
                 f"{index} cannot be read ({error!r}); expected JSON with a weight_map. It is damaged: fetch it again."
             ) from error
+        outside = [name for name in sorted(names) if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise BaseFilesError(
+                f"{index} names {outside[0]}, which is outside of {self.directory}; expected shards in it. Load the "
+                "model with transformers and write it with save_pretrained(directory)."
+            )
         shards = [self.directory / name for name in sorted(names)]
         absent = [shard.name for shard in shards if not shard.is_file()]
         if absent:

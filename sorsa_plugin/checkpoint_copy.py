@@ -29,7 +29,7 @@ NOT_COPIED = (*OTHER_WEIGHTS, "adapter_config.json", "adapter_model.*")
 def copy_weights(
     files: BaseFiles, target: Path, values: Mapping[str, Callable[[], torch.Tensor]], added: Mapping[str, str]
 ) -> int:
-    """Write the shards of a base model under the same names into a directory, and their index; with a progress bar.
+    """Write the shards of a base model under the same paths into a directory, and their index; with a progress bar.
 
     Args:
         files: the base model.
@@ -44,13 +44,16 @@ def copy_weights(
     with tqdm(total=total, desc="SORSA: merging", unit="B", unit_scale=True, disable=total < 2**28) as bar:
         for shard in files.shards:
             here = {name: like for name, like in added.items() if files.shard_of(like) == shard}
-            copy_shard(shard, target / shard.name, values, here, bar.update)
+            written = target / shard.relative_to(files.directory)
+            written.parent.mkdir(parents=True, exist_ok=True)
+            copy_shard(shard, written, values, here, bar.update)
     index = files.directory / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file() and not added:
         shutil.copyfile(index, target / index.name)
     elif index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] |= {name: files.shard_of(like).name for name, like in added.items()}
+        shards = {name: files.shard_of(like).relative_to(files.directory) for name, like in added.items()}
+        content["weight_map"] |= {name: shard.as_posix() for name, shard in shards.items()}
         if "total_size" in content.get("metadata", {}):
             content["metadata"]["total_size"] += sum(more.values())
         (target / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -161,6 +161,11 @@ def with_option(**options):
     return edit
 
 
+def name_a_shard_outside(directory):
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001", "../model-00001"))
+
+
 DAMAGE = {
     "truncated": (truncate, "cannot be read .*expected a complete safetensors file"),
     "a-shard-lost": (lambda d: next(d.glob("*.safetensors")).unlink(), r"lacks model-00\d+-of-00\d+\.safetensors"),
@@ -168,6 +173,7 @@ DAMAGE = {
         lambda d: (d / "model.safetensors.index.json").write_text("{"),
         "expected JSON with a weight_map",
     ),
+    "index-names-a-shard-outside": (name_a_shard_outside, r"names \.\./model-00001.*, which is outside of"),
     "no-config": (lambda d: (d / "config.json").unlink(), "gives no model config"),
     "config-damaged": (lambda d: (d / "config.json").write_text("{"), "gives no model config"),
     "option-of-another-type": (

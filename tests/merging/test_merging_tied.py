@@ -58,6 +58,30 @@ def test_a_change_of_one_of_two_tied_weights_unties_them_as_it_does_in_the_adapt
         assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in shards.values() for t in tensors.values())
 
 
+@pytest.mark.filterwarnings("ignore:(Model has `tie_word_embeddings=True`|Model with|Setting)")
+def test_shards_that_are_in_a_folder_stay_in_it(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "base" / "weights"
+    llama(tied=True).save_pretrained(base, max_shard_size="20KB")
+    model = trained(AutoModelForCausalLM.from_pretrained(base), **TIED["adapted-head"])  # which adds a tensor
+    model.save_pretrained(tmp_path / "sorsa")
+    merge_adapter(base, tmp_path / "sorsa", tmp_path / "plain")
+    folder.mkdir()
+    for shard in base.glob("model-*"):
+        shard.rename(folder / shard.name)
+    index = json.loads((base / INDEX).read_text())
+    index["weight_map"] = {name: f"weights/{shard}" for name, shard in index["weight_map"].items()}
+    (base / INDEX).write_text(json.dumps(index))
+    merge_adapter(base, tmp_path / "sorsa", tmp_path / "merged")
+    expected, found = stored(tmp_path / "plain"), stored(tmp_path / "merged" / "weights")
+    assert not stored(tmp_path / "merged")
+    assert {name: shard for shard, tensors in found.items() for name in tensors} == {
+        name: shard for shard, tensors in expected.items() for name in tensors
+    }
+    assert all(torch.equal(found[shard][name], t) for shard, tensors in expected.items() for name, t in tensors.items())
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+
+
 def test_tied_weights_that_stay_alike_stay_tied(tmp_path):
     llama(tied=True).save_pretrained(tmp_path / "base")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules=["q_proj"])
