@@ -18,7 +18,7 @@ from .config import SORSAConfig
 from .decomposition import energy_share
 from .errors import IncompleteAdapterError, UnsupportedLayerError
 from .factors import OFFSETS
-from .folding import fold_model, intact_weight
+from .folding import fold_model
 from .initialisation import initialise_layers
 from .layer import SORSALayer
 from .layers.attention import leave_fused_encoders
@@ -90,11 +90,7 @@ class SORSAModel(BaseTuner):
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
                 factors = layer.factors(adapter_name)
-                with intact_weight(layer):
-                    matrix = layer.base_matrix().float()
-                    if layer.folded is not None and layer.folded.intact is None:
-                        matrix = matrix + factors.initial_matrix().to(matrix.device)
-                    total = matrix.square().sum()
+                total = layer.merged_weight([]).float().square().sum()  # of W, whatever is merged or folded into it
                 found[layer.name] = energy_share(factors.S0.square().sum(), total.to(factors.S0.device))
         return found
 

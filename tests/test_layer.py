@@ -334,6 +334,17 @@ def test_initial_energy_is_each_weights_share_in_its_best_triplets():
         assert found[layer.name] == pytest.approx(expected, rel=4 * 32 * 48 * ROUNDOFF[torch.float32])
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_initial_energy_is_of_the_base_weight_while_an_adapter_is_merged(fold):
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    before = model.initial_energy()
+    perturb(model, scale=1.0)
+    if fold:
+        model.fold()
+    model.merge_adapter()
+    assert model.initial_energy() == before
+
+
 def test_rank_pattern_gives_modules_their_own_rank():
     config = SORSAConfig(r=4, target_modules="all-linear", rank_pattern={"q_proj": 2, r"layers\.1\.mlp\.down_proj": 7})
     ranks = {layer.name: layer.factors("default").rank for layer in sorsa_layers(get_peft_model(tiny_llama(), config))}
