@@ -16,7 +16,7 @@ def load_data(script: Any, mixture: Any) -> Any:
     """The splits that TRL's ScriptArguments or DatasetMixtureConfig name; the mixture goes first, as in TRL.
 
     Raises:
-        AdapterOptionsError: neither names any data.
+        AdapterOptionsError: neither names any data, or an empty file.
     """
     from datasets import load_dataset, load_from_disk
     from trl import get_dataset
@@ -28,9 +28,13 @@ def load_data(script: Any, mixture: Any) -> Any:
         raise AdapterOptionsError("No data: give dataset_name, a file, a directory or a hub id, or a datasets mixture.")
     path = Path(script.dataset_name)
     if path.suffix in FORMATS and path.is_file():
+        if path.stat().st_size == 0:
+            raise AdapterOptionsError(f"{path} is empty; expected one example at least.")
         return load_dataset(FORMATS[path.suffix], data_files=str(path), streaming=script.dataset_streaming)
     if (path / "dataset_dict.json").is_file():  # written by DatasetDict.save_to_disk
         return load_from_disk(str(path))
+    if (path / "state.json").is_file():  # by Dataset.save_to_disk
+        return {"train": load_from_disk(str(path))}
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
@@ -38,13 +42,15 @@ def split(data: Any, name: str) -> Any:
     """One split.
 
     Raises:
-        AdapterOptionsError: there is none of that name.
+        AdapterOptionsError: there is none of that name, or nothing in it.
     """
     if name not in data:
         raise AdapterOptionsError(
             f"The data has the splits {', '.join(data)}; expected {name!r}. Name another with dataset_train_split or "
             "dataset_test_split, set test_split_size for a mixture, or turn evaluation off with eval_strategy: 'no'."
         )
+    if next(iter(data[name]), None) is None:
+        raise AdapterOptionsError(f"The split {name!r} of the data is empty; expected one example at least.")
     return data[name]
 
 

@@ -105,7 +105,7 @@ class RecipeParser(TrlParser):
 
         Raises:
             AdapterOptionsError: the recipe cannot be read, a key of it is known neither here nor to `accelerate
-                launch`, or the training arguments refuse a value.
+                launch`, the training arguments refuse a value, or an argument belongs to no option.
         """
         arguments = list(args)
         if arguments[-1:] == ["--config"]:
@@ -125,7 +125,9 @@ class RecipeParser(TrlParser):
     def _check_launch_arguments(self, strings: list[str]) -> None:
         from accelerate.commands.launch import launch_command_parser
 
-        launch = {"accelerate_config", *vars(launch_command_parser().parse_args(["script"]))}
+        parser = launch_command_parser()
+        parser.add_argument("--accelerate_config", "--accelerate-config")  # TRL's
+        launch = vars(parser.parse_args(["script"]))
         for string in strings:
             name = re.sub(r"=.*", "", string).removeprefix("--").replace("-", "_")
             if string.startswith("--") and name not in launch:
@@ -134,6 +136,11 @@ class RecipeParser(TrlParser):
                     f"{name!r} is an option neither of `sorsa {self.command}` nor of `accelerate launch`."
                     f"{nearest(name, known)} `sorsa {self.command} --help` lists them."
                 )
+        script = parser.parse_known_args([*strings, "script"])[0].training_script
+        if script != "script":
+            raise AdapterOptionsError(
+                f"{script!r} is the value of no option; expected --config recipe.yaml and options, which begin with --."
+            )
 
 
 def _adapter_options(given: Mapping[str, Any]) -> dict[str, Any]:

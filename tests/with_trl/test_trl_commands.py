@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -202,7 +202,7 @@ def test_dpo_of_preferences(tmp_path):
     assert PeftConfig.from_pretrained(str(tmp_path / "run")).peft_type.value == "SORSA"
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv", "directory", "saved to disk"])
+@pytest.mark.parametrize("kind", ["parquet", "csv", "directory", "saved to disk", "one split saved to disk"])
 def test_local_data_of_every_kind(kind, tmp_path):
     data = load_dataset("json", data_files=str(GSM8K))["train"].select(range(16))
     target = tmp_path / "data"
@@ -210,6 +210,8 @@ def test_local_data_of_every_kind(kind, tmp_path):
         from datasets import DatasetDict
 
         DatasetDict({"train": data}).save_to_disk(str(target))
+    elif kind == "one split saved to disk":
+        data.save_to_disk(str(target))
     elif kind == "directory":
         target.mkdir()
         data.to_json(target / "train.jsonl")
@@ -263,6 +265,20 @@ def test_a_recipe_that_cannot_be_read_is_a_sentence(content, message, tmp_path, 
     last = capsys.readouterr().err
     assert re.search(f"Error: .*{message}", last)
     assert "Traceback" not in last
+
+
+def test_data_without_an_example_is_a_sentence(tmp_path):
+    (tmp_path / "data.jsonl").write_text("")
+    Dataset.from_dict({"text": []}).save_to_disk(str(tmp_path / "data"))
+    for name, message in (("data.jsonl", r"data\.jsonl is empty"), ("data", "The split 'train' of the data is empty")):
+        with pytest.raises(AdapterOptionsError, match=message):
+            run("sft", "--config", recipe(tmp_path / "recipe.yaml", dataset_name=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("line", [["stray"], ["--num_processes", "2", "stray"], ["--use_fsdp", "stray"]])
+def test_an_argument_of_no_option_is_a_sentence(line):
+    with pytest.raises(AdapterOptionsError, match="'stray' is the value of no option"):
+        RecipeParser("sft").parse([*ON_CPU, *line])
 
 
 def test_a_config_option_without_a_file_is_a_sentence(capsys):
