@@ -271,8 +271,9 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
         return self.delta_to_weight(L @ R.mT)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: the change is additive, W + L R^T."""
-        return True
+        """Whether PEFT's `convert_to_lora` is right, which takes every layer for a linear one that keeps its name."""
+        renamed = adapter_name in self.configs and self.name in self.configs[adapter_name].lora_layouts
+        return self.lora_layout() is None and not renamed
 
     def adapters_in_use(self) -> list[str]:
         """The adapters whose change joins the output now: none while disabled or merged.

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import SHAPES, adapt, make_base, only_layer, perturb, refuse_to_factorise
 from tiny_llama import tiny_llama
@@ -604,3 +604,8 @@ def test_dense_layers_beside_experts_stay_what_they_are(tmp_path, tokens):
         found, expected, base = loaded(tokens).logits, model.eval()(tokens).logits, deepseek()(tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (expected - base).abs().max() > 1e-2
+
+
+def test_peft_refuses_to_convert_dense_layers_beside_experts():
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(get_peft_model(deepseek(), SORSAConfig(r=2, target_modules=["gate_proj"])), rank=4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from base_modules import KINDS, make_model, sample
 from layer_kinds import adapted, layers_of
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from safetensors.torch import load_file
 from support import perturb
 from torch import nn
@@ -86,6 +86,25 @@ def test_what_lora_computes_otherwise_is_refused_and_nothing_is_written(name, tm
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.parametrize("name", ["linear", "transformers Conv1D"])
+@torch.no_grad()
+def test_what_peft_itself_converts_to_lora_computes_the_same(name, tmp_path):
+    model = adapted(name)
+    perturb(model)
+    expected = model(sample(name))
+    save_as_lora(tmp_path, model, rank=4)  # 2r: exact
+    found = PeftModel.from_pretrained(make_model(name), tmp_path).eval()(sample(name))
+    # fp32 sums of 8 terms, and of a decomposition; without the change 0.1 or more
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (expected - make_model(name)(sample(name))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("linear", "transformers Conv1D")])
+def test_peft_refuses_to_convert_layers_that_it_would_take_for_linear_ones(name):
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(adapted(name), rank=4)
+
+
 @pytest.mark.parametrize("name", ["experts", "conv2d", "embedding"])
 @torch.no_grad()
 def test_a_truncated_export_is_the_nearest_lora_of_that_rank(name, tmp_path):
@@ -117,6 +136,7 @@ def test_a_tied_output_layer_is_exported_with_the_embedding(tmp_path):
     export_lora(tmp_path / "sorsa", tmp_path / "lora")
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert "base_model.model.lm_head.lora_A.weight" in tensors
+    assert not model.base_model.model.lm_head.supports_lora_conversion()  # by PEFT, which knows nothing of it
     lora = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
     torch.testing.assert_close(lora(tokens).logits, logits, rtol=0, atol=1e-6)  # logits of order 1, fp32
 

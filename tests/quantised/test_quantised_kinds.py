@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, convert_to_lora
 from quantised_bases import IN, KINDS, OUT, base_tensors, kinds, quantised_base, rounding_bound
 from support import ROUNDOFF, adapt, assert_same_tensors, inputs, only_layer, perturb
 
@@ -167,6 +167,16 @@ def test_the_same_weight_stored_otherwise_takes_the_adapter(kind: str, tmp_path:
     """Trained on nf4, served on int8: W is the same weight."""
     adapt(quantised_base("nf4")).save_pretrained(tmp_path)
     PeftModel.from_pretrained(quantised_base(kind), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_converts_the_change_to_lora(kind: str) -> None:
+    model = adapt(quantised_base(kind))
+    perturb(model)
+    change = only_layer(model).get_delta_weight("default").double()
+    _, tensors = convert_to_lora(model, rank=8)  # 2r: exact
+    A, B = (tensors[f"base_model.model.proj.lora_{part}.weight"].double() for part in "AB")
+    assert (B @ A - change).norm() <= EXACT * change.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
