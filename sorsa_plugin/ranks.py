@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from peft.utils.other import get_pattern_key
@@ -28,13 +29,13 @@ class Ranks:
 
     def of(self, name: str, target: Any) -> int:
         """The rank of a module. Where "all-linear" chose one whose weight has fewer singular triplets, as that of a
-        shared expert's gate, which has one row, it is their number, noted in `rank_pattern`."""
+        shared expert's gate, which has one row, it is their number, noted in `rank_pattern` for this module alone."""
         config = self.config
         key = get_pattern_key(config.rank_pattern.keys(), name)
         rank = config.rank_pattern.get(key, config.r)
         limit = min(getattr(target, "in_features", rank), getattr(target, "out_features", rank))
         if self.narrows and key not in config.rank_pattern and limit < rank:
-            config.rank_pattern[name] = rank = limit
+            config.rank_pattern[f"^{re.escape(name)}"] = rank = limit  # PEFT matches a bare name as an ending, too
             self.narrowed.append(limit)
             say("%s has only %d singular triplets: its rank is %d instead of %d.", name, limit, limit, config.r)
         self.asked += 1

@@ -32,7 +32,7 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from sorsa_plugin import SORSAConfig, factorise
+from sorsa_plugin import SORSAConfig, export_lora, factorise
 from sorsa_plugin.errors import RankError, UnsupportedLayerError
 from sorsa_plugin.factors import OFFSETS
 from sorsa_plugin.regularizer import sorsa_layers
@@ -653,3 +653,20 @@ def test_all_linear_narrows_the_rank_where_a_weight_is_narrower_and_a_named_modu
     assert torch.equal(loaded(x), model(x))
     with pytest.raises(RankError, match="only 1 singular triplets"):
         get_peft_model(base(), SORSAConfig(r=4, target_modules=["0", "1", "2"]))
+
+
+@pytest.mark.parametrize("narrow_first", [True, False])
+def test_a_narrowed_rank_is_that_of_one_module_and_not_of_others_whose_names_end_alike(narrow_first, tmp_path):
+    def base():
+        torch.manual_seed(0)
+        parts = [("head", nn.Linear(8, 2)), ("block", nn.ModuleDict({"head": nn.Linear(8, 8)}))]
+        return nn.ModuleDict(dict(parts if narrow_first else parts[::-1]))
+
+    model = get_peft_model(base(), SORSAConfig(r=4, target_modules="all-linear"))
+    expected = {"head": 2, "block.head": 4}
+    assert {layer.name: layer.factors("default").rank for layer in sorsa_layers(model)} == expected
+    perturb(model)
+    model.save_pretrained(tmp_path / "sorsa")
+    assert_same_tensors(PeftModel.from_pretrained(base(), tmp_path / "sorsa").state_dict(), model.state_dict())
+    report = export_lora(tmp_path / "sorsa", tmp_path / "lora")
+    assert {layer.name: layer.rank for layer in report.layers} == {name: 2 * rank for name, rank in expected.items()}
