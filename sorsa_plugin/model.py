@@ -23,7 +23,7 @@ from .initialisation import initialise_layers
 from .layer import SORSALayer
 from .layers.attention import leave_fused_encoders
 from .layers.parameter import ParamWrapper
-from .layers.tied import tied_layer
+from .layers.tied import TiedLayer, tied_layer
 from .lora_layouts import renamed_by_peft
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
@@ -33,7 +33,14 @@ from .quantisation import is_quantised
 from .quantised import warn_about_rounding
 from .ranks import Ranks
 from .regularizer import sorsa_layers
-from .residual import check_request, forget_mark, make_whole, require_quantised, residuals_announced
+from .residual import (
+    check_request,
+    forget_mark,
+    make_whole,
+    require_quantised,
+    residuals_announced,
+    without_adapters,
+)
 from .watching import watch_optimizers
 
 
@@ -185,6 +192,11 @@ class SORSAModel(BaseTuner):
                     f"'{name}'."
                 )
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's, which looks for the names that the base model has: wrapped by an earlier adapter, it has others."""
+        with without_adapters(self.model):
+            return super()._get_module_names_tied_with_embedding()
+
     # LoRA's in name only: they read fields that this config has too
     _prepare_adapter_config = LoraModel._prepare_adapter_config
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
@@ -242,12 +254,19 @@ class SORSAModel(BaseTuner):
     ) -> None:
         rank = self._ranks.of(current_key, target)
         adapted = isinstance(target, SORSALayer) and parameter_name in (None, target.parameter_name)
+        tied = bool(self._check_tied_module_exists(peft_config, current_key))
         if isinstance(target, SORSALayer) and adapted:
+            if tied != isinstance(target, TiedLayer):
+                raise UnsupportedLayerError(
+                    f"{current_key} {'is' if tied else 'is not'} tied to the embedding's adapter by {adapter_name!r}, "
+                    "and the other way with the adapters that it has; expected one way for all. Give every adapter "
+                    "the same ensure_weight_tying."
+                )
             target.update_layer(adapter_name, rank, peft_config)
             return
         if parameter_name is not None:
             layer: SORSALayer = ParamWrapper(target, current_key, parameter_name)
-        elif self._check_tied_module_exists(peft_config, current_key):
+        elif tied:
             layer = tied_layer(target, current_key, self.model.get_input_embeddings())
         else:
             layer = self._create_new_module(peft_config, target, current_key)

@@ -243,8 +243,11 @@ def write_residual(model: PeftModel, directory: Path, name: Path, adapter_name: 
 @contextmanager
 def without_adapters(base: nn.Module) -> Iterator[None]:
     """In this context the model has its base modules in the places of adapted and fully trained ones."""
-    ours = (SORSALayer, AuxiliaryTrainingWrapper)
-    swapped = {name: module for name, module in base.named_modules() if isinstance(module, ours)}
+    swapped: dict[str, Any] = {}
+    inside = " "  # of no module's name
+    for name, module in base.named_modules():
+        if isinstance(module, (SORSALayer, AuxiliaryTrainingWrapper)) and not name.startswith(inside):
+            swapped[name], inside = module, f"{name}."
     try:
         for name, module in swapped.items():
             own = module.get_base_layer() if isinstance(module, SORSALayer) else module.original_module

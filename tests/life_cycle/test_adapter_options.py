@@ -131,6 +131,42 @@ def test_a_tied_output_layer_is_not_folded_by_itself():
             layer.fold()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Model with")
+def test_a_second_adapter_is_tied_as_the_first_is(options, tokens, tmp_path):
+    logits = {}
+    for name, steps in (("one", 1), ("two", 2)):
+        model = get_peft_model(tied_llama(), SORSAConfig(r=2, ensure_weight_tying=True, **options), adapter_name=name)
+        train(model, tokens, steps)
+        with torch.no_grad():
+            logits[name] = model(tokens).logits
+        model.save_pretrained(tmp_path)
+    both = PeftModel.from_pretrained(tied_llama(), tmp_path / "one", adapter_name="one").eval()
+    both.load_adapter(tmp_path / "two", "two")
+    for name, expected in logits.items():
+        both.set_adapter(name)
+        with torch.no_grad():
+            assert torch.equal(both(tokens).logits, expected)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:(Model with|Model has)")
+def test_an_output_layer_is_tied_by_all_adapters_or_by_none(first):
+    options = {"r": 2, "target_modules": ["embed_tokens", "lm_head"]}
+    model = get_peft_model(tied_llama(), SORSAConfig(**options, ensure_weight_tying=first))
+    with pytest.raises(UnsupportedLayerError, match=r"lm_head is .*the same ensure_weight_tying"):
+        model.add_adapter("second", SORSAConfig(**options, ensure_weight_tying=not first))
+
+
 def test_tied_layers_need_an_adapted_embedding(refused):
     model = tied_llama()
     model.lm_head = torch.nn.Conv1d(32, 64, 1, bias=False)
