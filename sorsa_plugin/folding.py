@@ -98,8 +98,12 @@ class Foldable(nn.Module):
 
     def refuse_to_leave(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
         """Raises FoldError where the base stores a residual and no other adapter holds what it lacks."""
-        if not self._others(adapter_name):
+        if self.is_needed(adapter_name):
             refuse_residual(self)
+
+    def is_needed(self: SORSALayer, adapter_name: str) -> bool:  # type: ignore[misc]
+        """Whether the base stores a residual and no other adapter holds what it lacks."""
+        return self.folded is not None and self.folded.intact is None and not self._others(adapter_name)
 
     def _others(self: SORSALayer, adapter_name: str) -> list[str]:  # type: ignore[misc]
         return [name for name in self.sorsa_factors if name != adapter_name]

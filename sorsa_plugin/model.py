@@ -42,6 +42,7 @@ from .residual import (
     without_adapters,
 )
 from .watching import watch_optimizers
+from .whole_adapters import take_off, whole_or_not_at_all
 
 
 class SORSAModel(BaseTuner):
@@ -60,7 +61,7 @@ class SORSAModel(BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Create the adapter on every targeted module, then factorise their weights, one at a time.
+        """Create the adapter on every targeted module, then factorise their weights, one at a time; or do nothing.
 
         Raises:
             RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
@@ -69,26 +70,31 @@ class SORSAModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         check_request(model, config)
-        self._ranks = Ranks(config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        leave_fused_encoders(model)
-        everyone = sorsa_layers(model)
-        for layer in everyone:
-            layer.family = everyone[0].family
-        layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
-        self._ranks.check()
-        if not config.factors_from_file:
-            config.base_storage = _common_storage(layers)
-            config.lora_layouts = {
-                name: list(layout)
-                for name, layer in model.named_modules()
-                if isinstance(layer, SORSALayer)
-                and adapter_name in layer.configs
-                and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
-            }
-        with residuals_announced(model, layers, adapter_name, config):
-            initialise_layers(layers, adapter_name)
+        with whole_or_not_at_all(model, adapter_name, self.peft_config):
+            self._ranks = Ranks(config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            leave_fused_encoders(model)
+            everyone = sorsa_layers(model)
+            for layer in everyone:
+                layer.family = everyone[0].family
+            layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
+            self._ranks.check()
+            if not config.factors_from_file:
+                config.base_storage = _common_storage(layers)
+                config.lora_layouts = {
+                    name: list(layout)
+                    for name, layer in model.named_modules()
+                    if isinstance(layer, SORSALayer)
+                    and adapter_name in layer.configs
+                    and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
+                }
+            with residuals_announced(model, layers, adapter_name, config):
+                initialise_layers(layers, adapter_name)
         watch_optimizers()
+
+    def _pre_injection_hook(self, model: nn.Module, config: SORSAConfig, adapter_name: str) -> None:
+        """Take off what another tuner left of an adapter of this name: a refused file's, or an earlier attempt's."""
+        take_off(model, adapter_name)
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
         """{layer: share of ||W||_F^2 (0 to 1) that its initial triplets hold}: how much of each weight the adapter

@@ -107,7 +107,7 @@ def residuals_announced(model: Any, layers: list[SORSALayer], adapter_name: str,
     to_make = [layer for layer in layers if layer.full_precision is not None]
     try:
         yield
-    except Exception:
+    except BaseException:
         for layer in layers:
             layer.full_precision = None
         if all(layer.folded is None for layer in layers):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from base_modules import KINDS, make_model, sample
 from layer_kinds import adapted, exact_delta, layers_of, reference
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from support import assert_same_tensors, perturb, snapshot
 
+import sorsa_plugin.initialisation
 from sorsa_plugin import SORSAConfig, attach, orthonormality
-from sorsa_plugin.errors import FoldError, RankError, SORSAConfigError
+from sorsa_plugin.errors import DecompositionError, FoldError, RankError, SORSAConfigError
 
 ADDITIVE = [name for name, kind in KINDS.items() if not kind.lends]
 LENDING = [name for name, kind in KINDS.items() if kind.lends]
@@ -41,6 +42,22 @@ def test_a_new_or_disabled_adapter_gives_the_base_models_output_bit_for_bit(kind
     assert not torch.equal(model(x), expected)
     with model.disable_adapter():
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["alone", "beside-another"])
+@pytest.mark.parametrize("fails", ["the first layer", "its triplets"])
+def test_where_an_adapter_cannot_be_made_every_module_has_its_place_back(kind, fails, first, monkeypatch):
+    def fail(*args, **options):
+        raise DecompositionError("no triplets")
+
+    model = make_model(kind) if first else adapted(kind)
+    before, tensors = dict(model.named_modules()), snapshot(model)
+    options = SORSAConfig(r=100 if fails == "the first layer" else 2, svd_seed=1, **KINDS[kind].options)
+    monkeypatch.setattr(sorsa_plugin.initialisation, "factorise", fail)
+    with pytest.raises((DecompositionError, RankError)):
+        get_peft_model(model, options) if first else model.add_adapter("second", options)
+    assert dict(model.named_modules()) == before
+    assert_same_tensors(snapshot(model), tensors)
 
 
 @torch.no_grad()
