@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,9 @@ from .residual import (
 )
 from .watching import watch_optimizers
 from .whole_adapters import take_off, whole_or_not_at_all
+
+FACTOR = re.compile(r"(?P<layer>.+)\.sorsa_factors\.((?P<adapter>[^.]+)\.)?[^.]+")
+"""A factor's name in a state dict that PEFT loads."""
 
 
 class SORSAModel(BaseTuner):
@@ -319,10 +323,10 @@ class SORSAModel(BaseTuner):
         return layer
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuse a file that has an adapter on some of its layers only, or damaged, before any layer is written; PEFT
-        would warn and go on."""
+        """Refuse a file that has an adapter on some of its layers only, on others beside, or damaged, before any layer
+        is written; PEFT would warn and go on."""
         names = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
-        found = False
+        self._refuse_strangers(state_dict, prefix, names)
         for adapter in self.peft_config:
             keys = {
                 name: f"{prefix}{name}.sorsa_factors.{adapter}."
@@ -335,17 +339,34 @@ class SORSAModel(BaseTuner):
                     f"The adapter file has no tensors for {len(absent)} of the {len(keys)} adapted layers, the first "
                     f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
                 )
-            found = found or len(absent) < len(keys)
             for name, key in keys.items():
                 names[name].factors(adapter).names_in(state_dict, key)
-        strange = next((key for key in state_dict if ".sorsa_factors." in key), None)
-        if names and strange is not None and not found:  # a state dict without factors is the base's
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _refuse_strangers(self, state_dict: Any, prefix: str, names: dict[str, SORSALayer]) -> None:
+        """Raises IncompleteAdapterError where there are factors that no layer takes: PEFT leaves those without the
+        adapter's name, or gives it to them, by its version. A state dict without factors is the base's."""
+        taken: set[str] = set()
+        strange: set[str] = set()
+        for key in state_dict:
+            match = FACTOR.fullmatch(key, len(prefix)) if key.startswith(prefix) else None
+            if match is not None and match["adapter"] in (None, *self.peft_config):
+                layer = names.get(match["layer"])
+                known = layer is not None and match["adapter"] in layer.sorsa_factors
+                (taken if known else strange).add(match["layer"])
+        first = min(strange, default="").removeprefix("model.")
+        if strange and not taken:
             raise IncompleteAdapterError(
-                f"The adapter file has no tensors for any of the {len(names)} adapted layers, the first of them "
-                f"{next(iter(names))}, but has {strange}. It was saved with other target modules: load it with its own "
+                f"The adapter file has no tensors for any of the {len(names)} adapted layers, but for {len(strange)} "
+                f"others, the first of them {first}. It was saved with other target modules: load it with its own "
                 "adapter_config.json, or resume with the options of the run that saved it."
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if strange:
+            raise IncompleteAdapterError(
+                f"The adapter file has tensors for {len(strange)} layers that do not have the adapter, the first of "
+                f"them {first}. Its adapter_config.json belongs to another file, or a load that was refused has left "
+                "an adapter of this name: then delete_adapter() it first."
+            )
 
 
 def _common_storage(layers: list[SORSALayer]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tiny_llama import tiny_llama
 
 import sorsa_plugin.initialisation
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.errors import BaseMismatchError, RankError, UnsupportedLayerError
+from sorsa_plugin.errors import BaseMismatchError, IncompleteAdapterError, RankError, UnsupportedLayerError
 from sorsa_plugin.regularizer import sorsa_layers
 
 
@@ -130,3 +131,10 @@ def test_a_further_adapter_can_be_loaded_after_another_was_refused_and_deleted(s
     for layer in sorsa_layers(model):
         for adapter in layer.sorsa_factors:
             assert layer.ready_factors(adapter).dU.any()
+
+
+def test_a_file_with_more_layers_than_its_config_selects_is_refused(saved: Callable[..., Path]) -> None:
+    larger, smaller = saved("larger", 0, ["q_proj", "up_proj"]), saved("smaller", 0, ["q_proj"])
+    shutil.copy(larger / "adapter_model.safetensors", smaller)
+    with pytest.raises(IncompleteAdapterError, match=r"tensors for 2 layers .* first of them model\.layers\.0\.mlp"):
+        PeftModel.from_pretrained(tiny_llama(), smaller)
