@@ -117,12 +117,12 @@ class Foldable(nn.Module):
 
 
 def fold_model(model: nn.Module) -> None:
-    """Fold every adapted layer of a model, or none.
+    """Fold every adapted layer of a model, or none; layers whose adapter was deleted are not adapted.
 
     Raises:
         FoldError: a layer cannot be folded; it is named, and what to do.
     """
-    layers = sorsa_layers(model)
+    layers = [layer for layer in sorsa_layers(model) if layer.configs]
     for layer in layers:
         check_foldable(layer)
         _check_unshared(layer, model)

@@ -240,6 +240,15 @@ def test_deleting_the_adapter_gives_the_base_model_back() -> None:
     assert_same_tensors({key.replace(".base_layer", ""): tensor for key, tensor in found.items()}, plain)
 
 
+def test_layers_whose_adapter_was_deleted_are_passed_over() -> None:
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("second", SORSAConfig(r=2, target_modules=["v_proj"]))
+    model.delete_adapter("second")
+    model.base_model.fold()
+    folded = [layer.name for layer in sorsa_layers(model) if layer.folded is not None]
+    assert folded == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+
+
 def test_loading_other_triplets_folds_them(tmp_path: Path, tokens: torch.Tensor) -> None:
     other = get_peft_model(tiny_llama(), SORSAConfig(r=4, target_modules="all-linear", svd="randomized", svd_seed=3))
     with torch.no_grad():  # other triplets of the same base: the second best
