@@ -125,9 +125,12 @@ class SORSAConfig(PeftConfig):
     full_precision_base: str | None = field(
         default=None, metadata={"help": "QSORSA: directory or hub id of the full-precision weights."}
     )
-    base_storage: str | None = field(
+    base_storage: dict[str, str] | str | None = field(
         default=None,
-        metadata={"help": "Filled in: how the adapted base weights were stored when the adapter was made."},
+        metadata={
+            "help": "Filled in: how the adapted base weights were stored when the adapter was made; by layer "
+            "where they differ."
+        },
     )
     lora_layouts: dict[str, Any] = field(
         default_factory=dict,
@@ -174,6 +177,16 @@ class SORSAConfig(PeftConfig):
     def resolved_reg_schedule(self) -> str:
         """reg_schedule with None replaced by its default, "lr"."""
         return self.reg_schedule or "lr"
+
+    def storage_of(self, layer: str) -> str | None:
+        """How the base weight of a layer was stored when the adapter was made; None where that is unknown."""
+        return self.base_storage.get(layer) if isinstance(self.base_storage, dict) else self.base_storage
+
+    @property
+    def storages(self) -> str | None:
+        """How the base weights were stored, in words."""
+        known = self.base_storage
+        return " and ".join(sorted(set(known.values()))) if isinstance(known, dict) else known
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and SORSA's section into the model card that PEFT has just written with it."""

@@ -221,7 +221,7 @@ class SORSALayer(Mergeable, Foldable, ReadThrough, BaseTunerLayer):
             saved = factors.fingerprint
             if config.residual_base and not self.quantised:  # of the residual, and this is the full-precision weight
                 saved = saved + fingerprint(factors.initial_matrix())
-            check(saved, self.base_matrix(), config.base_storage, self.storage(), self.name)
+            check(saved, self.base_matrix(), config.storage_of(self.name), self.storage(), self.name)
         factors.base_checked = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:

@@ -84,7 +84,7 @@ class SORSAModel(BaseTuner):
             layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
             self._ranks.check()
             if not config.factors_from_file:
-                config.base_storage = _common_storage(layers)
+                config.base_storage = _storage(layers)
                 config.lora_layouts = {
                     name: list(layout)
                     for name, layer in model.named_modules()
@@ -369,6 +369,8 @@ class SORSAModel(BaseTuner):
             )
 
 
-def _common_storage(layers: list[SORSALayer]) -> str | None:
-    kinds = {layer.storage() for layer in layers}
-    return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else None
+def _storage(layers: list[SORSALayer]) -> str | dict[str, str] | None:
+    """How the layers' weights are stored, as the config keeps it."""
+    stored = {layer.name: layer.storage() for layer in layers}
+    kinds = set(stored.values())
+    return stored if len(kinds) > 1 else next(iter(kinds), None)

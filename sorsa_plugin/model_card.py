@@ -102,7 +102,7 @@ def _complete(path: Path, config: SORSAConfig) -> None:
 
 def _residual(config: SORSAConfig) -> str:
     full = f" (`{config.full_precision_base}`)" if config.full_precision_base else ""
-    return RESIDUAL.format(storage=config.base_storage, full=full) if config.residual_base else ""
+    return RESIDUAL.format(storage=config.storages, full=full) if config.residual_base else ""
 
 
 def _front_matter(path: Path) -> dict[str, Any]:

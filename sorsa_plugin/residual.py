@@ -163,7 +163,7 @@ def settle_loaded(layer: Any, adapter_name: str) -> None:
     weights = layer.full_precision
     silent = weights is None or not weights.of_whole_model  # no config says what the base stores: its fingerprint does
     near = distance(factors.fingerprint, matrix) <= same_storage_limit(layer.storage())
-    if silent and near and config.base_storage == layer.storage():
+    if silent and near and config.storage_of(layer.name) == layer.storage():
         weights = None
     if weights is not None:
         _store(layer, adapter_name, weights.weight(layer.name, layer.get_base_layer(), matrix))

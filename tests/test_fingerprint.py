@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -139,6 +140,42 @@ def test_one_changed_layer_among_many_is_enough_and_is_the_one_named(tmp_path, t
         base.model.layers[1].mlp.up_proj.weight.mul_(1.001)
     with pytest.raises(BaseMismatchError, match=r"model\.layers\.1\.mlp\.up_proj"):
         PeftModel.from_pretrained(base, tmp_path)(tokens)
+
+
+def mixed_llama():
+    """The first decoder layer in bfloat16, the second in fp32."""
+    model = tiny_llama(BF16)
+    model.model.layers[1].float()
+    return model
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_on_a_base_of_several_dtypes_each_layer_is_recognised_as_closely_as_on_any_other(changed, tmp_path):
+    saved_adapter(tmp_path, mixed_llama())
+    PeftModel.from_pretrained(mixed_llama(), tmp_path)
+    base = mixed_llama()
+    with torch.no_grad():  # 2^-6: two units in the last place of bfloat16
+        base.model.layers[changed].mlp.up_proj.weight.mul_(1 + 2**-6)
+    with pytest.raises(BaseMismatchError, match=rf"model\.layers\.{changed}\.mlp\.up_proj"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+def test_a_base_of_several_dtypes_may_be_loaded_in_one(tmp_path, caplog):
+    saved_adapter(tmp_path, mixed_llama())
+    with caplog.at_level(logging.WARNING, logger="sorsa_plugin"):
+        PeftModel.from_pretrained(tiny_llama(BF16), tmp_path)
+    assert not [record for record in caplog.records if record.name.startswith("sorsa_plugin")]
+
+
+def test_an_adapter_that_only_knows_its_base_had_several_dtypes_is_loaded(tmp_path):
+    saved_adapter(tmp_path, mixed_llama())
+    path = tmp_path / "adapter_config.json"
+    options = json.loads(path.read_text())
+    assert options["base_storage"]["model.layers.1.mlp.up_proj"] == "float32"
+    path.write_text(json.dumps(options | {"base_storage": "mixed"}))
+    PeftModel.from_pretrained(mixed_llama(), tmp_path)
+    with pytest.raises(BaseMismatchError):
+        PeftModel.from_pretrained(tiny_llama(seed=1), tmp_path)
 
 
 def test_layers_that_are_not_adapted_do_not_count(tmp_path, tokens):

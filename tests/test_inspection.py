@@ -149,6 +149,14 @@ def test_the_dtype_of_a_16_bit_file_is_named(saved, tmp_path):
     assert all(layer.finite for layer in summary.layers)
 
 
+def test_a_base_of_several_dtypes_is_described_by_all_of_them(tmp_path):
+    base = tiny_llama(torch.bfloat16)
+    base.model.layers[1].float()
+    get_peft_model(base, SORSAConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path)])
+    assert "stored as bfloat16 and float32" in " ".join(run.output.split())
+
+
 def test_json_holds_config_and_layers(saved):
     run = CliRunner().invoke(build_app(), ["inspect", str(saved[0]), "--json"])
     assert run.exit_code == 0

@@ -35,7 +35,7 @@ def _print(summary: AdapterSummary) -> None:
     config, layers = summary.config, summary.layers
     facts = Table.grid(padding=(0, 2))
     schedule = f", {config.resolved_reg_schedule}" if config.reg_update == "decoupled" else ""
-    stored = f"stored as {config.base_storage}" if config.base_storage else "storage unknown"
+    stored = f"stored as {config.storages}" if config.storages else "storage unknown"
     tied = [f"{name} to {layout[1]}" for name, layout in config.lora_layouts.items() if layout[0] == "tied"]
     tokens = [f"{count} rows of {name}" for name, count in summary.trained_tokens.items()]
     for name, value in {
