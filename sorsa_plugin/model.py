@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SORSAConfig
 from .decomposition import energy_share
-from .errors import IncompleteAdapterError, UnsupportedLayerError
-from .factors import OFFSETS
+from .errors import UnsupportedLayerError
 from .folding import fold_model
 from .initialisation import initialise_layers
 from .layer import SORSALayer
 from .layers.attention import leave_fused_encoders
 from .layers.parameter import ParamWrapper
 from .layers.tied import TiedLayer, tied_layer
+from .loaded_names import check_names
 from .lora_layouts import renamed_by_peft
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
@@ -44,9 +43,6 @@ from .residual import (
 )
 from .watching import watch_optimizers
 from .whole_adapters import take_off, whole_or_not_at_all
-
-FACTOR = re.compile(r"(?P<layer>.+)\.sorsa_factors\.((?P<adapter>[^.]+)\.)?[^.]+")
-"""A factor's name in a state dict that PEFT loads."""
 
 
 class SORSAModel(BaseTuner):
@@ -323,50 +319,10 @@ class SORSAModel(BaseTuner):
         return layer
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Refuse a file that has an adapter on some of its layers only, on others beside, or damaged, before any layer
-        is written; PEFT would warn and go on."""
-        names = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
-        self._refuse_strangers(state_dict, prefix, names)
-        for adapter in self.peft_config:
-            keys = {
-                name: f"{prefix}{name}.sorsa_factors.{adapter}."
-                for name, layer in names.items()
-                if adapter in layer.sorsa_factors
-            }
-            absent = [name for name, key in keys.items() if not any(key + part in state_dict for part in OFFSETS)]
-            if absent and len(absent) < len(keys):
-                raise IncompleteAdapterError(
-                    f"The adapter file has no tensors for {len(absent)} of the {len(keys)} adapted layers, the first "
-                    f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
-                )
-            for name, key in keys.items():
-                names[name].factors(adapter).names_in(state_dict, key)
+        """Look at all names before any layer takes a tensor."""
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
+        check_names(state_dict, prefix, layers, list(self.peft_config))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _refuse_strangers(self, state_dict: Any, prefix: str, names: dict[str, SORSALayer]) -> None:
-        """Raises IncompleteAdapterError where there are factors that no layer takes: PEFT leaves those without the
-        adapter's name, or gives it to them, by its version. A state dict without factors is the base's."""
-        taken: set[str] = set()
-        strange: set[str] = set()
-        for key in state_dict:
-            match = FACTOR.fullmatch(key, len(prefix)) if key.startswith(prefix) else None
-            if match is not None and match["adapter"] in (None, *self.peft_config):
-                layer = names.get(match["layer"])
-                known = layer is not None and match["adapter"] in layer.sorsa_factors
-                (taken if known else strange).add(match["layer"])
-        first = min(strange, default="").removeprefix("model.")
-        if strange and not taken:
-            raise IncompleteAdapterError(
-                f"The adapter file has no tensors for any of the {len(names)} adapted layers, but for {len(strange)} "
-                f"others, the first of them {first}. It was saved with other target modules: load it with its own "
-                "adapter_config.json, or resume with the options of the run that saved it."
-            )
-        if strange:
-            raise IncompleteAdapterError(
-                f"The adapter file has tensors for {len(strange)} layers that do not have the adapter, the first of "
-                f"them {first}. Its adapter_config.json belongs to another file, or a load that was refused has left "
-                "an adapter of this name: then delete_adapter() it first."
-            )
 
 
 def _storage(layers: list[SORSALayer]) -> str | dict[str, str] | None:

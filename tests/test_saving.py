@@ -313,7 +313,10 @@ def test_a_file_with_factors_of_other_layers_alone_is_refused_and_changes_nothin
     model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["v_proj"]))
     perturb(model)
     expected = model(tokens).logits
-    with pytest.raises(IncompleteAdapterError, match=r"any of the 2 adapted layers, but for 2 others, the first of them model.layers.0.self_attn.q_proj"):
+    with pytest.raises(
+        IncompleteAdapterError,
+        match=r"any of the 2 adapted layers, but for 2 others, the first of them model.layers.0.self_attn.q_proj",
+    ):
         model.load_adapter(tmp_path, adapter_name="default", is_trainable=True)
     assert torch.equal(model(tokens).logits, expected)
 
