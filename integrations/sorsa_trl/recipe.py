@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import MISSING, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,7 @@ class RecipeParser(TrlParser):
         if arguments[-1:] == ["--config"]:
             raise AdapterOptionsError("--config names no file; expected that of a recipe after it.")
         try:
+            _require_mapping(arguments)
             *parts, from_file, from_command_line = self.parse_args_and_config(
                 arguments, return_remaining_strings=True, separate_remaining_strings=True
             )
@@ -141,6 +143,14 @@ class RecipeParser(TrlParser):
             raise AdapterOptionsError(
                 f"{script!r} is the value of no option; expected --config recipe.yaml and options, which begin with --."
             )
+
+
+def _require_mapping(arguments: list[str]) -> None:
+    """Raises ValueError where the recipe is no mapping, which TRL 1.9 does not check."""
+    path = dict(pairwise(arguments)).get("--config")
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected lines such as `adapter: sorsa`.")
 
 
 def _adapter_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def test_what_cannot_run_is_a_sentence(changes, message, tmp_path, capsys):
     [
         (None, "cannot be honoured: .*No such file or directory: .*recipe.yaml"),
         ("a: [1", "cannot be honoured: while parsing a flow sequence"),
-        ("- a", "cannot be honoured: .*must contain a YAML mapping"),
+        ("- a", "cannot be honoured: .*recipe.yaml holds a list; expected"),
         ("model_name_or_path: m\nbf16: true\nfp16: true", "cannot be honoured: .*bf16"),
     ],
     ids=["missing", "not YAML", "no mapping", "a value that the training arguments refuse"],
