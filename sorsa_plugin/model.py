@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import SORSAConfig
 from .decomposition import energy_share
@@ -27,9 +25,8 @@ from .loaded_names import check_names
 from .lora_layouts import renamed_by_peft
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
+from .new_layers import new_layer
 from .offloading import keep_here
-from .plugins import manager
-from .quantisation import is_quantised
 from .quantised import warn_about_rounding
 from .ranks import Ranks
 from .regularizer import sorsa_layers
@@ -37,7 +34,6 @@ from .residual import (
     check_request,
     forget_mark,
     make_whole,
-    require_quantised,
     residuals_announced,
     without_adapters,
 )
@@ -275,48 +271,10 @@ class SORSAModel(BaseTuner):
         elif tied:
             layer = tied_layer(target, current_key, self.model.get_input_embeddings())
         else:
-            layer = self._create_new_module(peft_config, target, current_key)
+            layer = new_layer(peft_config, target, current_key)
         layer.update_layer(adapter_name, rank, peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
-
-    @staticmethod
-    def _create_new_module(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
-        base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer_class = manager().hook.sorsa_layer(target=base, config=config)
-        if layer_class is None and is_quantised(base):
-            raise UnsupportedLayerError(
-                f"Target module {name} of type {type(base).__name__} is quantised in a way that SORSA cannot adapt; "
-                "bitsandbytes' Linear4bit and Linear8bitLt, quantised by moving them to their device, and torchao's "
-                "int8 weight-only linears are. Load the base so, or unquantised, or add the module to exclude_modules."
-            )
-        if layer_class is None:
-            raise UnsupportedLayerError(
-                f"Target module {name} of type {type(base).__name__} is not supported by SORSA; unquantised "
-                "nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d and "
-                "nn.MultiheadAttention (as a whole) are, and what plug-ins add. Narrow target_modules, or add it to "
-                "exclude_modules."
-            )
-        parameter = layer_class.parameter_name
-        if hasattr(base, parameter) and parameter not in base._parameters:
-            raise UnsupportedLayerError(
-                f"The {parameter} of target module {name} is computed from other parameters (weight_norm, "
-                "spectral_norm or another parametrization); expected a parameter of its own. Make it one, with "
-                "torch.nn.utils.parametrize.remove_parametrizations() or torch.nn.utils.remove_weight_norm(), or add "
-                "the module to exclude_modules."
-            )
-        stored_in_out = isinstance(base, Conv1D)
-        if config.fan_in_fan_out != stored_in_out:
-            warnings.warn(
-                f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module {name} is a "
-                f"{type(base).__name__}. Setting fan_in_fan_out to {stored_in_out}.",
-                stacklevel=2,
-            )
-            config.fan_in_fan_out = stored_in_out
-        layer = layer_class(target, name)
-        if config.residual_base and not config.factors_from_file:
-            require_quantised(layer)
-        return layer
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Look at all names before any layer takes a tensor."""

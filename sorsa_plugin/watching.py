@@ -97,7 +97,7 @@ def _hands_on_to_an_attached_one(optimizer: Optimizer) -> bool:
         part for value in vars(optimizer).values() for part in (value if isinstance(value, list | tuple) else [value])
     ]
     attached = [part for part in held if isinstance(part, Optimizer) and attachment_of(part) is not None]
-    mine = groups_by_parameter(optimizer)
+    mine = groups_by_parameter(optimizer) if attached else {}
     return any(not mine.keys().isdisjoint(groups_by_parameter(part)) for part in attached)
 
 
