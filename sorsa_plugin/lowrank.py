@@ -1,15 +1,15 @@
 """y + x (U S V^T - U0 S0 V0^T)^T: the change that an adapter makes to a layer's output; knows no layer or adapter.
 
 With L = [dU * S, U0] (out x 2r) and R = [V, V0 * dS + dV * S] (in x 2r) the change is (x R) L^T. For an output
-gradient g, with C1 = x V (the first r columns of x R), D = g L and K = g^T C1:
+gradient g, with C1 = x V (the first r columns of x R), D = g L, E = [D1 + D2 * dS, D1 + D2 * S] and K = g^T C1:
 
-    grad x = D R^T      grad dU = K * S      grad dS = diag(U^T K)      grad dV = x^T (D1 + D2 * S)
+    grad x = E [V0, dV]^T      grad dU = K * S      grad dS = diag(U^T K)      grad dV = x^T E2
 
-because g U S = D1 + D2 * S. Five products of r columns each way in all; no out x in matrix is ever formed, and x and
-x V are all that is kept for backward.
+because E2 = g U S and E [V0, dV]^T = D R^T. Five products of r columns each way in all; no out x in matrix is ever
+formed, and x and x V are all that is kept for backward.
 
 Where y is x W^T + b with a frozen W, it need have no graph of its own: given W, the function makes the whole gradient
-of x, g W + D R^T, in one tensor, which autograd would add up from two.
+of x, g W + E [V0, dV]^T, in one tensor, which autograd would add up from two.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ class Parts(NamedTuple):
         """L (out x 2r) and R (in x 2r), in the factors' dtype: formed in fp32, cast by whoever multiplies."""
         dS = self.dS.unsqueeze(-2)  # for stacks of matrices
         S = self.S0.unsqueeze(-2) + dS
-        L = torch.cat((self.dU * S, self.U0), dim=-1)
         R = torch.cat((self.V0 + self.dV, torch.addcmul(self.V0 * dS, self.dV, S)), dim=-1)
-        return L, R
+        return self.left(S), R
+
+    def left(self, S: torch.Tensor) -> torch.Tensor:
+        """L = [dU * S, U0] (out x 2r)."""
+        return torch.cat((self.dU * S, self.U0), dim=-1)
 
 
 def change_norm(L: torch.Tensor, R: torch.Tensor) -> float:
@@ -155,17 +158,18 @@ class _AddLowRank(torch.autograd.Function):
         grads: dict[str, torch.Tensor] = {}
         with without_autocast(g.device.type):
             S = parts.S0 + parts.dS
-            needs_x, needs_offsets = ctx.needs_input_grad[1], any(ctx.needs_input_grad[3:6])
-            L, R = _formed(parts, g.dtype)
-            D = columns(g, L)
-            if needs_x:
-                grads["x"] = input_gradient(g, D, R, weight).to(x.dtype)
-            if needs_offsets:
+            E = columns(g, parts.left(S).to(g.dtype))
+            E1, E2 = E[..., :rank], E[..., rank:]  # D1 and D2 until they are mixed, in place
+            E1.addcmul_(E2, parts.dS.to(g.dtype))
+            torch.addcmul(E1, E2, parts.S0.to(g.dtype), out=E2)
+            if ctx.needs_input_grad[1]:
+                V0_dV = torch.cat((parts.V0, parts.dV), dim=-1).to(g.dtype)
+                grads["x"] = input_gradient(g, E, V0_dV, weight).to(x.dtype)
+            if any(ctx.needs_input_grad[3:6]):
                 K = product_of_rows(g, C1).to(S.dtype)
-                gUS = torch.addcmul(D[..., :rank], D[..., rank:], S.to(g.dtype))
                 grads["dU"] = (K * S).to(parts.dU.dtype)
                 grads["dS"] = (K * (parts.U0 + parts.dU)).sum(0).to(parts.dS.dtype)
-                grads["dV"] = product_of_rows(x.to(g.dtype), gUS).to(parts.dV.dtype)
+                grads["dV"] = product_of_rows(x.to(g.dtype), E2).to(parts.dV.dtype)
         return g, grads.get("x"), None, grads.get("dU"), grads.get("dS"), grads.get("dV"), None, None, None
 
 

@@ -219,6 +219,12 @@ def test_other_dtypes_are_factorised_as_their_fp32_copy(dtype, svd):
         assert torch.equal(found, expected)
 
 
+def test_a_finite_weight_whose_sum_overflows_is_factorised():
+    triplets = factorise(torch.full((32, 32), 1e37), 1)
+    # all entries are equal: sigma = 32 * 1e37, within the rounding of 32 additions
+    assert torch.allclose(triplets.S, torch.tensor([3.2e38]), rtol=32 * torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_or_infinity_is_an_error_that_names_the_layer(value, dtype):
