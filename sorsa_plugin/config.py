@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,6 +12,7 @@ from peft.utils import PeftType
 from .decomposition import DEFAULT_ENERGY, SvdMethod
 from .errors import SORSAConfigError
 from .lora_options import refuse_lora_options
+from .module_options import check_module_options
 
 RegUpdate = Literal["coupled", "decoupled"]
 RegSchedule = Literal["lr", "constant"]
@@ -150,6 +150,7 @@ class SORSAConfig(PeftConfig):
         self.factors_from_file: bool = type(given) is str and self.peft_version is not None
         super().__post_init__()
         self.peft_type = PeftType.SORSA
+        check_module_options(self)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, list) else value)
@@ -158,7 +159,6 @@ class SORSAConfig(PeftConfig):
             self.target_modules_to_tie: Any = None
         self.lora_layouts = self.lora_layouts or {}
         self._check_rank()
-        self._check_layer_selection()
         self._check_choices()
         self._check_regularizer()
         self._check_residual()
@@ -203,39 +203,6 @@ class SORSAConfig(PeftConfig):
         for name, rank in ranks.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise SORSAConfigError(f"{name} is {rank!r}; expected an integer >= 1. Give the number of triplets.")
-
-    def _check_layer_selection(self) -> None:
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise SORSAConfigError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str: got "
-                f"target_modules={self.target_modules!r}. Give a list of names, or select layers in the expression."
-            )
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise SORSAConfigError(
-                "`layers_pattern` cannot be used when `target_modules` is a str: got "
-                f"target_modules={self.target_modules!r}. Give a list of names, or select layers in the expression."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise SORSAConfigError(
-                "When `layers_pattern` is specified, `layers_to_transform` must also be specified. "
-                f"Got layers_pattern={self.layers_pattern!r} alone: add the layer indices or drop the pattern."
-            )
-
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                try:
-                    re.compile(value)
-                except re.error as error:
-                    raise SORSAConfigError(
-                        f"{name} is {value!r}, which is no regular expression ({error}). Correct it, or give a list of "
-                        "names."
-                    ) from error
-        if isinstance(self.target_parameters, str):
-            raise SORSAConfigError(
-                f"target_parameters is the string {self.target_parameters!r}; expected a list of names such as "
-                '["mlp.experts.down_proj"]. PEFT matches no regular expression here.'
-            )
 
     def _check_choices(self) -> None:
         choices = {"svd": SvdMethod, "reg_update": RegUpdate}
