@@ -7,7 +7,8 @@ resolved recipe written beside the checkpoints, and resuming from the last compl
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,6 @@ def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     Raises:
         AdapterOptionsError: the recipe names no model or data, or an option that cannot be honoured.
     """
-    from transformers import set_seed
-    from trl import DPOTrainer, SFTTrainer, get_quantization_config
-
     recipe.require_model()
     script, training, model = recipe.script, recipe.training, recipe.model
     checkpoint = checkpoint_to_resume(training)
@@ -49,18 +47,8 @@ def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
         "trust_remote_code": getattr(training, "trust_remote_code", False),
         **(training.model_init_kwargs or {}),
     }
-    set_seed(training.seed)  # TRL 1.9 draws LoRA's random factors before its trainer does this
-    data = load_data(script, recipe.datasets)
-    evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
-    trainer = {"sft": SFTTrainer, "dpo": DPOTrainer}[recipe.command](
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=split(data, script.dataset_train_split),
-        eval_dataset=split(data, script.dataset_test_split) if evaluates else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=setup.peft_config,
-        callbacks=list(callbacks),
-    )
+    with _refusals_said(f"{model.model_name_or_path} on {script.dataset_name or 'the datasets of the recipe'}"):
+        trainer = _make_trainer(recipe, setup.peft_config, callbacks)
     setup.add_callbacks(trainer)
     if script.ignore_bias_buffers:  # as TRL's dpo.py: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
@@ -76,6 +64,36 @@ def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     if hasattr(trainer, "end"):  # transformers >= 5.18: trackers and process group
         trainer.end()
     return trainer
+
+
+def _make_trainer(recipe: Recipe, peft_config: Any, callbacks: Sequence[Any]) -> Any:
+    from transformers import set_seed
+    from trl import DPOTrainer, SFTTrainer, get_quantization_config
+
+    script, training, model = recipe.script, recipe.training, recipe.model
+    set_seed(training.seed)  # TRL 1.9 draws LoRA's random factors before its trainer does this
+    data = load_data(script, recipe.datasets)
+    evaluates = str(getattr(training.eval_strategy, "value", training.eval_strategy)) != "no"
+    return {"sft": SFTTrainer, "dpo": DPOTrainer}[recipe.command](
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=split(data, script.dataset_train_split),
+        eval_dataset=split(data, script.dataset_test_split) if evaluates else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=peft_config,
+        callbacks=list(callbacks),
+    )
+
+
+@contextmanager
+def _refusals_said(run: str) -> Iterator[None]:
+    """Says in a line what libraries refuse before training: a model that is not there, modules that it has not."""
+    try:
+        yield
+    except SORSAError:
+        raise
+    except (OSError, ValueError) as error:
+        raise AdapterOptionsError(f"The recipe, {run}, cannot be honoured: {' '.join(str(error).split())}") from error
 
 
 def checkpoint_to_resume(training: Any) -> str | None:
