@@ -62,7 +62,7 @@ def test_adapters_with_other_target_parameters_are_refused(refused):
 
 
 def test_target_parameters_is_a_list(refused):
-    with refused(SORSAConfigError, "target_parameters is the string 'experts'"):
+    with refused(SORSAConfigError, "target_parameters is 'experts'; expected a list of names"):
         SORSAConfig(target_parameters="experts")
 
 
