@@ -25,7 +25,7 @@ from .loaded_names import check_names
 from .lora_layouts import renamed_by_peft
 from .lowrank import holding_pairs
 from .mixed_batch import copies_per_row, mixed_batch
-from .new_layers import new_layer
+from .new_layers import new_layer, say_unmatched
 from .offloading import keep_here
 from .quantised import warn_about_rounding
 from .ranks import Ranks
@@ -66,6 +66,7 @@ class SORSAModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         check_request(model, config)
+        named = set(config.target_modules) if isinstance(config.target_modules, set | list | tuple) else set()
         with whole_or_not_at_all(model, adapter_name, self.peft_config):
             self._ranks = Ranks(config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -84,6 +85,7 @@ class SORSAModel(BaseTuner):
                     and adapter_name in layer.configs
                     and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
                 }
+                say_unmatched(model, named, layers)
             with residuals_announced(model, layers, adapter_name, config):
                 initialise_layers(layers, adapter_name)
         watch_optimizers()

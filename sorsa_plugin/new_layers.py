@@ -6,6 +6,7 @@ import warnings
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from .config import SORSAConfig
@@ -14,6 +15,7 @@ from .layer import SORSALayer
 from .plugins import manager
 from .quantisation import is_quantised
 from .residual import require_quantised
+from .saying import say
 
 
 def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
@@ -57,3 +59,19 @@ def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
     if config.residual_base and not config.factors_from_file:
         require_quantised(layer)
     return layer
+
+
+def say_unmatched(model: nn.Module, names: set[str], layers: list[SORSALayer]) -> None:
+    """Say which of the names in target_modules adapted nothing: PEFT stops only where none of them does."""
+    adapted = [layer.name for layer in layers]
+    unmatched = sorted(name for name in names if not any(f".{path}".endswith(f".{name}") for path in adapted))
+    if not unmatched:
+        return
+    stacks = {
+        ".".join(f"{path}.{name}".split(".")[-3:])
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.ndim == 3 and not isinstance(module, _ConvNd)
+    }
+    remedy = f" Stacks of experts are named by target_parameters: {sorted(stacks)}." if stacks else ""
+    say("target_modules names %s, and no module of that name is adapted.%s", ", ".join(unmatched), remedy)

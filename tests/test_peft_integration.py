@@ -19,7 +19,7 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from support import assert_same_tensors, perturb, refuse_to_factorise, snapshot
 from tiny_llama import tiny_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from sorsa_plugin import SORSAConfig, SORSAModel, save_adapter
 from sorsa_plugin.errors import BaseMismatchError, FactorsNotLoadedError
@@ -237,3 +237,20 @@ def test_transformers_loads_a_16_bit_file_as_fp32(tmp_path, tokens):
     dtypes = {name: t.dtype for name, t in loaded.state_dict().items() if "sorsa_" in name}
     assert set(dtypes.values()) == {torch.float32}
     assert torch.equal(loaded.eval()(tokens).logits, reference(tokens).logits)
+
+
+def test_names_that_adapt_nothing_are_said_where_others_adapt_something(caplog):
+    get_peft_model(tiny_llama(), config(target_modules=["q_proj", "up_prj"]))
+    assert "target_modules names up_prj, and no module of that name is adapted." in caplog.text
+    caplog.clear()
+    for targets in (["q_proj", "mlp.up_proj"], "all-linear", None):
+        get_peft_model(tiny_llama(), config(target_modules=targets))
+    assert "no module of that name" not in caplog.text
+
+
+def test_names_of_experts_in_stacks_are_answered_with_the_option_for_them(caplog):
+    small = MixtralConfig(hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                          num_key_value_heads=2, num_local_experts=2, vocab_size=32)  # fmt: skip
+    get_peft_model(MixtralForCausalLM(small), config(target_modules=["q_proj", "down_proj"]))
+    assert "names down_proj, and no module of that name is adapted. Stacks of experts are named by" in caplog.text
+    assert "target_parameters: ['mlp.experts.down_proj', 'mlp.experts.gate_up_proj']." in caplog.text

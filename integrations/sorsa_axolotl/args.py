@@ -43,13 +43,17 @@ class SORSABlock(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def name_the_nearest(cls, block: Any) -> Any:
+    def check_names_and_switches(cls, block: Any) -> Any:
         known = list(cls.model_fields)
         for name in block if isinstance(block, dict) else ():
             if name not in known:
                 raise ValueError(
                     f"{name!r} is no option of the sorsa block; expected {', '.join(known)}.{nearest(name, known)} "
                     "Rank, targets and dropout are Axolotl's own keys: lora_r, lora_target_modules, lora_dropout, ..."
+                )
+            if isinstance(block[name], bool):  # which pydantic would take for 0 or 1
+                raise ValueError(
+                    f"{name} is {str(block[name]).lower()}; none of the sorsa block's options is a switch."
                 )
         return block
 

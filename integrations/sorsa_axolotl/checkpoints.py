@@ -12,7 +12,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
-from sorsa_plugin.errors import IncompleteAdapterError
+from sorsa_plugin import SORSAConfig
+from sorsa_plugin.adapter_files import read_config
+from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError
 from sorsa_plugin.regularizer import sorsa_layers
 from sorsa_plugin.saying import say
 from sorsa_transformers.checkpoints import is_complete, last_complete_checkpoint
@@ -26,6 +28,7 @@ def choose_checkpoint(cfg: Any) -> None:
     Raises:
         IncompleteAdapterError: `resume_from_checkpoint` names one that is not complete, or a sharded run would resume
             from one that is not complete or would not be read completely.
+        ForeignAdapterError: the checkpoint is of another method.
     """
     if cfg.fsdp_config or cfg.fsdp:
         return check_sharded_checkpoint(cfg)
@@ -41,6 +44,18 @@ def choose_checkpoint(cfg: Any) -> None:
         cfg.auto_resume_from_checkpoints = last is not None
         if last is None and any(Path(cfg.output_dir).glob("checkpoint-*")):
             say("No checkpoint in %s is complete: training starts from the beginning.", cfg.output_dir)
+    if cfg.resume_from_checkpoint:
+        require_own_adapter(cfg.resume_from_checkpoint, read_config(Path(cfg.resume_from_checkpoint)), cfg.adapter)
+
+
+def require_own_adapter(directory: str, saved: SORSAConfig, word: str) -> None:
+    """Raises ForeignAdapterError where a recipe with `adapter: <word>` would train an adapter made with the other."""
+    made_with = "qsorsa" if saved.residual_base else "sorsa"
+    if made_with != word:
+        raise ForeignAdapterError(
+            f"{directory} holds an adapter that was made with adapter: {made_with}, whose base stores other weights; "
+            f"the recipe says adapter: {word}. Say adapter: {made_with}, or start a new adapter in another output_dir."
+        )
 
 
 def check_sharded_checkpoint(cfg: Any) -> None:

@@ -8,11 +8,13 @@ from typing import Any
 
 from axolotl.loaders.adapter import find_all_linear_names
 from peft import PeftModel, get_peft_model
+from transformers import GenerationConfig
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.adapter_files import read_config
 from sorsa_plugin.saying import say
 
+from .checkpoints import require_own_adapter
 from .recipe import BLOCK, make_config
 
 REGULARIZER = ("gamma", "reg_update", "reg_schedule")
@@ -29,6 +31,12 @@ SHAPE = (
     "trainable_token_indices",
 )
 """Options that a saved adapter has for good."""
+
+ORIGIN = ("svd", "svd_seed", "svd_energy", "full_precision_base")
+"""Options of the block that say how a new adapter is made."""
+
+HEAD_MODULES = {"classifier", "score"}
+"""What PEFT adds to modules_to_save by itself, in models that classify."""
 
 
 def load(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConfig]:
@@ -61,7 +69,10 @@ def load_saved(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConf
     directory = Path(cfg.lora_model_dir)
     config = read_config(directory) if directory.is_dir() else SORSAConfig.from_pretrained(cfg.lora_model_dir)
     if trains:
+        require_own_adapter(cfg.lora_model_dir, config, cfg.adapter)
         _follow(new_config(model, cfg), config, dict(cfg.get(BLOCK) or {}), cfg.lora_model_dir)
+    if not trains and not hasattr(model, "generation_config"):  # which Axolotl's merging writes to, whatever the head
+        model.generation_config = GenerationConfig()
     placement = {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}} if cfg.lora_on_cpu else {}
     adapted = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trains, config=config, **placement)
     return adapted, config
@@ -81,9 +92,20 @@ def _follow(recipe: SORSAConfig, saved: SORSAConfig, block: dict[str, Any], dire
     if set(block) & set(REGULARIZER):
         for name in REGULARIZER:
             setattr(saved, name, getattr(recipe, name))
+    elif _regularizer(saved) != _regularizer(recipe):
+        say("The adapter in %s keeps the regularizer that it was saved with, %s. The sorsa block would change it.",
+            directory, _regularizer(saved))  # fmt: skip
     saved.sorsa_dropout = recipe.sorsa_dropout
-    pairs = {name: (getattr(saved, name) or None, getattr(recipe, name) or None) for name in SHAPE}
+    names = [*SHAPE, *(name for name in ORIGIN if name in block)]
+    pairs = {name: (getattr(saved, name) or None, getattr(recipe, name) or None) for name in names}
+    if recipe.modules_to_save is None and set(saved.modules_to_save or ()) <= HEAD_MODULES:
+        del pairs["modules_to_save"]
     differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if differing:
         listed = ", ".join(f"{name} {kept!r}, not {asked!r}" for name, (kept, asked) in differing.items())
         say("The adapter in %s keeps what it was made with: %s.", directory, listed)
+
+
+def _regularizer(config: SORSAConfig) -> str:
+    schedule = f", {config.resolved_reg_schedule}" if config.reg_update == "decoupled" else ""
+    return f"gamma {config.resolved_gamma:g}, {config.reg_update}{schedule}"

@@ -46,6 +46,7 @@ REFUSED = {
     "qlora_sharded_model_loading": "it is for adapter: qlora",
     "gptq": "SORSA needs weights that can be read again, which bitsandbytes' can (load_in_4bit, load_in_8bit)",
     "qat": "the change that SORSA trains would not be quantised with the weight",
+    "use_onebitllms": "its weights are not those that the triplets are taken from",
     "flash_attn_fuse_mlp": "it replaces the linear layers that are adapted",
     "trl.vllm_lora_sync": "vLLM takes LoRA files only; without the line TRL sends the merged weights",
 }
@@ -65,8 +66,11 @@ def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
             f"does. Add --lora-model-dir={recipe.get('output_dir')}, or where the adapter was saved."
         )
     found = {name: (value, why) for name, why in REFUSED.items() if _asks(value := _look_up(recipe, name))}
-    if recipe.get("peft_init_lora_weights") is True:
-        found.pop("peft_init_lora_weights", None)
+    init = "peft_init_lora_weights"
+    if recipe.get(init) is True:
+        found.pop(init, None)
+    if recipe.get(init) is False:
+        found[init] = (False, REFUSED[init])
     if recipe.get("peft_autocast_adapter_dtype") is False:
         found["peft_autocast_adapter_dtype"] = (False, "16 bits round SORSA's steps away; its offsets train in fp32")
     lines = [f"{name} is {_shown(value)}: {why}. Delete the line {name}." for name, (value, why) in found.items()]
@@ -85,10 +89,11 @@ def refuse_continued_preferences(recipe: Mapping[str, Any]) -> None:
     Raises:
         AdapterOptionsError: preference tuning would ignore the saved adapter.
     """
-    if recipe.get("lora_model_dir") and recipe.get("rl") in ("dpo", "ipo", "kto"):
+    rl = getattr(recipe.get("rl"), "value", recipe.get("rl"))
+    if recipe.get("lora_model_dir") and rl in ("dpo", "ipo", "kto"):
         raise AdapterOptionsError(
-            f"lora_model_dir is {recipe['lora_model_dir']!r} and Axolotl starts rl: {recipe['rl']} from a new adapter, "
-            "so it would be ignored. Merge it first (axolotl merge-lora), give the result as base_model, and delete "
+            f"lora_model_dir is {recipe['lora_model_dir']!r} and Axolotl starts rl: {rl} from a new adapter, so "
+            "it would be ignored. Merge it first (axolotl merge-lora), give the result as base_model, and delete "
             "the line lora_model_dir."
         )
 
@@ -139,11 +144,30 @@ def make_config(recipe: Mapping[str, Any], linear_names: list[str], task_type: s
                 "beside lora_target_linear. Delete one of the two lines."
             )
         options["lora_target_modules"] = sorted({*listed, *linear_names})
+    if not recipe.get("lora_model_dir"):
+        options = _complete(options)
     own = dict(recipe.get(BLOCK) or {}) | {field: True for key, field in OWN.items() if recipe.get(key)}
     adapter = recipe["adapter"]
     config = setup_adapter({**options, "adapter": adapter, adapter: own, "task_type": task_type}).peft_config
     assert isinstance(config, SORSAConfig)
     return config
+
+
+def _complete(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a new adapter. PEFT would choose modules by itself where none are named, and a rank.
+
+    Raises:
+        AdapterOptionsError: there is no rank, or nothing to adapt.
+    """
+    if "lora_r" not in options:
+        raise AdapterOptionsError("lora_r is not set; expected the number of triplets, such as lora_r: 16.")
+    if "lora_target_modules" in options:
+        return options
+    if "lora_target_parameters" not in options:
+        raise AdapterOptionsError(
+            "The recipe names nothing to adapt. Add lora_target_linear: true, or name modules in lora_target_modules."
+        )
+    return options | {"lora_target_modules": []}
 
 
 def _look_up(recipe: Mapping[str, Any], dotted: str) -> Any:

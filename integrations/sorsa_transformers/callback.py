@@ -17,7 +17,7 @@ from sorsa_plugin.engines import groups_by_parameter, innermost
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.factors import frozen_as_parameters
 from sorsa_plugin.model_card import complete_model_card
-from sorsa_plugin.regularizer import model_factors, sorsa_layers
+from sorsa_plugin.regularizer import model_factors, sorsa_layers, trained_adapters
 from sorsa_plugin.saying import say
 
 from .sharded_checkpoints import complete_sharded_checkpoint
@@ -72,6 +72,7 @@ class SORSACallback(TrainerCallback):
             return self._attach_to_each(model, list(inner.optimizer_dict.values()))
         self.attachment = attach(model, optimizer, gamma=self.gamma)
         self._steps_seen = self.attachment.steps
+        _require_singular_values(model, inner)
 
     def _attach_to_each(self, model: nn.Module, optimizers: list[Any]) -> None:
         """The Trainer's layerwise optimizers: one for each parameter, which steps in backward."""
@@ -154,6 +155,19 @@ class SORSACallback(TrainerCallback):
                 factors.place_frozen(frozen_as_parameters())
                 if adapter in layer.trained():
                     factors.restore_fp32()
+
+
+def _require_singular_values(model: nn.Module, optimizer: Any) -> None:
+    """Raises AttachError where the one optimizer of a run steps U of an adapter and not its S; engines that step other
+    tensors in their place see to all."""
+    stepped = groups_by_parameter(optimizer)
+    for layer, name, tensors in trained_adapters(sorsa_layers(model)):
+        if id(tensors.dU) in stepped and tensors.dS.requires_grad and id(tensors.dS) not in stepped:
+            raise AttachError(
+                f"{type(optimizer).__name__} steps U, V of {layer.name}.{name} and not S, which would stay as it is; "
+                "some optimizers (Muon) leave out tensors of one dimension. Use another, such as adamw_torch, or give "
+                "it S in a parameter group of its own."
+            )
 
 
 def _complete_cards_of(trainer: Any) -> None:

@@ -154,6 +154,16 @@ def test_optimizer_that_never_runs_the_hook_is_an_error_at_the_first_step(tmp_pa
     assert trainer.state.global_step == 1
 
 
+def test_an_optimizer_that_leaves_s_out_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    model = adapted(gamma=GAMMA)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]  # as Axolotl's Muon takes them
+    optimizer = torch.optim.SGD(matrices, lr=LR)
+    trainer = make_trainer(model, tmp_path, callbacks=[SORSACallback()], optimizers=(optimizer, None))
+    with pytest.raises(AttachError, match=r"SGD steps U, V of .*\.default and not S, which would stay as it is"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 def test_hidden_optimizer_trains_with_gamma_zero_as_the_error_advises(tmp_path: Path) -> None:
     model = adapted(gamma=0.0)
     optimizer = hide(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR))

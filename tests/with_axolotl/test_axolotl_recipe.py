@@ -17,12 +17,13 @@ from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl_runs import axolotl, base_model, recipe
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 
 from sorsa_axolotl.checkpoints import choose_checkpoint, save_adapter_alone
 from sorsa_axolotl.plugin import SORSAPlugin
 from sorsa_axolotl.recipe import REFUSED
+from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import AdapterOptionsError, ForeignAdapterError, IncompleteAdapterError
 
 pytestmark = pytest.mark.axolotl
@@ -64,6 +65,7 @@ ASKING: dict[str, Any] = {
     "qlora_sharded_model_loading": True,
     "gptq": True,
     "qat": {"weight_dtype": "int8"},
+    "use_onebitllms": True,
     "flash_attn_fuse_mlp": True,
     "trl": {"vllm_lora_sync": True},
     "peft_autocast_adapter_dtype": False,
@@ -82,6 +84,10 @@ def test_a_key_that_sorsa_cannot_honour_is_refused_by_name_with_the_reason(key: 
     assert f"Delete the line {dotted}." in message
     if dotted in REFUSED:
         assert REFUSED[dotted] in message
+
+
+def test_random_factors_are_refused_as_named_schemes_are() -> None:
+    assert "peft_init_lora_weights is false: SORSA starts from" in refusal(peft_init_lora_weights=False)
 
 
 def test_all_refused_lines_are_named_at_once() -> None:
@@ -158,6 +164,7 @@ def test_fsdp_1_is_refused_and_fsdp_2_is_not() -> None:
         ({"gamma": -1}, "gamma is -1.0; expected a finite number >= 0"),
         ({"gamma": 1, "reg_update": "decoupled"}, "expected at most 0.5"),
         ({"reg_schedule": "lr"}, "the coupled update always follows the learning rate"),
+        ({"gamma": True}, "gamma is true; no option of the sorsa block is a switch"),
         ({"svd": "fast"}, "Input should be 'auto', 'exact' or 'randomized'"),
     ],
 )
@@ -170,6 +177,21 @@ def test_wrong_values_of_axolotls_own_keys_are_refused_before_anything_is_loaded
     assert "expected a probability in [0, 1)" in refusal(lora_dropout=1.5)
     message = refusal(lora_target_modules="q_proj|v_proj")
     assert "lora_target_linear is set and lora_target_modules is the expression" in message
+
+
+def test_a_new_adapter_needs_a_rank_and_something_to_adapt() -> None:
+    assert "lora_r is not set; expected" in refusal(lora_r=None)
+    assert "The recipe names nothing to adapt. Add lora_target_linear: true" in refusal(lora_target_linear=None)
+    validated(lora_r=None, lora_target_linear=None, lora_model_dir="out")
+
+
+def test_parameters_alone_are_adapted_alone() -> None:
+    cfg = validated(lora_target_linear=None, lora_target_parameters=["k_proj.weight"])
+    _, config = SORSAPlugin().load_adapter(base_model(), cfg, config_only=True)
+    adapted = get_peft_model(base_model(), config)
+    layers = [name for name, _ in adapted.named_modules() if name.endswith(".sorsa_factors")]
+    assert layers
+    assert all(".k_proj." in name for name in layers)
 
 
 def test_every_key_of_the_recipe_reaches_the_config() -> None:
@@ -253,6 +275,44 @@ def test_resuming_from_an_incomplete_checkpoint_is_refused(tmp_path: Path) -> No
     choose_checkpoint(cfg)
     assert cfg.resume_from_checkpoint is None
     assert not cfg.auto_resume_from_checkpoints  # else Axolotl takes checkpoint-3 after all
+
+
+def saved_checkpoint(directory: Path, config: Any) -> str:
+    """A checkpoint in which nothing is missing, as far as `is_complete` looks."""
+    get_peft_model(base_model(), config).save_pretrained(str(directory))
+    (directory / "trainer_state.json").write_text("{}")
+    return str(directory)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_resuming_from_a_checkpoint_of_another_method_is_refused(named: bool, tmp_path: Path) -> None:
+    checkpoint = saved_checkpoint(tmp_path / "checkpoint-4", LoraConfig(target_modules=["q_proj"]))
+    how = {"resume_from_checkpoint": checkpoint} if named else {"auto_resume_from_checkpoints": True}
+    with pytest.raises(ForeignAdapterError, match="says peft_type 'LORA'; expected 'SORSA'"):
+        choose_checkpoint(DictDefault(output_dir=str(tmp_path), adapter="sorsa", **how))
+
+
+def test_an_adapter_trains_on_under_the_word_that_it_was_made_with(tmp_path: Path) -> None:
+    checkpoint = saved_checkpoint(tmp_path / "checkpoint-4", SORSAConfig(r=2, target_modules=["q_proj"]))
+    choose_checkpoint(DictDefault(output_dir=str(tmp_path), adapter="sorsa", resume_from_checkpoint=checkpoint))
+    with pytest.raises(ForeignAdapterError, match=r"made with adapter: sorsa.*the recipe says adapter: qsorsa"):
+        choose_checkpoint(DictDefault(output_dir=str(tmp_path), adapter="qsorsa", resume_from_checkpoint=checkpoint))
+    cfg = validated(adapter="qsorsa", load_in_4bit=True, lora_model_dir=checkpoint)
+    with pytest.raises(ForeignAdapterError, match=r"made with adapter: sorsa.*the recipe says adapter: qsorsa"):
+        SORSAPlugin().load_adapter(base_model(), cfg)
+
+
+def test_a_continued_adapter_says_which_regularizer_and_origin_it_keeps(tmp_path: Path, caplog: Any) -> None:
+    directory = saved_checkpoint(tmp_path, SORSAConfig(r=8, target_modules=["q_proj"], gamma=0.0))
+    recipe = {"lora_target_linear": None, "lora_target_modules": ["q_proj"], "lora_model_dir": directory}
+    _, config = SORSAPlugin().load_adapter(base_model(), validated(**recipe, sorsa={"svd_seed": 3}))
+    assert config.gamma == 0.0
+    assert "keeps the regularizer that it was saved with, gamma 0, coupled" in caplog.text
+    assert "keeps what it was made with: svd_seed None, not 3." in caplog.text
+    caplog.clear()
+    _, config = SORSAPlugin().load_adapter(base_model(), validated(**recipe, sorsa={"gamma": 1e-3}))
+    assert config.gamma == 1e-3
+    assert "keeps" not in caplog.text
 
 
 def test_a_broken_installation_stops_the_command_with_the_pip_command(tmp_path: Path) -> None:
