@@ -52,9 +52,7 @@ class SORSABlock(BaseModel):
                     "Rank, targets and dropout are Axolotl's own keys: lora_r, lora_target_modules, lora_dropout, ..."
                 )
             if isinstance(block[name], bool):  # which pydantic would take for 0 or 1
-                raise ValueError(
-                    f"{name} is {str(block[name]).lower()}; none of the sorsa block's options is a switch."
-                )
+                raise ValueError(f"{name} is {str(block[name]).lower()}; no option of the sorsa block is a switch.")
         return block
 
 
