@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, set_seed
 
 from sorsa_plugin import analyze
-from sorsa_plugin.analysis_plots import save_plots
+from sorsa_plugin.tools.analysis.charts import save_plots
 from sorsa_quickstart import run as quickstart
 from sorsa_quickstart.answering import BASE, answer, load_base
 from sorsa_quickstart.task import test_examples, train_examples

@@ -90,7 +90,7 @@ def build(options: argparse.Namespace) -> torch.nn.Module:
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:
     """Bytes of the base, the frozen factors and the offsets, before an engine takes them; factors and their r x r."""
-    from sorsa_plugin.regularizer import model_factors, sorsa_layers
+    from sorsa_plugin.regularizer.trained_factors import model_factors, sorsa_layers
 
     factors = model_factors(model)
     adapters = [layer.factors("default") for layer in sorsa_layers(model)]
@@ -203,7 +203,7 @@ def held() -> int:
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """In every process: what steps three (with the regularizer) and four (without it) of an engine send."""
     from sorsa_plugin import attach
-    from sorsa_plugin.regularizer import trainable_factors
+    from sorsa_plugin.regularizer.trained_factors import trainable_factors
 
     gc.collect()
     before, start, model = held(), starter(name), build(options)

@@ -15,7 +15,7 @@ import torch
 from common import Chart, Table, arguments, interleave, publish, ratios, spread, timed
 
 from sorsa_plugin import captured_energy, factorise
-from sorsa_plugin.decomposition import DEFAULT_ENERGY, Triplets
+from sorsa_plugin.linalg.svd import DEFAULT_ENERGY, Triplets
 
 RANK = 128
 LAYER_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]

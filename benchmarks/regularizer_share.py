@@ -17,7 +17,7 @@ from peft import get_peft_model
 from transformers import DataCollatorForSeq2Seq
 
 from sorsa_plugin import SORSAConfig, attach
-from sorsa_plugin.attachment import Attachment
+from sorsa_plugin.regularizer.step_hooks import Attachment
 from sorsa_quickstart.answering import load_base
 from sorsa_quickstart.task import train_examples
 from sorsa_transformers.data import encode_all

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .decomposition import DEFAULT_ENERGY, SvdMethod
 from .errors import SORSAConfigError
+from .linalg.svd import DEFAULT_ENERGY, SvdMethod
 from .lora_options import refuse_lora_options
 from .module_options import check_module_options
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from .adapters import AdapterType
     from .config import SORSAConfig
-    from .engines import Engine
-    from .layer import SORSALayer
-    from .regularizer import Factor
+    from .layers.layer import SORSALayer
+    from .recipes.setup_adapter import AdapterType
+    from .regularizer.engines import Engine
+    from .regularizer.trained_factors import Factor
 
 GROUP = "sorsa_plugin"
 hookspec = pluggy.HookspecMarker(GROUP)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
-from .saying import say
+from .rank_zero import say
 
 if TYPE_CHECKING:
     from .config import SORSAConfig

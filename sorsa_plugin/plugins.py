@@ -44,12 +44,14 @@ distributions: dict[str, str] = {}
 @lru_cache(maxsize=1)
 def manager() -> pluggy.PluginManager:
     """The process's plug-in manager, with this package's own plug-ins and every installed one registered."""
-    from . import adapter_types, commands, engines
-    from .layers import KINDS
+    from .cli import commands
+    from .layers.kinds import KINDS
+    from .recipes import peft_methods
+    from .regularizer import engines
 
     plugins = pluggy.PluginManager(GROUP)
     plugins.add_hookspecs(hookspecs)
-    for module in (*KINDS, engines, adapter_types, commands):
+    for module in (*KINDS, engines, peft_methods, commands):
         plugins.register(module, module.__name__)
     for entry in entry_points(group=GROUP):
         distributions[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"

@@ -10,9 +10,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import sorsa_plugin.initialisation
+import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, SORSALayer
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 """Unit roundoff u: the largest relative error of rounding once to nearest."""
@@ -122,7 +122,7 @@ def refuse_to_factorise(monkeypatch: pytest.MonkeyPatch) -> None:
     def factorise(*args: object, **kwargs: object) -> None:
         raise AssertionError("a weight was factorised")
 
-    monkeypatch.setattr(sorsa_plugin.initialisation, "factorise", factorise)
+    monkeypatch.setattr(sorsa_plugin.tuner.initialise, "factorise", factorise)
 
 
 def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:

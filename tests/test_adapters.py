@@ -16,9 +16,9 @@ from peft.utils import PeftType
 from transformers import HfArgumentParser
 
 from sorsa_plugin import registered_adapters, setup_adapter
-from sorsa_plugin.adapter_types import NEEDS_A_CALL
-from sorsa_plugin.adapters import SPELLINGS, VOCABULARY
 from sorsa_plugin.errors import AdapterOptionsError
+from sorsa_plugin.recipes.peft_methods import NEEDS_A_CALL
+from sorsa_plugin.recipes.setup_adapter import SPELLINGS, VOCABULARY
 from sorsa_transformers import AdapterArguments, SORSACallback
 
 COMMON = {"r": 4, "target_modules": ["q_proj", "v_proj"], "dropout": 0.1, "modules_to_save": ["lm_head"]}

@@ -21,9 +21,9 @@ from transformers.optimization import Adafactor
 
 from sorsa_plugin import SORSAConfig, attach, gaps
 from sorsa_plugin.errors import AttachError, NoAdaptedLayersError, NonFiniteGradientError
-from sorsa_plugin.factors import OFFSETS
-from sorsa_plugin.peak_rate import ETA_MAX
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.layers.factors import OFFSETS
+from sorsa_plugin.regularizer.optimizers import ETA_MAX
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 LR = 1e-3
 GAMMA = 0.1

@@ -18,7 +18,7 @@ from tiny_llama import tiny_llama
 from sorsa_plugin import SORSAConfig, SORSAError
 from sorsa_plugin.config import DEFAULT_GAMMA
 from sorsa_plugin.errors import SORSAConfigError
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 REFUSED = [
     (

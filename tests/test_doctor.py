@@ -17,10 +17,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 from typer.testing import CliRunner
 
-import sorsa_plugin.doctor as doctor
+import sorsa_plugin.tools.doctor as doctor
 from sorsa_plugin import AdapterType, hookimpl, plugins
 from sorsa_plugin.cli import build_app
-from sorsa_plugin.doctor import Package, examine
+from sorsa_plugin.tools.doctor import Package, examine
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +63,7 @@ def test_here_everything_is_in_order():
     diagnosis = examine()
     assert diagnosis.healthy
     assert diagnosis.registered
-    assert {"sorsa_plugin.layers.linear", "sorsa_plugin.commands", "quickstart"} <= set(diagnosis.plugins)
+    assert {"sorsa_plugin.layers.kinds.linear", "sorsa_plugin.cli.commands", "quickstart"} <= set(diagnosis.plugins)
     assert diagnosis.broken == {}
     assert diagnosis.device.startswith("cpu" if not torch.accelerator.is_available() else "1 x")
 

@@ -29,9 +29,9 @@ from typer.testing import CliRunner
 from sorsa_plugin import SORSAConfig, SORSAError, export_lora, save_adapter
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, OutputExistsError, RankError
-from sorsa_plugin.inspection import inspect_adapter
-from sorsa_plugin.lowrank import Parts
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.linalg.offset_form import Parts
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+from sorsa_plugin.tools.inspect_adapter import inspect_adapter
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
@@ -357,8 +357,8 @@ def test_a_rank_that_is_no_positive_integer_is_an_error_before_anything_is_writt
 
 KILLED = """
 import os, signal, sys
-import sorsa_plugin.export as export
-import sorsa_plugin.outputs as outputs
+import sorsa_plugin.tools.export_lora as export
+import sorsa_plugin.files.atomic_directory as outputs
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 def halfway(tensors, path, **kwargs):
@@ -418,7 +418,7 @@ def test_an_output_that_is_in_use_is_refused_and_left_alone(saved, tmp_path):
 def test_a_mount_point_is_refused_before_the_work_that_could_not_take_its_place(saved, tmp_path, monkeypatch):
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
-    monkeypatch.setattr("sorsa_plugin.export.open_tensors", lambda _: pytest.fail("work was begun"))
+    monkeypatch.setattr("sorsa_plugin.tools.export_lora.open_tensors", lambda _: pytest.fail("work was begun"))
     with pytest.raises(OutputExistsError, match="volume is a mount point"):
         export_lora(saved, tmp_path / "volume")
     monkeypatch.undo()

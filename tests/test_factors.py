@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support import SHAPES, adapt, make_base, only_layer, perturb
 
 from sorsa_plugin import factorise
-from sorsa_plugin.factors import FROZEN, OFFSETS, SORSAFactors, launched_on_many
+from sorsa_plugin.layers.factors import FROZEN, OFFSETS, SORSAFactors, launched_on_many
 
 U32 = 2.0**-24
 

@@ -15,8 +15,8 @@ from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError
-from sorsa_plugin.fingerprint import check, fingerprint, probe
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.linalg.fingerprint import check, fingerprint, probe
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

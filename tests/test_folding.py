@@ -28,8 +28,8 @@ from torch import nn
 
 from sorsa_plugin import SORSAConfig, gaps
 from sorsa_plugin.errors import BaseMismatchError
-from sorsa_plugin.lowrank import Parts
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.linalg.offset_form import Parts
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import FoldError
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 
 class Tied(nn.Module):

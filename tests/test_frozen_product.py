@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sorsa_plugin import SORSAConfig, SORSALayer
-from sorsa_plugin.lowrank import Parts, add_low_rank
-from sorsa_plugin.triplets import add_triplets
+from sorsa_plugin.linalg.offset_form import Parts, add_low_rank
+from sorsa_plugin.linalg.residual_form import add_triplets
 
 OUT, IN, RANK = 40, 16, 4
 LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from sorsa_plugin import SORSAConfig, save_adapter
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError
-from sorsa_plugin.fingerprint import fingerprint
-from sorsa_plugin.inspection import inspect_adapter
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.linalg.fingerprint import fingerprint
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+from sorsa_plugin.tools.inspect_adapter import inspect_adapter
 
 FILE = "adapter_model.safetensors"
 OPTIONS = {"r": 3, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "modules_to_save": ["lm_head"]}

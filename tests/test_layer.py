@@ -34,8 +34,8 @@ from transformers.pytorch_utils import Conv1D
 
 from sorsa_plugin import SORSAConfig, export_lora, factorise
 from sorsa_plugin.errors import RankError, UnsupportedLayerError
-from sorsa_plugin.factors import OFFSETS
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.layers.factors import OFFSETS
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 DTYPES = [torch.float32, torch.bfloat16]
 ALL_LAYERS = [
@@ -293,7 +293,7 @@ def test_a_second_adapter_clones_the_first_exactly_when_its_triplets_are_the_sam
         factorised.append(rank)
         return factorise(matrix, rank, **kwargs)
 
-    monkeypatch.setattr("sorsa_plugin.initialisation.factorise", counting)
+    monkeypatch.setattr("sorsa_plugin.tuner.initialise.factorise", counting)
     _, layer = two_adapters(**options)
     first, second = layer.factors("default"), layer.factors("second")
     rank = options["r"]

@@ -13,8 +13,8 @@ from tiny_llama import tiny_llama
 from torch import nn
 
 from sorsa_plugin import SORSAConfig, holding_pairs
-from sorsa_plugin.lowrank import FEW_COLUMNS, FEWEST_COLUMNS, Parts, add_low_rank
-from sorsa_plugin.triplets import add_triplets
+from sorsa_plugin.linalg.offset_form import FEW_COLUMNS, FEWEST_COLUMNS, Parts, add_low_rank
+from sorsa_plugin.linalg.residual_form import add_triplets
 
 OUT, IN, RANK = 7, 5, 3
 

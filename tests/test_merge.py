@@ -28,7 +28,7 @@ from tiny_llama import tiny_llama
 from torch import nn
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 DTYPES = [torch.float32, torch.bfloat16]
 U32 = ROUNDOFF[torch.float32]

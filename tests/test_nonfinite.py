@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 
 from sorsa_plugin import SORSAConfig, attach
 from sorsa_plugin.errors import NonFiniteGradientError
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 TOKENS = torch.arange(8)[None]
 

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from sorsa_plugin import SORSAConfig, SORSAModel, save_adapter
 from sorsa_plugin.errors import BaseMismatchError, FactorsNotLoadedError
-from sorsa_plugin.factors import FROZEN, OFFSETS
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.layers.factors import FROZEN, OFFSETS
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 
 def config(**options) -> SORSAConfig:

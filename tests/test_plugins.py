@@ -32,13 +32,13 @@ from sorsa_plugin import (
     registered_adapters,
     setup_adapter,
 )
-from sorsa_plugin.adapters import AdapterOptions
 from sorsa_plugin.cli import build_app
-from sorsa_plugin.engines import Engine, WholeFactors
 from sorsa_plugin.errors import AdapterOptionsError, AttachError, PluginError, UnsupportedLayerError
-from sorsa_plugin.layers.linear import SORSALinear
+from sorsa_plugin.layers.kinds.linear import SORSALinear
 from sorsa_plugin.plugins import manager
-from sorsa_plugin.regularizer import Factor
+from sorsa_plugin.recipes.setup_adapter import AdapterOptions
+from sorsa_plugin.regularizer.engines import Engine, WholeFactors
+from sorsa_plugin.regularizer.trained_factors import Factor
 
 
 @contextmanager
@@ -323,7 +323,7 @@ def test_the_list_of_plugins_says_who_adds_what() -> None:
     assert listed["transformers"]["adapters"] == ["sorsa", "qsorsa", "eva", "adalora"]
     assert listed["transformers"]["distribution"].startswith("sorsa-plugin ")
     assert listed["trl"]["hooks"] == ["sorsa_commands"]
-    assert "lora" in listed["sorsa_plugin.adapter_types"]["adapters"]
+    assert "lora" in listed["sorsa_plugin.recipes.peft_methods"]["adapters"]
     table = CliRunner().invoke(build_app(), ["plugins"]).output
     assert all(name in table for name in ("quickstart", "transformers", "trl", "adalora"))
 

@@ -10,10 +10,10 @@ from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, attach, factorise, gaps, orthonormality
 from sorsa_plugin.errors import RankError, SORSAConfigError
-from sorsa_plugin.factors import FROZEN, OFFSETS
-from sorsa_plugin.fingerprint import fingerprint
-from sorsa_plugin.precision import full_precision
-from sorsa_plugin.regularizer import floor, sorsa_layers
+from sorsa_plugin.layers.factors import FROZEN, OFFSETS
+from sorsa_plugin.linalg.fingerprint import fingerprint
+from sorsa_plugin.linalg.precision import full_precision
+from sorsa_plugin.regularizer.trained_factors import floor, sorsa_layers
 
 
 def wrapped(**options) -> PeftModel:

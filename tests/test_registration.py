@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType
 
 from sorsa_plugin import SORSAConfig, SORSAModel
-from sorsa_plugin.registration import add_peft_type, register
+from sorsa_plugin.tuner.registration import add_peft_type, register
 
 
 def test_registering_again_changes_nothing():

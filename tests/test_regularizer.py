@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sorsa_plugin import SORSAConfig, attach, gaps, orthonormality
-from sorsa_plugin.deviations import all_gaps, deviations
-from sorsa_plugin.engines import Share, WholeFactors
 from sorsa_plugin.errors import NoAdaptedLayersError
-from sorsa_plugin.regularizer import Factor, model_factors, sorsa_layers
+from sorsa_plugin.regularizer.engines import Share, WholeFactors
+from sorsa_plugin.regularizer.gaps import all_gaps, deviations
+from sorsa_plugin.regularizer.trained_factors import Factor, model_factors, sorsa_layers
 
 RANK = 4
 FACTORS = 2 * 7 * 2  # two decoder layers, seven projections, U and V
@@ -198,7 +198,7 @@ def test_gaps_keep_the_layers_order_whatever_is_batched(monkeypatch: pytest.Monk
     model = adapted(torch.float64, 0.1)
     exact = exact_gaps(model)
     for elements, most in ((1, 1), (2 * 16 * RANK, 2), (2**23, 18)):  # 18 of the 28 factors have 32 rows
-        monkeypatch.setattr("sorsa_plugin.deviations.BATCH_ELEMENTS", elements)
+        monkeypatch.setattr("sorsa_plugin.regularizer.gaps.BATCH_ELEMENTS", elements)
         assert max(len(batch.shares) for batch in deviations(whole_shares(model_factors(model)))) == most
         found = gaps(model)
         assert list(found) == list(exact)
@@ -215,7 +215,7 @@ def test_gap_gradient_is_bounded_and_continuous_in_the_gap(log_gap: float, rank:
     factor = Factor("P", P, torch.nn.Parameter(torch.zeros_like(P)))
     gap = float(all_gaps(whole_shares([factor])))
 
-    from sorsa_plugin.regularizer import _Gap
+    from sorsa_plugin.regularizer.trained_factors import _Gap
 
     value = _Gap.apply(factor.initial + factor.offset)
     value.backward()
@@ -327,7 +327,7 @@ def test_nothing_to_regularize_is_an_error_that_says_what_to_do(kind: str, measu
 def test_a_stack_of_factors_counts_and_is_measured_as_its_matrices(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sorsa_plugin.engines.BATCH_ELEMENTS", at_once * 7 * 2)
+    monkeypatch.setattr("sorsa_plugin.regularizer.engines.BATCH_ELEMENTS", at_once * 7 * 2)
     generator = torch.Generator().manual_seed(0)
     initial = torch.randn(3, 7, 2, generator=generator, dtype=torch.float64)
     offset = torch.nn.Parameter(torch.randn(3, 7, 2, generator=generator, dtype=torch.float64))

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from support import assert_same_tensors, perturb, refuse_to_factorise
 from tiny_llama import tiny_llama
 
-import sorsa_plugin.initialisation
+import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, save_adapter
 from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError, RankError
-from sorsa_plugin.factors import FROZEN, OFFSETS
+from sorsa_plugin.layers.factors import FROZEN, OFFSETS
 from sorsa_plugin.model_card import HEADING, complete_model_card
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 FILE = "adapter_model.safetensors"
 LAYERS = 14
@@ -481,7 +481,7 @@ def test_a_tag_that_a_person_wrote_as_one_word_stays_one(tmp_path):
 def test_loading_waits_for_no_other_process(monkeypatch, tmp_path):
     """One process of a run may load what it saved, to merge it: making a new adapter is a collective, this is none."""
     asked = []
-    monkeypatch.setattr(sorsa_plugin.initialisation, "_owners", lambda *_: asked.append(1) or [])
+    monkeypatch.setattr(sorsa_plugin.tuner.initialise, "_owners", lambda *_: asked.append(1) or [])
     trained().save_pretrained(tmp_path)
     assert asked
     asked.clear()

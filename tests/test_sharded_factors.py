@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 from sorsa_plugin import attach
-from sorsa_plugin.layer import live_layers
+from sorsa_plugin.layers.layer import live_layers
 
 
 def test_the_optimizer_of_another_model_that_is_sharded_is_left_alone(mesh: DeviceMesh) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from sorsa_plugin import AdapterSetup, AdapterType, SORSALayer, hookimpl, setup_adapter
-from sorsa_plugin.adapters import AdapterOptions
-from sorsa_plugin.layers.additive import AdditiveLayer
+from sorsa_plugin.layers.kinds.additive import AdditiveLayer
+from sorsa_plugin.recipes.setup_adapter import AdapterOptions
 
 
 class ScaledLinear(nn.Module):

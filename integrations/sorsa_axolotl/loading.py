@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from transformers import GenerationConfig
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.adapter_files import read_config
-from sorsa_plugin.saying import say
+from sorsa_plugin.files.saved_adapter import read_config
+from sorsa_plugin.rank_zero import say
 
 from .checkpoints import require_own_adapter
 from .recipe import BLOCK, make_config

@@ -8,7 +8,7 @@ from typing import Any
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft.utils import CONFIG_NAME
 
-from sorsa_plugin.adapter_files import read_config
+from sorsa_plugin.files.saved_adapter import read_config
 from sorsa_plugin.model_card import complete_model_card
 from sorsa_transformers import SORSACallback
 

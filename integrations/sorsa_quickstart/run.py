@@ -18,8 +18,8 @@ from rich.table import Table
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 
 from sorsa_plugin import SORSAConfig, gaps
-from sorsa_plugin.analysis_plots import require_matplotlib
 from sorsa_plugin.errors import SORSAConfigError
+from sorsa_plugin.tools.analysis.charts import require_matplotlib
 from sorsa_transformers import SORSACallback
 from sorsa_transformers.data import encode_all
 

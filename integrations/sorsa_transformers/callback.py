@@ -10,15 +10,15 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from sorsa_plugin.attaching import attach
-from sorsa_plugin.attachment import Attachment
 from sorsa_plugin.config import SORSAConfig
-from sorsa_plugin.engines import groups_by_parameter, innermost
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.factors import frozen_as_parameters
+from sorsa_plugin.layers.factors import frozen_as_parameters
 from sorsa_plugin.model_card import complete_model_card
-from sorsa_plugin.regularizer import model_factors, sorsa_layers, trained_adapters
-from sorsa_plugin.saying import say
+from sorsa_plugin.rank_zero import say
+from sorsa_plugin.regularizer.attach import attach
+from sorsa_plugin.regularizer.engines import groups_by_parameter, innermost
+from sorsa_plugin.regularizer.step_hooks import Attachment
+from sorsa_plugin.regularizer.trained_factors import model_factors, sorsa_layers, trained_adapters
 
 from .sharded_checkpoints import complete_sharded_checkpoint
 

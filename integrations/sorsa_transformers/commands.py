@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from sorsa_plugin.commands import options
-from sorsa_plugin.commands.figures import size
+from sorsa_plugin.cli import options
+from sorsa_plugin.cli.formatting import size
 
 
 def convert_checkpoint(

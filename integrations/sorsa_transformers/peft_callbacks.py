@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from sorsa_plugin.engines import innermost
 from sorsa_plugin.errors import AdapterOptionsError
-from sorsa_plugin.saying import say
+from sorsa_plugin.rank_zero import say
+from sorsa_plugin.regularizer.engines import innermost
 
 
 class EvaCallback(TrainerCallback):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sorsa_plugin.adapter_types import LORA_NAMES, build_config
-from sorsa_plugin.adapters import AdapterOptions, AdapterSetup, AdapterType
-from sorsa_plugin.engines import Engine
 from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_plugin.hookspecs import hookimpl
-from sorsa_plugin.regularizer import Factor
+from sorsa_plugin.recipes.peft_methods import LORA_NAMES, build_config
+from sorsa_plugin.recipes.setup_adapter import AdapterOptions, AdapterSetup, AdapterType
+from sorsa_plugin.regularizer.engines import Engine
+from sorsa_plugin.regularizer.trained_factors import Factor
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sorsa_plugin.errors import DecompositionError, RankError
-from sorsa_plugin.spectra import (
+from sorsa_plugin.linalg.spectra import (
     Spectrum,
     condition_number,
     decompose,

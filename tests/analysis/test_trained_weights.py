@@ -34,7 +34,7 @@ from transformers import (
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, ForeignAdapterError, IncompleteAdapterError
-from sorsa_plugin.trained_weights import BaseWeights, complete_checkpoints, open_trained
+from sorsa_plugin.tools.analysis.trained_weights import BaseWeights, complete_checkpoints, open_trained
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

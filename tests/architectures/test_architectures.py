@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from tiny_models import DEFAULT_TYPES, EXTRA, first_output, tiny_inputs, tiny_model
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 CASES = {**{name: (name, {}) for name in DEFAULT_TYPES}, **EXTRA}
 

@@ -22,9 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from sorsa_plugin.base_files import AUTO_CLASSES, BaseFiles, empty_model, read_model_config
 from sorsa_plugin.errors import BaseFilesError
-from sorsa_plugin.stored_weights import StoredWeights
+from sorsa_plugin.files.base_checkpoint import AUTO_CLASSES, BaseFiles, empty_model, read_model_config
+from sorsa_plugin.files.stored_parameters import StoredWeights
 
 SIZES = {
     "vocab_size": 64,

@@ -25,7 +25,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-import sorsa_plugin.initialisation
+import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, init_adapter
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import (
@@ -35,7 +35,7 @@ from sorsa_plugin.errors import (
     RankError,
     SORSAConfigError,
 )
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 
 def tiny_gpt_oss():
@@ -156,7 +156,7 @@ def test_training_starts_from_it_without_factorising_and_goes_the_same_way(tmp_p
 def test_one_weight_is_in_memory_at_a_time(tmp_path, monkeypatch):
     tiny_llama().save_pretrained(tmp_path / "base")
     seen = []
-    original = sorsa_plugin.initial_adapter._empty
+    original = sorsa_plugin.tools.init_adapter._empty
 
     def counting(layer):
         seen.append(layer)
@@ -167,15 +167,15 @@ def test_one_weight_is_in_memory_at_a_time(tmp_path, monkeypatch):
         assert layer.factors("default").pending
 
     layers_of = {}
-    adapt = sorsa_plugin.initial_adapter.adapt_empty
+    adapt = sorsa_plugin.tools.init_adapter.adapt_empty
 
     def remembering(*args):
         model = adapt(*args)
         layers_of["model"] = list(sorsa_layers(model))
         return model
 
-    monkeypatch.setattr(sorsa_plugin.initial_adapter, "_empty", counting)
-    monkeypatch.setattr(sorsa_plugin.initial_adapter, "adapt_empty", remembering)
+    monkeypatch.setattr(sorsa_plugin.tools.init_adapter, "_empty", counting)
+    monkeypatch.setattr(sorsa_plugin.tools.init_adapter, "adapt_empty", remembering)
     config = SORSAConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
     init_adapter(tmp_path / "base", tmp_path / "adapter", config, progress=False)
     assert len(seen) == 14

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_llama
 
-import sorsa_plugin.initial_adapter
-import sorsa_plugin.initialisation
-import sorsa_plugin.outputs
+import sorsa_plugin.files.atomic_directory
+import sorsa_plugin.tools.init_adapter
+import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, init_adapter
 from sorsa_plugin.errors import OutputExistsError
 
@@ -43,24 +43,24 @@ def die(*args, **kwargs):
 
 
 def in_the_sixth_factorisation():
-    original, calls = sorsa_plugin.initialisation.factorise, []
+    original, calls = sorsa_plugin.tuner.initialise.factorise, []
 
     def factorise(*args, **kwargs):
         calls.append(1)
         return die() if len(calls) == 6 else original(*args, **kwargs)
 
-    sorsa_plugin.initialisation.factorise = factorise
+    sorsa_plugin.tuner.initialise.factorise = factorise
 
 
 def between_two_tensors_of_a_layer():
-    class HalfWritten(sorsa_plugin.initial_adapter.TensorFile):
+    class HalfWritten(sorsa_plugin.tools.init_adapter.TensorFile):
         def write(self, name, tensor):
             super().write(name, tensor)
             if name.endswith("layers.0.mlp.up_proj.sorsa_factors.U0"):
                 self.flush()
                 die()
 
-    sorsa_plugin.initial_adapter.TensorFile = HalfWritten
+    sorsa_plugin.tools.init_adapter.TensorFile = HalfWritten
 
 
 def before_the_config():
@@ -76,7 +76,7 @@ def before_the_journal_goes():
 
 
 def before_it_takes_its_name():
-    sorsa_plugin.outputs.os.replace = die
+    sorsa_plugin.files.atomic_directory.os.replace = die
 
 
 MOMENTS = {  # and the layers that are then finished
@@ -113,9 +113,9 @@ def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole,
     if moment not in (before_the_journal_goes, before_it_takes_its_name):  # then it is complete
         assert not {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in partial.iterdir()}
     factorised = []
-    original = sorsa_plugin.initialisation.factorise
+    original = sorsa_plugin.tuner.initialise.factorise
     monkeypatch.setattr(
-        sorsa_plugin.initialisation, "factorise", lambda *a, **k: factorised.append(k["name"]) or original(*a, **k)
+        sorsa_plugin.tuner.initialise, "factorise", lambda *a, **k: factorised.append(k["name"]) or original(*a, **k)
     )
     report = init_adapter(base, output, everything(), progress=False)
     assert report.resumed == MOMENTS[moment] == 14 - len(factorised)
@@ -128,7 +128,7 @@ def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole,
 
 def interrupted(base, output, monkeypatch) -> None:
     """An init that an error stopped at its sixth weight."""
-    original, calls = sorsa_plugin.initialisation.factorise, []
+    original, calls = sorsa_plugin.tuner.initialise.factorise, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -137,7 +137,7 @@ def interrupted(base, output, monkeypatch) -> None:
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sorsa_plugin.initialisation, "factorise", failing)
+        patched.setattr(sorsa_plugin.tuner.initialise, "factorise", failing)
         with pytest.raises(KeyboardInterrupt):
             init_adapter(base, output, everything(), progress=False)
 

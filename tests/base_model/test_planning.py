@@ -13,11 +13,11 @@ from tiny_llama import tiny_llama
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
-import sorsa_plugin.planning
+import sorsa_plugin.tools.plan
 from sorsa_plugin import SORSAConfig, plan
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import BaseFilesError, RankError, SORSAConfigError
-from sorsa_plugin.planning import LayerGroup, Memory, estimate_activations, estimate_init, largest_block, memory
+from sorsa_plugin.tools.plan import LayerGroup, Memory, estimate_activations, estimate_init, largest_block, memory
 
 CASES = {
     "dense": (tiny_llama, {"target_modules": "all-linear"}),
@@ -201,8 +201,8 @@ def test_a_given_speed_is_scaled_by_the_elements_and_the_rank():
 
 def test_a_measured_speed_is_of_each_shape_once_and_large_ones_scaled(monkeypatch):
     calls, clock = [], iter(range(1000))
-    monkeypatch.setattr(sorsa_plugin.planning, "factorise", lambda w, r, **k: calls.append((tuple(w.shape), r)))
-    monkeypatch.setattr(sorsa_plugin.planning.time, "perf_counter", lambda: float(next(clock)))  # each takes 1 s
+    monkeypatch.setattr(sorsa_plugin.tools.plan, "factorise", lambda w, r, **k: calls.append((tuple(w.shape), r)))
+    monkeypatch.setattr(sorsa_plugin.tools.plan.time, "perf_counter", lambda: float(next(clock)))  # each takes 1 s
     groups = (
         LayerGroup("a", (2048, 2048), 8, 3),
         LayerGroup("b", (2048, 2048), 8, 2),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sorsa_plugin.tensor_file import TensorFile, file_header
+from sorsa_plugin.files.safetensors_writer import TensorFile, file_header
 
 
 def tensors():

@@ -23,7 +23,7 @@ def report_after_steps(directory: str) -> None:
 
     def on_step_end(self: SORSACallback, *args: Any, model: Any, **kwargs: Any) -> None:
         original(self, *args, model=model, **kwargs)
-        from sorsa_plugin.regularizer import model_factors
+        from sorsa_plugin.regularizer.trained_factors import model_factors
 
         assert self.attachment is not None
         engine, factors = self.attachment.engine, model_factors(model)

@@ -18,8 +18,8 @@ from tiny_llama import token_batches
 
 def digest(model: torch.nn.Module) -> str:
     """Of the frozen factors and fingerprints as this process has them."""
-    from sorsa_plugin.factors import FROZEN
-    from sorsa_plugin.regularizer import sorsa_layers
+    from sorsa_plugin.layers.factors import FROZEN
+    from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
     total = hashlib.sha256()
     for layer in sorsa_layers(model):
@@ -46,19 +46,19 @@ def main() -> None:
     from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    import sorsa_plugin.initialisation
+    import sorsa_plugin.tuner.initialise
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.regularizer import sorsa_layers
+    from sorsa_plugin.regularizer.trained_factors import sorsa_layers
     from sorsa_transformers import SORSACallback
 
     factorised = []
-    original = sorsa_plugin.initialisation.factorise
+    original = sorsa_plugin.tuner.initialise.factorise
 
     def counted(matrix, *args, **kwargs):
         factorised.append(kwargs["name"])
         return original(matrix, *args, **kwargs)
 
-    sorsa_plugin.initialisation.factorise = counted
+    sorsa_plugin.tuner.initialise.factorise = counted
     world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments = TrainingArguments(
         str(options.output / "run"),

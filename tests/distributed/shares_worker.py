@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from sorsa_plugin.deviations import all_gaps, deviations
-from sorsa_plugin.engines import Share
+from sorsa_plugin.regularizer.engines import Share
+from sorsa_plugin.regularizer.gaps import all_gaps, deviations
 
 CASES = 60
 

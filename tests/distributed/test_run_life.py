@@ -65,7 +65,7 @@ def test_the_adapter_saved_in_mid_run_is_complete_and_serves_on_one_process(
 ) -> None:
     from engines import build_model
 
-    from sorsa_plugin.export import export_lora
+    from sorsa_plugin.tools.export_lora import export_lora
 
     _, output, _ = together
     middle, final = adapter(output / "middle"), adapter(output / "adapter")

@@ -43,9 +43,9 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     from transformers import Trainer, TrainingArguments
 
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.attachment import attachment_of
-    from sorsa_plugin.engines import innermost
-    from sorsa_plugin.regularizer import model_factors
+    from sorsa_plugin.regularizer.engines import innermost
+    from sorsa_plugin.regularizer.step_hooks import attachment_of
+    from sorsa_plugin.regularizer.trained_factors import model_factors
     from sorsa_transformers import SORSACallback
 
     AcceleratorState._reset_state()

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from sorsa_plugin import SORSAConfig, SORSALayer
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 
 def adapted(name: str, dtype: torch.dtype = torch.float32, r: int = 2, **options: Any) -> PeftModel:

@@ -14,7 +14,7 @@ from layer_kinds import adapted, exact_delta, layers_of, reference
 from peft import PeftModel, get_peft_model
 from support import assert_same_tensors, perturb, snapshot
 
-import sorsa_plugin.initialisation
+import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, attach, orthonormality
 from sorsa_plugin.errors import DecompositionError, FoldError, RankError, SORSAConfigError
 
@@ -53,7 +53,7 @@ def test_where_an_adapter_cannot_be_made_every_module_has_its_place_back(kind, f
     model = make_model(kind) if first else adapted(kind)
     before, tensors = dict(model.named_modules()), snapshot(model)
     options = SORSAConfig(r=100 if fails == "the first layer" else 2, svd_seed=1, **KINDS[kind].options)
-    monkeypatch.setattr(sorsa_plugin.initialisation, "factorise", fail)
+    monkeypatch.setattr(sorsa_plugin.tuner.initialise, "factorise", fail)
     with pytest.raises((DecompositionError, RankError)):
         get_peft_model(model, options) if first else model.add_adapter("second", options)
     assert dict(model.named_modules()) == before

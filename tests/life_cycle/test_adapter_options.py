@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError, FoldError, UnsupportedLayerError
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 ATOL = 2e-6
 """fp32 logits of order 1 or less after two layers of sums over at most 48 terms, in two orders."""

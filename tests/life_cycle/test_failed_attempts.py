@@ -14,10 +14,10 @@ from peft import PeftModel, get_peft_model
 from support import assert_same_tensors, perturb, snapshot
 from tiny_llama import tiny_llama
 
-import sorsa_plugin.initialisation
+import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError, IncompleteAdapterError, RankError, UnsupportedLayerError
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 
 def structure(model: torch.nn.Module) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def structure(model: torch.nn.Module) -> dict[str, Any]:
 
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C during the third factorisation."""
-    calls, own = [], sorsa_plugin.initialisation.factorise
+    calls, own = [], sorsa_plugin.tuner.initialise.factorise
 
     def factorise(*args: Any, **options: Any) -> Any:
         calls.append(args)
@@ -36,7 +36,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return own(*args, **options)
 
-    monkeypatch.setattr(sorsa_plugin.initialisation, "factorise", factorise)
+    monkeypatch.setattr(sorsa_plugin.tuner.initialise, "factorise", factorise)
 
 
 # k_proj has 16 triplets

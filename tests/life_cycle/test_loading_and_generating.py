@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError
-from sorsa_plugin.factors import FROZEN, OFFSETS
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.layers.factors import FROZEN, OFFSETS
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 GREEDY = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sorsa_plugin.checkpoint_copy import copy_shard
+from sorsa_plugin.files.checkpoint_copy import copy_shard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)

@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, merge_adapter
 from sorsa_plugin.cli import build_app
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 CASES = {
     "sharded": (llama, {}, "20KB"),

@@ -41,7 +41,7 @@ from sorsa_plugin.errors import (
     IncompleteAdapterError,
     OutputExistsError,
 )
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def adapter(tmp_path_factory):
 
 KILLED = """
 import os, signal, sys
-import sorsa_plugin.checkpoint_copy as checkpoint_copy
-import sorsa_plugin.merging as merging
-import sorsa_plugin.outputs as outputs
+import sorsa_plugin.files.checkpoint_copy as checkpoint_copy
+import sorsa_plugin.tools.merge.merge_adapter as merging
+import sorsa_plugin.files.atomic_directory as outputs
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 def halfway(writer, *args, _calls=[]):

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from sorsa_plugin import SORSAConfig, init_residual, quantize_residual
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, OutputExistsError, SORSAConfigError, SORSAError
-from sorsa_plugin.initial_residual import FORMATS
+from sorsa_plugin.qsorsa.prepare import FORMATS
 
 pytest.importorskip("bitsandbytes")
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trai
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from sorsa_plugin import SORSAConfig, merge_and_dequantize, save_residual, setup_adapter
-from sorsa_plugin.quantised import SORSAQuantisedLinear
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.layers.kinds.quantised import SORSAQuantisedLinear
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 from sorsa_quickstart.answering import BASE
 from sorsa_quickstart.task import train_examples
 from sorsa_transformers import SORSACallback

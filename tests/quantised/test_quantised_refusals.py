@@ -14,7 +14,7 @@ from torch import nn
 
 from sorsa_plugin import merge_and_dequantize
 from sorsa_plugin.errors import UnsupportedLayerError
-from sorsa_plugin.quantisation import is_quantised
+from sorsa_plugin.layers.storage import is_quantised
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM
 
 from sorsa_plugin import SORSAConfig, export_lora, merge_adapter, merge_and_dequantize, quantize_residual, save_residual
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, FoldError, OutputExistsError, SORSAConfigError
-from sorsa_plugin.full_precision import full_precision_weights
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.qsorsa.full_precision_weights import full_precision_weights
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 pytest.importorskip("bitsandbytes")
 

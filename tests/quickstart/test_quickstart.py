@@ -87,7 +87,14 @@ def test_a_few_steps_run_to_the_end_with_every_check_passed(tmp_path, monkeypatc
 
 
 def quickstart(output: Path, *options: str) -> dict[str, Any]:
-    command = [sys.executable, "-c", "from sorsa_plugin.cli import main; main()", "quickstart", "--output", str(output)]
+    command = [
+        sys.executable,
+        "-c",
+        "from sorsa_plugin.cli import main; main()",
+        "quickstart",
+        "--output",
+        str(output),
+    ]
     subprocess.run([*command, *options], check=True, capture_output=True, timeout=900)
     return json.loads((output / "report.json").read_text())
 

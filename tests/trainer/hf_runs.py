@@ -12,9 +12,9 @@ from tiny_llama import tiny_llama, token_batches
 from transformers import Trainer, TrainingArguments
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.attaching import attach
-from sorsa_plugin.attachment import Attachment
-from sorsa_plugin.engines import innermost
+from sorsa_plugin.regularizer.attach import attach
+from sorsa_plugin.regularizer.engines import innermost
+from sorsa_plugin.regularizer.step_hooks import Attachment
 
 
 def adapted(scale: float = 0.3, layers: int = 1, **options: Any) -> PeftModel:

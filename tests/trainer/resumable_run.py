@@ -16,7 +16,7 @@ from pathlib import Path
 from hf_runs import adapted, make_trainer
 from transformers import TrainerCallback
 
-from sorsa_plugin.peak_rate import ETA_MAX
+from sorsa_plugin.regularizer.optimizers import ETA_MAX
 from sorsa_transformers import SORSACallback
 
 STEPS, SAVED_AT, KILLED_AT = 8, 3, 5

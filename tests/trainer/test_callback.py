@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from sorsa_plugin import gaps
 from sorsa_plugin.errors import AttachError, NoAdaptedLayersError, NonFiniteGradientError
-from sorsa_plugin.nonfinite import GradientWatch, Norms
+from sorsa_plugin.regularizer.nonfinite_gradients import GradientWatch, Norms
 from sorsa_transformers import SORSACallback
 
 METRICS = {"sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma"}

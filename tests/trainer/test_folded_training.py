@@ -8,7 +8,7 @@ import torch
 from hf_runs import adapted, make_trainer, trained_values
 from transformers import Trainer
 
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
 

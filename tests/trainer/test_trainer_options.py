@@ -12,8 +12,8 @@ from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.trainer_utils import SchedulerType
 
 from sorsa_plugin import gaps
-from sorsa_plugin.peak_rate import ETA_MAX
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.optimizers import ETA_MAX
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 from sorsa_transformers import SORSACallback
 
 LR = 1e-4

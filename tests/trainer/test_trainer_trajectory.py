@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 from sorsa_transformers import SORSACallback
 
 STEPS, WINDOW, BATCH, WARMUP = 20, 4, 2, 4

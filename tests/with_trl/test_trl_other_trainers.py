@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification
 from trl_runs import EXAMPLES, PREFERENCES, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
-from sorsa_plugin.attachment import attachment_of
-from sorsa_plugin.engines import innermost
+from sorsa_plugin.regularizer.engines import innermost
+from sorsa_plugin.regularizer.step_hooks import attachment_of
 from sorsa_quickstart.answering import BASE, load_base
 
 STEPS = 3

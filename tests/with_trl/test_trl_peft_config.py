@@ -15,8 +15,8 @@ from trl import DPOTrainer, SFTConfig, SFTTrainer
 from trl_runs import EXAMPLES, adapter_tensors, build, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
-from sorsa_plugin.factors import OFFSETS
-from sorsa_plugin.regularizer import model_factors, sorsa_layers
+from sorsa_plugin.layers.factors import OFFSETS
+from sorsa_plugin.regularizer.trained_factors import model_factors, sorsa_layers
 from sorsa_quickstart.answering import load_base
 
 LN2 = float(torch.tensor(math.log(2.0), dtype=torch.float32))

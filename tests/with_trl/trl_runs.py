@@ -11,7 +11,7 @@ from peft import PeftConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.regularizer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 from sorsa_quickstart.answering import load_base
 from sorsa_quickstart.task import train_examples
 

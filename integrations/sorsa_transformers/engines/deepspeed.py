@@ -19,10 +19,10 @@ import torch
 from torch import distributed
 from torch.optim.optimizer import Optimizer
 
-from sorsa_plugin.engines import Engine, Share, groups_by_parameter, innermost
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.factors import ROUNDED
-from sorsa_plugin.regularizer import Factor
+from sorsa_plugin.layers.factors import ROUNDED
+from sorsa_plugin.regularizer.engines import Engine, Share, groups_by_parameter, innermost
+from sorsa_plugin.regularizer.trained_factors import Factor
 
 
 class Part(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.distributed.fsdp import FlatParameter
 
-from sorsa_plugin.engines import Engine, innermost
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.regularizer import Factor
+from sorsa_plugin.regularizer.engines import Engine, innermost
+from sorsa_plugin.regularizer.trained_factors import Factor
 
 
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:

@@ -8,9 +8,9 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
-from sorsa_plugin.engines import Engine, Share, groups_by_parameter, innermost
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.regularizer import Factor
+from sorsa_plugin.regularizer.engines import Engine, Share, groups_by_parameter, innermost
+from sorsa_plugin.regularizer.trained_factors import Factor
 
 
 class FSDP2(Engine):

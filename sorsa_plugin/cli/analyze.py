@@ -1,0 +1,84 @@
+"""`sorsa analyze`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from . import options
+from .formatting import console
+
+if TYPE_CHECKING:
+    from ..tools.analysis.analyze import Analysis
+
+
+def analyze(
+    base: options.Base,
+    output: options.Output,
+    adapter: list[Path] = typer.Option([], help="A PEFT adapter of any type, or a trained model; may be repeated."),
+    checkpoints: list[Path] = typer.Option([], help="A run with checkpoint-N directories; may be repeated."),
+    modules: str | None = typer.Option(None, help="Only modules whose names match this regular expression."),
+    top: int | None = typer.Option(None, help="Compare this many singular triplets of each weight; default: all."),
+    degenerate: float = typer.Option(
+        1e-6, help="Neighbours closer than this (relative to the largest) are compared as subspaces."
+    ),
+    plots: bool = typer.Option(True, help="Draw charts (needs matplotlib)."),
+    task_type: options.TaskType = "CAUSAL_LM",
+    revision: options.Revision = None,
+) -> None:
+    """Measure what training did to singular values and vectors, as the paper does: tables, CSV, JSON and charts."""
+    from ..files.atomic_directory import appearing_whole, refuse_occupied
+    from ..tools.analysis.analyze import analyze as measure
+    from ..tools.analysis.charts import require_matplotlib, save_plots
+
+    target = output.resolve()
+    refuse_occupied(target)
+    if plots:
+        require_matplotlib()
+    result = measure(
+        base,
+        adapter,
+        runs=checkpoints,
+        modules=modules,
+        top=top,
+        degenerate=degenerate,
+        task_type=options.task(task_type),
+        revision=revision,
+    )
+    with appearing_whole(target) as directory:
+        result.save(directory)
+        if plots:
+            save_plots(result, directory)
+    _show(result)
+    typer.echo(f"layers.csv, summary.csv, analysis.json{' and charts' if plots else ''} are in {output}.")
+
+
+def _show(analysis: Analysis) -> None:
+    from rich.table import Table
+
+    layers = max(row.layers for row in analysis.summaries())
+    table = Table(title=f"Change of the weights of {analysis.base}, mean of {layers}", title_justify="left")
+    table.add_column("run", overflow="fold", min_width=8)
+    for name in ("step", "dSigma", "dD", "|dW|/|W|", "cond. merged", "cond. W_p"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = analysis.summaries()
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        table.add_row(
+            row.run,
+            "-" if row.step is None else str(row.step),
+            f"{row.d_sigma:.3g}",
+            f"{row.d_direction:.3g}",
+            f"{row.relative_change:.3g}",
+            _change(row.condition_before, row.condition_after),
+            _change(row.principal_condition_before, row.principal_condition_after),
+            end_section=following is not None and following.run != row.run,
+        )
+    console().print(table)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    if after is None:
+        return "-"
+    return f"{'-' if before is None else f'{before:.3g}'} > {after:.3g}"

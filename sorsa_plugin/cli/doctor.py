@@ -1,0 +1,46 @@
+"""`sorsa doctor`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from .formatting import console
+
+if TYPE_CHECKING:
+    from ..tools.doctor import Diagnosis
+
+
+def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
+    """Check versions, PEFT's registration, plug-ins and device; exits with 1 where something has to be repaired."""
+    from ..tools.doctor import examine
+
+    diagnosis = examine()
+    if as_json:
+        typer.echo(json.dumps(diagnosis.to_json(), indent=2))
+    else:
+        _print(diagnosis)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+def _print(diagnosis: Diagnosis) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("package", "installed", "supported", "what to do")
+    for package in diagnosis.packages:
+        todo = "" if package.in_range else package.command
+        if todo and not package.problem:
+            todo = f"optional: {todo}"
+        row = (package.name, package.installed or "-", package.supported or "any", todo)
+        table.add_row(*map(escape, row), style="bold red" if package.problem else None)
+    page = console()
+    page.print(table)
+    registered = "yes" if diagnosis.registered else "no: PEFT's SORSA is not this package's"
+    facts = [("registered with PEFT", registered), ("plug-ins", ", ".join(diagnosis.plugins) or "none")]
+    facts += [(f"broken plug-in {name}", reason) for name, reason in diagnosis.broken.items()]
+    for name, value in (*facts, ("device", diagnosis.device)):
+        page.print(f"{escape(name)}: {escape(value)}", highlight=False, soft_wrap=True)

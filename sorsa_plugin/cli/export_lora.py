@@ -1,0 +1,31 @@
+"""`sorsa export-lora`."""
+
+from __future__ import annotations
+
+import typer
+
+from . import options
+from .formatting import size
+
+
+def export_lora(
+    adapter: options.Adapter,
+    output: options.Output,
+    rank: int | None = typer.Option(None, help="Truncate to this rank; default: the exact LoRA, of rank 2r."),
+) -> None:
+    """Write an adapter as a plain LoRA, which PEFT, vLLM, TGI and llama.cpp load without this package."""
+    from ..tools.export_lora import export_lora as export
+
+    report = export(adapter, output, rank=rank)
+    typer.echo(
+        f"LoRA of rank {report.rank} (alpha {report.rank}, scale 1) for {len(report.layers)} layers in "
+        f"{report.output}: {size(report.bytes)}."
+    )
+    if report.relative_error:
+        worst = max(report.layers, key=lambda layer: layer.relative_error)
+        typer.echo(
+            f"Truncated: relative error {report.relative_error:.3g} of the change (Frobenius norm), the smallest "
+            f"possible at this rank; at worst {worst.relative_error:.3g}, in {worst.name}."
+        )
+    else:
+        typer.echo("Exact: nothing was truncated.")

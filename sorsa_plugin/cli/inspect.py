@@ -1,0 +1,78 @@
+"""`sorsa inspect`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import typer
+
+from . import options
+from .formatting import console, size
+
+if TYPE_CHECKING:
+    from ..tools.inspect_adapter import AdapterSummary
+
+
+def inspect(
+    adapter: options.Adapter,
+    as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
+) -> None:
+    """Show an adapter's options, gaps, singular values and size of change, from its files alone."""
+    from ..tools.inspect_adapter import inspect_adapter
+
+    summary = inspect_adapter(adapter)
+    if as_json:
+        typer.echo(json.dumps(summary.to_json(), indent=2))
+    else:
+        _print(summary)
+
+
+def _print(summary: AdapterSummary) -> None:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    config, layers = summary.config, summary.layers
+    facts = Table.grid(padding=(0, 2))
+    schedule = f", {config.resolved_reg_schedule}" if config.reg_update == "decoupled" else ""
+    stored = f"stored as {config.storages}" if config.storages else "storage unknown"
+    tied = [f"{name} to {layout[1]}" for name, layout in config.lora_layouts.items() if layout[0] == "tied"]
+    tokens = [f"{count} rows of {name}" for name, count in summary.trained_tokens.items()]
+    for name, value in {
+        "base": f"{config.base_model_name_or_path or 'not named'}, {stored}",
+        "rank": f"{config.r}" + (f", {config.rank_pattern}" if config.rank_pattern else ""),
+        "regularizer": f"gamma {config.resolved_gamma:g}, {config.reg_update}{schedule}",
+        "layers": f"{len(layers)}, {summary.trainable:,} trained values",
+        "tied layers": ", ".join(tied) or "none",
+        "whole tensors": ", ".join(summary.carried) or "none",
+        "trained tokens": ", ".join(tokens) or "none",
+        "file": f"{size(summary.bytes)}, factors in {', '.join(summary.dtypes)}",
+        "gap": f"mean {sum(x.gap_U + x.gap_V for x in layers) / (2 * len(layers)):.3g}, "
+        f"largest {max(max(x.gap_U, x.gap_V) for x in layers):.3g}",
+        "change": f"{sum(x.change**2 for x in layers) ** 0.5:.3g} (Frobenius norm over all layers)",
+        "fingerprint": f"{sum(x.fingerprint**2 for x in layers) ** 0.5:.5g} (norm over all layers)",
+    }.items():
+        facts.add_row(name, value)
+    table = Table(
+        caption="gap: ||P'P - I||, of experts the largest; S: range; dS: ||dS|| / ||S0||; change: ||L R'||",
+        box=SIMPLE,
+    )
+    table.add_column("layer", overflow="fold", min_width=12)
+    for heading in ("out x in", "r", "gap U", "gap V", "S", "dS", "change"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for x in layers:
+        table.add_row(
+            x.name,
+            f"{x.matrices} x " * (x.matrices > 1) + f"{x.out_features} x {x.in_features}",
+            str(x.rank),
+            f"{x.gap_U:.2g}",
+            f"{x.gap_V:.2g}",
+            f"{x.S_min:.3g}..{x.S_max:.3g}",
+            f"{x.relative_dS:.2g}",
+            f"{x.change:.2g}",
+            style=None if x.finite else "bold red",
+        )
+    console().print(facts, table)
+    broken = [x.name for x in layers if not x.finite]
+    if broken:
+        console().print(f"{len(broken)} layers hold NaN or infinity, the first of them {broken[0]}.", style="bold red")

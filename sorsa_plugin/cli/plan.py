@@ -1,0 +1,115 @@
+"""`sorsa plan`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from . import options
+from .formatting import console, duration, size
+
+if TYPE_CHECKING:
+    from ..tools.plan import Plan
+
+
+def plan(
+    model: options.Model,
+    rank: options.Rank = 128,
+    target_modules: options.Targets = "all-linear",
+    target_parameters: options.TargetParameters = None,
+    exclude_modules: options.Excluded = None,
+    layers: options.Layers = None,
+    rank_pattern: options.RankPattern = None,
+    modules_to_save: options.ModulesToSave = None,
+    task_type: options.TaskType = "CAUSAL_LM",
+    dtype: options.Dtype = None,
+    revision: options.Revision = None,
+    gpus: int = typer.Option(1, help="Processes, with a GPU each."),
+    engine: str = typer.Option("ddp", help="ddp, fsdp2 or zero3."),
+    batch: int = typer.Option(1, help="Sequences on each GPU."),
+    length: int = typer.Option(2048, help="Tokens of a sequence."),
+    checkpointing: bool = typer.Option(False, help="Recompute activations in backward."),
+    optimizer: str = typer.Option("adamw", help="adamw, adamw_8bit or sgd."),
+    svd: str = typer.Option("auto", help="auto, exact or randomized."),
+    unit_seconds: float | None = typer.Option(
+        None, help="Seconds to factorise one 4096 x 4096 weight at this rank; default: measured here."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Tell parameters, bytes, memory and initialisation time from a model's config, without its weights."""
+    from ..tools.plan import plan as make_plan
+
+    config = options.sorsa_config(
+        rank,
+        target_modules,
+        exclude_modules,
+        layers,
+        rank_pattern,
+        modules_to_save,
+        task_type,
+        target_parameters,
+        svd=svd,
+    )
+    result = make_plan(
+        model,
+        config,
+        dtype=options.torch_dtype(dtype),
+        gpus=gpus,
+        engine=engine,
+        batch=batch,
+        length=length,
+        checkpointing=checkpointing,
+        optimizer=optimizer,
+        unit_seconds=unit_seconds,
+        revision=revision,
+    )
+    if as_json:
+        content = asdict(result)
+        content["memory"]["total"] = result.memory.total
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        _show(result, f"{batch} x {length} tokens{', checkpointed' if checkpointing else ''}")
+
+
+def _show(plan: Plan, work: str) -> None:
+    from rich.table import Table
+
+    page = console()
+    page.print(f"SORSA on {plan.model} ({plan.dtype})", style="italic", highlight=False, soft_wrap=True)
+    layers = Table()
+    for name in ("matrices", "module", "out x in", "rank"):
+        layers.add_column(name, justify="left" if name == "module" else "right")
+    for group in plan.groups:
+        layers.add_row(str(group.count), group.kind, f"{group.shape[0]} x {group.shape[1]}", str(group.rank))
+    page.print(layers)
+    share = plan.trainable_parameters / plan.base_parameters
+    facts: dict[str, Any] = {
+        "base parameters": f"{plan.base_parameters:,}",
+        "trainable parameters": f"{plan.trainable_parameters:,} ({share:.2%} of the base)",
+        "adapter file": f"{size(plan.adapter_bytes)} ({plan.adapter_bytes:,} bytes)",
+        "initialisation, estimated": f"{duration(plan.init_seconds)} ({plan.init_basis})",
+    }
+    if plan.stacked_parameters:
+        facts["not adapted"] = f"{plan.stacked_parameters:,} parameters in stacked tensors (fused experts)"
+    for name, value in facts.items():
+        page.print(f"{name}: {value}", highlight=False)
+    memory = plan.memory
+    parts = {
+        "base weights": memory.weights,
+        "frozen factors U0, S0, V0": memory.frozen_factors,
+        "offsets dU, dS, dV and modules_to_save": memory.trained,
+        "gradients": memory.gradients,
+        "optimizer state": memory.optimizer_state,
+        "communication, estimated": memory.communication,
+        f"activations, estimated ({work})": memory.activations,
+        "total": memory.total,
+    }
+    table = Table(title=f"Memory on each of {plan.gpus} GPU(s), {plan.engine}", title_justify="left")
+    table.add_column("what")
+    table.add_column("size", justify="right")
+    for name, value in parts.items():
+        table.add_row(name, "unknown" if value is None else size(value), end_section=name.startswith("activations"))
+    page.print(table)

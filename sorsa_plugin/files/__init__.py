@@ -1,0 +1,1 @@
+"""What lies on disk: adapters, base checkpoints, runs; one tensor at a time, and no model in memory."""

@@ -1,0 +1,127 @@
+"""Reads a saved adapter from its two files, and finds out whether they are whole; knows no model and no base weight."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+
+from ..config import SORSAConfig
+from ..errors import ForeignAdapterError, IncompleteAdapterError
+from ..layers.factors import FROZEN, OFFSETS, SORSAFactors
+from .adapter_format import outer_name, pattern_name
+
+ROOT = "base_model.model."
+FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
+
+
+def read_config(source: Path) -> SORSAConfig:
+    """The adapter's configuration.
+
+    Raises:
+        ForeignAdapterError: there is none, or one of another method.
+        IncompleteAdapterError: it cannot be read, or holds an option that cannot be honoured.
+    """
+    path = source / CONFIG_NAME
+    if not path.is_file():
+        below = sorted(child.parent.name for child in source.glob(f"*/{CONFIG_NAME}"))
+        remedy = f"Its adapters are in {', '.join(below)}: give one of these." if below else "Give the directory."
+        raise ForeignAdapterError(f"{source} holds no {CONFIG_NAME}; expected the directory of an adapter. {remedy}")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        config = SORSAConfig.from_pretrained(str(source)) if kind == "SORSA" else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IncompleteAdapterError(
+            f"{path} cannot be read as an adapter's configuration ({error!r}); expected JSON with a peft_type and "
+            "options that it can have. Take it from the original run again."
+        ) from error
+    if config is None:
+        raise ForeignAdapterError(
+            f"{path} says peft_type {kind!r}; expected 'SORSA'. PEFT itself loads and merges this adapter, and vLLM "
+            "serves it if it is a LoRA; peft.convert_to_lora makes one of many other methods."
+        )
+    return config
+
+
+@contextmanager
+def open_tensors(source: Path) -> Iterator[Any]:
+    """The adapter's safetensors file, open for reading tensor by tensor.
+
+    Raises:
+        IncompleteAdapterError: there is none, or it is damaged.
+    """
+    path = source / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        found = ", ".join(sorted(child.name for child in source.glob("adapter_model*"))) or "no adapter_model file"
+        raise IncompleteAdapterError(
+            f"{source} holds {found}; expected {path.name}. Save the adapter with save_pretrained(directory), which "
+            "writes safetensors."
+        )
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise IncompleteAdapterError(
+            f"{path} cannot be read ({error}); expected a complete safetensors file. It is truncated or was damaged: "
+            "take it from the original run again."
+        ) from error
+    with file:
+        yield file
+
+
+def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
+    """Every layer's rank r, and the names of the tensors to copy, after all names and shapes have been checked.
+
+    Raises:
+        ForeignAdapterError, IncompleteAdapterError: the files are damaged, or do not belong together.
+    """
+    shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    matches = {name: FACTOR.fullmatch(name) for name in shapes}
+    parts = (*OFFSETS, *FROZEN)
+    layers = dict.fromkeys(match["layer"] for match in matches.values() if match and match["part"] in parts)
+    carried = [name for name, match in matches.items() if not match]
+    unknown = [name for name, match in matches.items() if match and match["part"] not in parts]
+    known = (PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.TRAINABLE_TOKENS],) if config.trainable_token_indices else ()
+    methods = tuple(f".{prefix}" for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix not in known)
+    strange = [
+        name for name in carried if not name.startswith(ROOT) or any(method in name for method in methods)
+    ] + unknown
+    if strange or not layers:
+        found = strange[0] if strange else ", ".join(list(shapes)[:1]) or "no tensor"
+        raise ForeignAdapterError(
+            f"The adapter file holds {found}, and factors of {len(layers)} SORSA layers; expected names such as "
+            f"{ROOT}<layer>.sorsa_factors.dU. It was written by another method: take the file that belongs to the "
+            f"{CONFIG_NAME} beside it."
+        )
+    ranks = {}
+    for layer in layers:
+        prefix = f"{ROOT}{layer}.sorsa_factors."
+        layout = config.lora_layouts.get(layer)
+        key = pattern_name(layer, layout, layers)
+        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
+        U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
+        rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
+        SORSAFactors(rows[0], rows[1], rank, "meta", tuple(U.shape[:-2])).names_in(shapes, prefix)
+        parameter = layout is not None and layout[0] == "parameter"
+        any_linear = config.target_modules in (None, "all-linear")
+        if not (parameter or any_linear or check_target_module_exists(config, outer_name(layer, layers))):
+            raise IncompleteAdapterError(
+                f"The adapter file has factors of {layer}, which target_modules in {CONFIG_NAME} does not select. The "
+                "two belong to different adapters: take both from the original run again."
+            )
+        ranks[layer] = rank
+    if config.modules_to_save and not any(f"{name}." in key for name in config.modules_to_save for key in carried):
+        raise IncompleteAdapterError(
+            f"The adapter file has no tensors for modules_to_save={config.modules_to_save}; expected those of one "
+            "module at least. It is truncated or was edited: take it from the original run again."
+        )
+    return ranks, carried

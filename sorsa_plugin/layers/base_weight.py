@@ -1,0 +1,77 @@
+"""Base weights that are kept elsewhere come back while somebody looks at them: accelerate keeps them on the CPU or on
+disk, training engines partition them over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import nn
+
+from ..errors import UnsupportedLayerError
+from ..plugins import manager
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@contextmanager
+def base_weight_here(module: nn.Module) -> Iterator[None]:
+    """In this context the parameters of a base module are whole, on the device that computes; not to be written.
+
+    Where an engine partitioned them, every process has to enter together.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(align_module_device(module))
+        if not torch.compiler.is_compiling():  # a graph reads weights that are here already
+            for context in manager().hook.sorsa_gather(parameters=list(module.parameters(recurse=False))):
+                stack.enter_context(context)
+        yield
+
+
+def with_base_weight(method: Method) -> Method:
+    """A method of a layer that reads the base weight, in `base_weight_here`."""
+
+    @wraps(method)
+    def wrapper(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        with base_weight_here(layer.get_base_layer()):
+            return method(layer, *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
+    """Where a base module computes with its weight: where that is, or where accelerate brings it."""
+    execution = _execution_device(module)
+    return weight.device if execution is None else execution
+
+
+def keep_here(module: nn.Module) -> None:
+    """Undo accelerate's offloading of a module that nobody calls, whose tensors would therefore never come back."""
+    execution = _execution_device(module)
+    if execution is not None:
+        remove_hook_from_module(module)  # which brings their values back
+        module.to(execution)
+
+
+def _execution_device(module: Any) -> torch.device | None:
+    """Where accelerate brings the weights of a module that it offloads; None: it does not."""
+    return torch.empty(0, device=module._hf_hook.execution_device).device if has_offloaded_params(module) else None
+
+
+def refuse_sharded(weight: Any, path: str) -> None:
+    """Refuse a weight of which each process keeps a part for good, as tensor parallelism has it.
+
+    Raises:
+        UnsupportedLayerError: it is a DTensor.
+    """
+    if hasattr(weight, "placements"):
+        raise UnsupportedLayerError(
+            f"{path} is a DTensor placed as {tuple(weight.placements)}; expected a whole weight. Tensor parallelism "
+            "(tp_plan, parallelize_module) is not supported on adapted layers: exclude them, or load the model without "
+            "a plan. For FSDP2 call get_peft_model() first, and shard the result."
+        )

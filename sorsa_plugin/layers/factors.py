@@ -1,0 +1,321 @@
+"""One adapter on one layer: trainable offsets dU, dS, dV from frozen factors U0, S0, V0; knows no layer kind.
+
+Why offsets: U = U0 + dU and so on has the same trajectory as training U, S, V (a constant shift), and
+
+    U diag(S) V^T - U0 diag(S0) V0^T = L R^T,    L = [dU * S, U0],    R = [V, V0 * dS + dV * S]
+
+is exactly zero at init in every dtype, with no cancellation of two large products later.
+
+Where the frozen factors live: always under the same state-dict keys beside the offsets, so that an adapter is complete
+wherever it is saved from. In one process they are buffers: PEFT's contract is that every *parameter* of an active
+adapter trains. Where a launcher has announced several processes or FSDP they are parameters without gradient: engines
+shard those, and DDP does not broadcast them again in every forward. A plug-in may know better (DeepSpeed casts
+parameters to 16 bits, and saves no frozen ones).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import FactorsNotLoadedError, IncompleteAdapterError
+from ..linalg.offset_form import Parts, left_to_autograd
+from ..linalg.precision import full_precision
+from ..linalg.svd import Triplets
+from ..plugins import manager
+
+OFFSETS = ("dU", "dS", "dV")
+FROZEN = ("U0", "S0", "V0", "fingerprint")
+ROUNDED = (torch.float16, torch.bfloat16)
+
+
+def launched_on_many() -> bool:
+    """Whether torchrun, accelerate or a process group has announced several processes, or FSDP on one."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        return True
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size() > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def frozen_as_parameters() -> bool:
+    """Whether frozen factors should be parameters rather than buffers."""
+    answer = manager().hook.sorsa_frozen_as_parameters()
+    return launched_on_many() if answer is None else answer
+
+
+class SORSAFactors(nn.Module):
+    """Offsets and frozen factors of one adapter on one weight (out x in) at rank r; all fp32.
+
+    For a stack of weights, `stack` is their number, and every shape below begins with it.
+
+    Attributes:
+        dU, dS, dV: trainable offsets, (out x r), (r), (in x r); zero at init.
+        U0, S0, V0: frozen initial factors of the same shapes.
+        fingerprint: W p of the base weight the factors came from (out); see `fingerprint.py`.
+    """
+
+    dU: nn.Parameter
+    dS: nn.Parameter
+    dV: nn.Parameter
+    U0: torch.Tensor
+    S0: torch.Tensor
+    V0: torch.Tensor
+    fingerprint: torch.Tensor
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        rank: int,
+        device: torch.device | str | None,
+        stack: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        shapes = {"U": (*stack, out_features, rank), "S": (*stack, rank), "V": (*stack, in_features, rank)}
+        options: dict[str, Any] = {"device": device, "dtype": torch.float32}
+        for part, shape in shapes.items():
+            setattr(self, f"d{part}", nn.Parameter(torch.zeros(shape, **options)))
+        options["device"] = self.dU.device  # PEFT's low_cpu_mem_usage moves new parameters to the meta device
+        for part, shape in shapes.items():
+            self.register_buffer(f"{part}0", torch.zeros(shape, **options))
+        self.register_buffer("fingerprint", torch.zeros((*stack, out_features), **options))
+        self.base_checked = False
+        # in the memory of the offsets: who gives these other memory (`parameter.data = ...`) leaves the values behind
+        self._as_loaded: dict[str, torch.Tensor] = {}
+        self._gradient_sums: list[torch.Tensor] = []  # one at most; modules set attributes slowly
+
+    @property
+    def rank(self) -> int:
+        return self.S0.shape[-1]
+
+    @property
+    def pending(self) -> bool:
+        """Whether tensors are still to come: from a file, or with the weights of a model on the meta device."""
+        return any(getattr(self, name).is_meta for name in (*OFFSETS, *FROZEN))
+
+    def place_frozen(self, as_parameters: bool) -> None:
+        """Hold the frozen factors as parameters without gradient or as buffers, under the same names."""
+        for name in FROZEN:
+            tensor = getattr(self, name)
+            delattr(self, name)
+            if as_parameters:
+                self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
+            else:
+                self.register_buffer(name, tensor.detach())
+
+    def keep_frozen(self) -> None:
+        """Undo what a sweep over all parameters of the adapter (PEFT's `set_adapter`) did to the frozen ones."""
+        for name in FROZEN:
+            tensor = getattr(self, name)
+            if tensor.requires_grad:
+                tensor.requires_grad_(False)
+
+    @torch.no_grad()
+    def cast_offsets(self, dtype: torch.dtype) -> None:
+        """Give the offsets another dtype, in place: the parameters stay the same objects."""
+        for name in OFFSETS:
+            offset = self.get_parameter(name)
+            gradient, offset.grad = offset.grad, None
+            offset.data = offset.data.to(dtype)
+            offset.grad = None if gradient is None else gradient.to(dtype)
+
+    def restore_fp32(self) -> list[nn.Parameter]:
+        """Cast offsets that somebody rounded to 16 bits (TRL does on quantised bases) back to fp32, with the values
+        that a file gave them where these are what was rounded; else it warns, unless they are zero.
+
+        Returns the offsets concerned. For before the optimizer has state for them.
+        """
+        rounded = {name: getattr(self, name).detach() for name in OFFSETS if getattr(self, name).dtype in ROUNDED}
+        if rounded:
+            self.cast_offsets(torch.float32)
+        for name, value in rounded.items():
+            exact = self._as_loaded.get(name)
+            if exact is not None and torch.equal(exact.to(value), value):
+                getattr(self, name).data = exact
+            elif value.any():
+                warnings.warn(
+                    "Trained SORSA offsets had been rounded to 16 bits, which changes them by up to 0.4%; they go on "
+                    "in fp32 from there. Load the adapter from its file to keep them exact.",
+                    stacklevel=2,
+                )
+        self._as_loaded.clear()
+        return [self.get_parameter(name) for name in rounded]
+
+    @torch.no_grad()
+    def set_initial(self, triplets: Triplets, fingerprint: torch.Tensor) -> None:
+        """Copy in the initial triplets and the fingerprint of their weight; the offsets stay as they are."""
+        for name, value in zip(FROZEN, (*triplets, fingerprint), strict=True):
+            getattr(self, name).copy_(value)
+        self.base_checked = True
+
+    @torch.no_grad()
+    def randomise(self) -> None:
+        """Random orthonormal U0, V0 and random offsets: a change that is not zero, for tests (`init_weights=False`).
+
+        Draws from the global generator, as PEFT's own `init_weights=False` does: two adapters must differ.
+        """
+        for name in ("U0", "V0"):
+            tensor = getattr(self, name)
+            tensor.copy_(torch.linalg.qr(torch.randn(tensor.shape, device=tensor.device))[0])
+        self.S0.copy_(1 + torch.rand_like(self.S0))
+        for name in OFFSETS:
+            offset = getattr(self, name)
+            offset.copy_(torch.randn_like(offset) * (0.5 if name == "dS" else offset.shape[-2] ** -0.5))
+
+    def get(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U (out x r), S (r), V (in x r), differentiable with respect to the offsets."""
+        return self.parts().current()
+
+    @torch.no_grad()
+    def set(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:
+        """Make U, S, V (shapes of `get`) the current factors by writing the offsets, up to one fp32 rounding."""
+        wanted = dict(zip("USV", (U, S, V), strict=True))
+        for name, value in wanted.items():
+            expected = getattr(self, f"d{name}").shape
+            if value.shape != expected:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}; expected {tuple(expected)}, as get_factors() returns."
+                )
+        for name, value in wanted.items():
+            initial = getattr(self, f"{name}0")
+            getattr(self, f"d{name}").copy_(value.to(initial) - initial)
+
+    def parts(self) -> Parts:
+        """The tensors as `offset_form.py` takes them."""
+        if self.dS.requires_grad and not left_to_autograd():
+            self._watch(self.dS)
+        return Parts(self.dU, self.dS, self.dV, self.U0, self.S0, self.V0)
+
+    def _watch(self, dS: Any) -> None:
+        """Keep the sum of this process's own gradient of dS; in forward, where engines show the tensor that gets it."""
+        if getattr(dS, "_sorsa_watched_by", None) == id(self):
+            return
+        dS._sorsa_watched_by = id(self)  # a number, because it is pickled with the tensor
+        here = weakref.ref(self)
+
+        def add(gradient: torch.Tensor) -> None:
+            factors = here()
+            if factors is not None:
+                sums, total = factors._gradient_sums, gradient.detach().sum()
+                sums[:] = [sums[0] + total if sums else total]
+
+        dS.register_hook(add)
+
+    def take_gradient_sum(self) -> torch.Tensor | None:
+        """The sum of all entries of dL/ddS that this process's backward passes gave since the last call, before any
+        reduction: a scalar on its device, finite where they all were; None where there were none."""
+        return self._gradient_sums.pop() if self._gradient_sums else None
+
+    def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""
+        return self.parts().pair()
+
+    @full_precision()
+    def initial_matrix(self) -> torch.Tensor:
+        """U0 diag(S0) V0^T (out x in), fp32."""
+        return (self.U0 * self.S0.unsqueeze(-2)) @ self.V0.mT
+
+    def materialise(self, device: torch.device) -> None:
+        """Give pending tensors storage on `device`, to be filled by whoever loads them."""
+        if self.pending:
+            self.to_empty(device=device)
+
+    def zero_offsets(self) -> None:
+        """The offsets of an untrained adapter."""
+        for name in OFFSETS:
+            getattr(self, name).data.zero_()
+
+    def _rounded_by_hand(self) -> bool:
+        """Whether offsets that train were cast to 16 bits, as TRL does, and not by an engine, to which views of its
+        own flat memory belong."""
+        offsets = [self.get_parameter(name) for name in OFFSETS]
+        return all(
+            offset.requires_grad and offset.dtype in ROUNDED and type(offset.data) is torch.Tensor
+            and offset.untyped_storage().nbytes() == offset.nbytes
+            for offset in offsets
+        )  # fmt: skip
+
+    def names_in(self, state_dict: Any, prefix: str) -> list[str]:
+        """The names of this adapter's tensors in a state dict: all of them or none, because a part of them would be a
+        silently different adapter.
+
+        Raises:
+            IncompleteAdapterError: some are absent, or have another shape.
+        """
+        names = [*OFFSETS, *FROZEN]
+        present = [name for name in names if prefix + name in state_dict]
+        if present and len(present) < len(names):
+            absent = ", ".join(name for name in names if name not in present)
+            raise IncompleteAdapterError(
+                f"The adapter file lacks {absent} of {prefix.removesuffix('.')}; expected {', '.join(names)}. The file "
+                "is truncated, was edited, or was saved by another method: take it from the original run again."
+            )
+        for name in present:
+            found, expected = state_dict[prefix + name].shape, getattr(self, name).shape
+            if found != expected:
+                raise IncompleteAdapterError(
+                    f"{prefix}{name} has shape {tuple(found)} in the adapter file; expected {tuple(expected)}. The "
+                    "rank in adapter_config.json, or the base model, is not the one the file was written with."
+                )
+        return present
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SORSAFactors:
+        """Follow the model to a device, never to 16 bits: rounded factors would no longer be those of the base."""
+
+        def keeping_fp32(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            if tensor.dtype not in ROUNDED and applied.dtype in ROUNDED:
+                return tensor.to(applied.device)
+            return applied
+
+        try:
+            super()._apply(keeping_fp32, recurse)
+            self._as_loaded = {name: getattr(self, name).data for name in self._as_loaded}
+            return self
+        except NotImplementedError as error:  # what torch raises for a copy out of the meta device
+            raise not_loaded("the adapter", awaited=True) from error
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: Any,
+        unexpected: Any,
+        errors: Any,
+    ) -> None:
+        """Load all of the adapter's tensors or none, as fp32 whatever the file holds."""
+        present = self.names_in(state_dict, prefix)
+        if local_metadata.get("assign_to_params_buffers", False):  # the tensors given become ours, dtype and all
+            state_dict.update({prefix + name: state_dict[prefix + name].float() for name in present})
+        elif present:
+            if self._rounded_by_hand() and state_dict[prefix + "dS"].dtype == torch.float32:
+                self.cast_offsets(torch.float32)  # else what the file holds would be rounded on the way in
+            if self.pending:
+                self.materialise(state_dict[prefix + "dS"].device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        if present:
+            self.base_checked = False
+            self._as_loaded = {name: getattr(self, name).data for name in OFFSETS}
+
+
+def not_loaded(name: str, awaited: bool) -> FactorsNotLoadedError:
+    """The error for a pending adapter that is used: its file was `awaited`, or its base weight was out of reach."""
+    if not awaited:
+        return FactorsNotLoadedError(
+            f"The weight of {name} was on the meta device (offloaded, or not loaded yet) when the adapter was made, so "
+            "it could not be factorised. Load the base model's weights before get_peft_model(), or load a saved "
+            "adapter."
+        )
+    return FactorsNotLoadedError(
+        "This SORSA adapter was made from a saved adapter_config.json, so its factors are awaited from the file beside "
+        "it, and none were loaded. Load both with PeftModel.from_pretrained(base, directory). To start a new adapter "
+        "with the same options, set config.factors_from_file = False before get_peft_model()."
+    )

@@ -1,0 +1,146 @@
+"""Merging: a layer's changes added to the weight that its base module stores, and the original put back, bit for bit.
+
+The original is kept, and another parameter takes its place: a module that shares it (tied embeddings) keeps it. Kinds
+that store no plain matrix (quantised ones) say how W is read from what they store and written back; everything else is
+the same for all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import nn
+
+from ..errors import MergeError
+from .folding import refold, with_removed
+
+if TYPE_CHECKING:
+    from .layer import SORSALayer
+
+
+class Mergeable(nn.Module):
+    """What a layer needs to be merged; a part of `SORSALayer`.
+
+    Attributes:
+        merged_adapters: names of the adapters whose changes are in the stored weight.
+    """
+
+    merged_adapters: list[str]
+    _original: list[nn.Parameter]
+    """What the base stored before merging; in a list, so that it is not registered."""
+
+    def stored_weight(self: SORSALayer) -> nn.Parameter:  # type: ignore[misc]
+        """What the base module stores for W, to be given back to `store_weight`."""
+        return self.base_weight()
+
+    def store_weight(self: SORSALayer, stored: nn.Parameter) -> None:  # type: ignore[misc]
+        """Make the base module store this, of the kind that `stored_weight` gives."""
+        setattr(self.get_base_layer(), self.parameter_name, stored)
+
+    def in_full(self: SORSALayer, stored: nn.Parameter) -> torch.Tensor:  # type: ignore[misc]
+        """W from what is stored: a matrix of fp32 at least, in the shape of the base weight."""
+        kept = self.folded.intact if self.folded is not None else None
+        base = stored.detach() if kept is None else kept.to(stored.device)
+        return with_removed(self, base.to(torch.promote_types(base.dtype, torch.float32)))
+
+    def as_stored(self: SORSALayer, weight: torch.Tensor, original: nn.Parameter) -> nn.Parameter:  # type: ignore[misc]
+        """A weight (as `in_full` gives it) in the form in which `original` is stored."""
+        return nn.Parameter(weight.to(original.dtype), requires_grad=original.requires_grad)
+
+    @torch.no_grad()
+    def merged_weight(self: SORSALayer, names: list[str], safe: bool = False) -> torch.Tensor:  # type: ignore[misc]
+        """W and the changes of the adapters named, in fp32 at least, in the shape of the base weight.
+
+        Raises:
+            ValueError: safe, and there is NaN or infinity.
+        """
+        total = self.in_full(self._original[0] if self._original else self.stored_weight())
+        for name in names:
+            total = total + self.get_delta_weight(name).to(total.device)
+            if safe and not torch.isfinite(total).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken"  # PEFT's wording
+                )
+        return total
+
+    @torch.no_grad()
+    def merge(  # type: ignore[misc]
+        self: SORSALayer, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """Add the changes of the given (default: active) adapters to the base weight, in fp32 at least, rounded once.
+
+        Args:
+            safe_merge: look for NaN and infinity before the weight is replaced.
+            adapter_names: the adapters to merge; those already merged are left out with a warning.
+
+        Raises:
+            ValueError: safe_merge found NaN or infinity; the weight is untouched.
+            MergeError: the weight is not here as a whole.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sorsa_factors]
+        if not names:
+            return
+        original = self._original[0] if self._original else self.stored_weight()
+        if original.numel() == 0 and self.out_features and self.in_features:
+            raise MergeError(
+                f"The weight of {self.name} is partitioned over processes (DeepSpeed ZeRO 3), and merging takes the "
+                "whole one. Merge, read and unmerge within deepspeed.zero.GatheredParameters(model.parameters()), as "
+                "TRL does; or save the adapter and use `sorsa merge`."
+            )
+        total = self.merged_weight([*self.merged_adapters, *names], safe_merge)
+        self.store_weight(self.as_stored(total, original))
+        self._original = [original]  # last, so that where this fails nothing is merged
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self: SORSALayer) -> None:  # type: ignore[misc]
+        """Put the kept original weight back, bit for bit; in the model's dtype, where it was cast since."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.store_weight(self._as_now(self._original[0]))
+        self._original.clear()
+        self.merged_adapters.clear()
+        if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
+            refold(self)
+
+    def unload_and_optionally_merge_module(  # type: ignore[misc]
+        self: SORSALayer, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module as it was, or merged; PEFT calls it. Nobody will unmerge it: the original is let go at once,
+        so that merging a model holds one of them at a time."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._original.clear()
+        return self.get_base_layer()
+
+    def unmerge_if_disabled(self: SORSALayer) -> None:  # type: ignore[misc]
+        """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+
+    def refuse_lost_merge(self: SORSALayer) -> None:  # type: ignore[misc]
+        """For a forward with a merged weight.
+
+        Raises:
+            MergeError: FSDP2 gathered its own weight, which lacks the change.
+        """
+        if hasattr(self._original[0], "device_mesh") and not hasattr(self.base_weight(), "device_mesh"):
+            raise MergeError(
+                f"{self.name} is merged, and FSDP2 runs its forward with the weight that it sharded, without the "
+                "change. Merge to read the weights, as TRL does, and call unmerge_adapter() before the next forward."
+            )
+
+    def _as_now(self: SORSALayer, stored: nn.Parameter) -> nn.Parameter:  # type: ignore[misc]
+        """The kept weight on the device and in the dtype that the model has now, the same object where a module may
+        share it; quantised ones bring their scales, and keep their dtype."""
+        now = self.base_weight()
+        if self.quantised:
+            moved = stored.to(now.device)
+            return moved if isinstance(moved, nn.Parameter) else nn.Parameter(moved, requires_grad=stored.requires_grad)
+        if (stored.device, stored.dtype) != (now.device, now.dtype):
+            stored.data = stored.data.to(now.device, now.dtype)
+        return stored

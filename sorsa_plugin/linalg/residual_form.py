@@ -1,0 +1,89 @@
+"""y + x (U S V^T)^T: what the base output of a folded layer lacks, in one autograd function of 6 r columns a token."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .offset_form import (
+    Parts,
+    add_low_rank,
+    add_product,
+    columns,
+    input_gradient,
+    left_to_autograd,
+    own_tensor,
+    product_of_rows,
+)
+from .precision import without_autocast
+
+if TYPE_CHECKING:
+    from ..layers.layer import SORSALayer
+
+
+def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a folded layer's base output lacks: U S V^T of an adapter in use, U0 S0 V0^T where none is.
+
+    Args:
+        y: output of the folded base layer (... x out), fresh: it is written to.
+        x: input (... x in).
+    """
+    assert layer.folded is not None
+    if layer.merged:
+        return y
+    names = layer.adapters_in_use()
+    if len(names) == 1 and isinstance(layer.sorsa_dropout[names[0]], nn.Identity):
+        return add_triplets(y, x, layer.ready_factors(names[0]).parts())
+    y = add_initial(y, x, layer.ready_factors(layer.folded.adapter).parts())
+    for name in names:
+        y = add_low_rank(y, layer.sorsa_dropout[name](x), layer.ready_factors(name).parts())
+    return y
+
+
+def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """y + U0 S0 V0^T x in the dtype of y, which is consumed: what `add_triplets` gives at init, bit for bit."""
+    zero = parts.S0.new_zeros(())
+    return add_triplets(y, x, parts._replace(dU=zero, dS=zero, dV=zero))
+
+
+def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """y + ((x V) * S) U^T in the dtype of y, which is consumed; `weight` and the rest as in `lowrank.add_low_rank`."""
+    if left_to_autograd():
+        U, S, V = (part.to(y.dtype) for part in parts.current())
+        return y + ((x.to(y.dtype) @ V) * S) @ U.mT
+    return _AddTriplets.apply(own_tensor(y), x, weight, *parts)
+
+
+class _AddTriplets(torch.autograd.Function):
+    """With C = x V, G = (g U) * S and K = g^T C: grad x = G V^T, dU = K * S, dS = diag(U^T K), dV = x^T G."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *tensors: torch.Tensor
+    ) -> torch.Tensor:
+        with without_autocast(y.device.type):
+            U, S, V = (part.to(y.dtype) for part in Parts(*tensors).current())
+            C = columns(x.to(y.dtype), V)
+            add_product(y, C * S, U)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, C, weight, *tensors)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, C, weight, *tensors = ctx.saved_tensors
+        grad_x = grad_U = grad_S = grad_V = None
+        with without_autocast(g.device.type):
+            U, S, V = Parts(*tensors).current()
+            G = columns(g, U.to(g.dtype)) * S.to(g.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_x = input_gradient(g, G, V.to(g.dtype), weight).to(x.dtype)
+            if any(ctx.needs_input_grad[3:6]):
+                K = product_of_rows(g, C).to(S.dtype)
+                grad_U = (K * S).to(tensors[0].dtype)
+                grad_S = (K * U).sum(0).to(tensors[1].dtype)
+                grad_V = product_of_rows(x.to(g.dtype), G).to(tensors[2].dtype)
+        return g, grad_x, None, grad_U, grad_S, grad_V, None, None, None

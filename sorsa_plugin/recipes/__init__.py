@@ -1,0 +1,1 @@
+"""`adapter: word` in a recipe becomes a PEFT config."""

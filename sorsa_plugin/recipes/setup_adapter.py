@@ -1,0 +1,305 @@
+"""One config key, many adapters: `adapter: sorsa` in a dict, a dataclass or YAML becomes a PEFT config and callbacks.
+
+One vocabulary (`VOCABULARY`) for what most methods have, a block named after the method for what only it has:
+
+    adapter: sorsa
+    r: 16
+    target_modules: all-linear
+    sorsa: {gamma: 4.0e-4, svd: exact}
+
+TRL's and Axolotl's spellings of the vocabulary are accepted. The types themselves come through the `sorsa_adapters`
+seam; blocks of other methods stay in the recipe unread, so that one word switches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterOptionsError, PluginError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY = {
+    "r": "rank",
+    "alpha": "LoRA's scale is alpha / r; methods without a scale report it as unused",
+    "dropout": "dropout probability on the adapter's input",
+    "target_modules": "module names, a regular expression, 'all-linear', or nothing for PEFT's defaults",
+    "exclude_modules": "module names or a regular expression to leave out",
+    "modules_to_save": "further modules that are trained in full and saved with the adapter",
+    "layers_to_transform": "layer index or indices to adapt",
+    "layers_pattern": "name of the layer list that layers_to_transform counts in",
+    "rank_pattern": "{module name or regular expression: rank}",
+    "target_parameters": "parameters, not modules, to adapt (experts of a mixture)",
+    "trainable_token_indices": "tokens whose embeddings are trained",
+    "task_type": "PEFT's task type: CAUSAL_LM, SEQ_CLS, ...",
+}
+"""What most methods have, by PEFT's names without the method's prefix."""
+
+SPELLINGS = {
+    **{f"lora_{name}": name for name in VOCABULARY},  # TRL's ModelConfig and Axolotl
+    "peft_layers_to_transform": "layers_to_transform",
+    "peft_layers_pattern": "layers_pattern",
+    "peft_trainable_token_indices": "trainable_token_indices",
+}
+"""Other trainers' names for the vocabulary."""
+
+VARIANTS = {"use_dora": "dora", "peft_use_dora": "dora", "use_rslora": "rslora", "peft_use_rslora": "rslora"}
+"""Flags by which TRL and Axolotl recipes turn LoRA into another method."""
+
+
+@dataclass(frozen=True)
+class AdapterSetup:
+    """What a trainer needs to train with an adapter.
+
+    Attributes:
+        adapter: the adapter type's name.
+        peft_config: for `get_peft_model`, or a TRL trainer's `peft_config`; None for full fine-tuning.
+        callbacks: Trainer callbacks the method needs, or that log its metrics.
+    """
+
+    adapter: str
+    peft_config: PeftConfig | None
+    callbacks: list[Any] = field(default_factory=list)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with the adapter on it, or the model itself for full fine-tuning."""
+        from peft import get_peft_model
+
+        return model if self.peft_config is None else get_peft_model(model, self.peft_config)
+
+    def add_callbacks(self, trainer: Any) -> None:
+        """Add the callbacks to a Trainer; those with a `trainer` attribute log to its every reporter."""
+        for callback in self.callbacks:
+            if getattr(callback, "trainer", trainer) is None:
+                callback.trainer = trainer
+            trainer.add_callback(callback)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What a recipe says about its adapter, in the vocabulary.
+
+    Attributes:
+        adapter: the type's name.
+        common: options of `VOCABULARY` that were given.
+        own: the method's own block.
+    """
+
+    adapter: str
+    common: Mapping[str, Any]
+    own: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AdapterType:
+    """A word that `adapter` can be.
+
+    Attributes:
+        name: the word.
+        summary: one line for listings.
+        setup: makes the PEFT config and callbacks from options; imports what it needs when called.
+    """
+
+    name: str
+    summary: str
+    setup: Callable[[AdapterOptions], AdapterSetup]
+
+
+def setup_adapter(options: Mapping[str, Any] | str | PathLike[str] | Any) -> AdapterSetup:
+    """What one config key names: a PEFT config and the callbacks that go with it.
+
+    Args:
+        options: a mapping, a dataclass instance (fields that are None do not count), or the path of a YAML file, with
+            the key `adapter` (a registered type's name, or any method that PEFT registers), keys of `VOCABULARY` or
+            TRL's and Axolotl's spellings of them, and a block named after the method.
+
+    Raises:
+        AdapterOptionsError: a key or method is unknown (the nearest known one is named), two spellings disagree, or the
+            method cannot honour an option.
+        PluginError: two plug-ins claim one name.
+    """
+    parsed = read_options(options)
+    return adapter_type(parsed.adapter).setup(parsed)
+
+
+def registered_adapters() -> dict[str, AdapterType]:
+    """The registered adapter types by name.
+
+    Raises:
+        PluginError: two plug-ins claim one name.
+    """
+    from ..plugins import answers
+
+    types: dict[str, AdapterType] = {}
+    owners: dict[str, str] = {}
+    for plugin, offered in answers("sorsa_adapters"):
+        for kind in offered:
+            if kind.name in types:
+                raise PluginError(
+                    f"The plug-ins {owners[kind.name]} and {plugin} both claim the adapter name {kind.name!r}; "
+                    "expected one. Uninstall one of them, or ask its author for another name."
+                )
+            types[kind.name], owners[kind.name] = kind, plugin
+    return types
+
+
+def adapter_type(name: str) -> AdapterType:
+    """The registered type of that name, or one made from PEFT's own registry.
+
+    Raises:
+        AdapterOptionsError: neither knows it, or it takes a call that only Python code can make.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from ..plugins import broken_note
+    from .peft_methods import NEEDS_A_CALL, verbatim
+
+    types = registered_adapters()
+    if name in types:
+        return types[name]
+    if name in NEEDS_A_CALL:
+        raise AdapterOptionsError(f"adapter: {name} needs {NEEDS_A_CALL[name]}.")
+    registered = {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if name in registered:
+        return verbatim(name, registered[name])
+    raise AdapterOptionsError(
+        f"adapter is {name!r}; expected one of {', '.join(types)}, or a method that PEFT registers."
+        f"{nearest(name, [*types, *registered])}{broken_note()}"
+    )
+
+
+def block_names() -> set[str]:
+    """Names that a block of a method's own options can have."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {*registered_adapters(), *(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)}
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """' Did you mean ...?' with the known word that is most like it, or nothing."""
+    matches = get_close_matches(str(word), known, 1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
+
+
+def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> AdapterOptions:
+    """Options of any source in the vocabulary; see `setup_adapter`."""
+    given = _as_mapping(options)
+    adapter = given.pop("adapter", None)
+    if not isinstance(adapter, str):
+        raise AdapterOptionsError(
+            f"adapter is {adapter!r}; expected the name of an adapter type, such as 'sorsa', 'lora' or 'full'."
+        )
+    adapter = _variant(adapter, given)
+    _axolotls_all_linear(given)
+    blocks = block_names()
+    own = _own_block(adapter, given)
+    common: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
+    for key, value in given.items():
+        name = SPELLINGS.get(key, key)
+        if name not in VOCABULARY:
+            if key in blocks and (value is None or isinstance(value, Mapping)):
+                continue  # another method's block
+            known = [*VOCABULARY, *SPELLINGS, *VARIANTS, "adapter", "adapter_options", *blocks]
+            raise AdapterOptionsError(
+                f"{key!r} is no option of an adapter; expected one of {', '.join(VOCABULARY)}, or a block of the "
+                f"method's own options ({adapter}: {{...}}).{nearest(key, known)}"
+            )
+        if name in common and value is not None and common[name] != value:
+            raise AdapterOptionsError(
+                f"{spelled[name]} is {common[name]!r} and {key} is {value!r}, and both mean {name!r}. Keep one."
+            )
+        if value is not None:
+            common[name], spelled[name] = _one_expression(value) if name == "target_modules" else value, key
+    return AdapterOptions(adapter, common, own)
+
+
+def _one_expression(names: Any) -> Any:
+    """Command lines make a list of "all-linear" or a regular expression too, where PEFT wants the string."""
+    single = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    if single and (names[0] == "all-linear" or not re.fullmatch(r"[\w.]+", names[0])):
+        return names[0]
+    return names
+
+
+def _as_mapping(options: Any) -> dict[str, Any]:
+    if isinstance(options, (str, PathLike)):
+        import yaml
+
+        from .yaml_values import yaml_values
+
+        try:
+            with open(options, encoding="utf-8") as file:
+                options = yaml_values(file)
+        except (OSError, yaml.YAMLError) as error:
+            raise AdapterOptionsError(
+                f"{options} cannot be read as YAML: {error}. Give the path of a recipe."
+            ) from error
+    if dataclasses.is_dataclass(options) and not isinstance(options, type):
+        values = {item.name: getattr(options, item.name) for item in dataclasses.fields(options)}
+        return {name: value for name, value in values.items() if value is not None}
+    if not isinstance(options, Mapping):
+        raise AdapterOptionsError(
+            f"The adapter's options are {type(options).__name__}; expected a mapping, a dataclass or a YAML file."
+        )
+    return dict(options)
+
+
+def _variant(adapter: str, given: dict[str, Any]) -> str:
+    """The method that `use_dora` and its like ask for, if `adapter` allows it."""
+    for flag, method in VARIANTS.items():
+        if not given.pop(flag, None) or adapter == method:
+            continue
+        if adapter != "lora":
+            raise AdapterOptionsError(
+                f"{flag} asks for {method!r} and adapter is {adapter!r}. Delete the line {flag}, or set adapter: "
+                f"{method}."
+            )
+        adapter = method
+    return adapter
+
+
+def _axolotls_all_linear(given: dict[str, Any]) -> None:
+    """Axolotl's `lora_target_linear: true` means "all-linear"; beside it Axolotl can list more, PEFT cannot."""
+    if not given.pop("lora_target_linear", None):
+        return
+    listed = given.pop("target_modules", None) or given.pop("lora_target_modules", None)
+    if listed not in (None, [], "all-linear"):
+        raise AdapterOptionsError(
+            f"lora_target_linear is set and target_modules is {listed!r}; expected one of them. Delete "
+            "lora_target_linear and list every module, or delete target_modules."
+        )
+    given["target_modules"] = "all-linear"
+
+
+def _own_block(adapter: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The method's own options: its block, and `adapter_options` for flat recipes and command lines."""
+    own: dict[str, Any] = {}
+    for key in (adapter, "adapter_options"):
+        block = given.pop(key, None)
+        if isinstance(block, str):
+            import yaml
+
+            from .yaml_values import yaml_values
+
+            try:
+                block = yaml_values(block)  # of which JSON is a subset
+            except yaml.YAMLError as error:
+                raise AdapterOptionsError(f"{key} cannot be read: {error}. Write it as JSON.") from error
+        if block is None:
+            continue
+        if not isinstance(block, Mapping):
+            raise AdapterOptionsError(f"{key} is {block!r}; expected a block of {adapter}'s own options, name: value.")
+        own |= {str(name): value for name, value in block.items()}
+    return own

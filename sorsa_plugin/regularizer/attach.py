@@ -1,0 +1,91 @@
+"""Puts the regularizer on an optimizer, and knows which optimizers have it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch import nn
+from torch.optim import LBFGS
+
+from ..config import check_gamma
+from ..errors import AttachError
+from ..layers.layer import SORSALayer
+from ..rank_zero import say
+from .engines import Engine, find_engine
+from .fp32_factors import require_fp32
+from .optimizers import peak_rate
+from .step_hooks import Attachment, attachment_of, attachments
+from .trained_factors import model_factors, sorsa_layers, trainable_factors
+
+ADVISED_LR = 1e-4
+
+
+def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
+    """Deliver the regularizer of a model's trained SORSA adapters through an optimizer, from its next step on.
+
+    A second call on the same optimizer returns the first's attachment, with the new gamma where one is given; one with
+    another model adds its layers.
+
+    Args:
+        model: a model with trained SORSA adapters.
+        optimizer: the torch optimizer that steps them, or a wrapper of one that a plug-in knows.
+        gamma: overrides the adapters' gamma.
+
+    Raises:
+        NoAdaptedLayersError: the model has no trained SORSA adapter.
+        SORSAConfigError: gamma cannot be honoured.
+        AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
+            the adapters ask for different regularizers.
+
+    From then on a step whose gradients are not finite raises NonFiniteGradientError; see `nonfinite_gradients.py`.
+    """
+    factors = model_factors(model)
+    attachment = attach_layers(sorsa_layers(model), find_engine(factors, optimizer), gamma)
+    attachment.watch.stops = True
+    return attachment
+
+
+def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Attachment:
+    """`attach` for the SORSA layers of one or several models and the engine that steps them."""
+    optimizer = engine.optimizer
+    assert optimizer is not None
+    known = attachment_of(optimizer)
+    if known is not None and set(layers) <= set(known.layers):
+        check_gamma(gamma, known.settings().update)
+        known.gamma = known.gamma if gamma is None else gamma
+        return known
+    attachment = Attachment(layers, engine, gamma)
+    attachment.since = SORSALayer.adapters_made
+    settings = attachment.settings()
+    check_gamma(settings.gamma, settings.update)
+    if settings.update == "decoupled" and type(optimizer).__module__.startswith("schedulefree"):
+        raise AttachError(
+            "reg_update='decoupled' writes the parameters after the step, and a schedule-free optimizer keeps others "
+            "in its state. Use reg_update='coupled' with it."
+        )
+    if settings.update == "coupled" and settings.gamma > 0.0 and isinstance(optimizer, LBFGS):
+        raise AttachError(
+            "LBFGS searches along a line by the loss that its closure returns, and reg_update='coupled' adds to the "
+            "gradients alone. Use reg_update='decoupled' with it."
+        )
+    require_fp32(layers, engine)
+    owning = {id(share.group): share.group for share in engine.shares(trainable_factors(layers))}
+    peak = max((peak_rate(group, settings.gamma) for group in owning.values() if group is not None), default=0.0)
+    if peak > ADVISED_LR:
+        say(
+            "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
+            "loss is unsteady, lower it.", peak, ADVISED_LR,
+        )  # fmt: skip
+    if known is not None:  # the optimizer steps another model too
+        attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
+        attachment.gamma = known.gamma if gamma is None else gamma
+        attachment.settings()
+        known.layers, known.gamma, known.engine = attachment.layers, attachment.gamma, engine
+        return known
+    attachment.handles = [
+        optimizer.register_step_pre_hook(attachment.before_step),
+        optimizer.register_step_post_hook(attachment.after_step),
+    ]
+    attachments[optimizer] = weakref.ref(attachment)
+    return attachment

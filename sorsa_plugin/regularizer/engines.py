@@ -1,0 +1,169 @@
+"""Where do a factor's values and gradient live while an optimizer steps it? The question, and the plain answer.
+
+Other answers (sharded tensors, flat partitions) come from plug-ins through `sorsa_engine`, one class an engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim.optimizer import Optimizer
+
+from ..errors import AttachError
+from ..hookspecs import hookimpl
+from ..plugins import manager
+from .trained_factors import Factor
+
+BATCH_ELEMENTS = 2**23
+"""Elements of the factors that are multiplied at a time: 32 MiB in fp32, twice that with what is added."""
+
+
+class Share(NamedTuple):
+    """What the optimizer of this process steps of one factor P = initial + offset (rows x r), or of several of a stack.
+
+    Attributes:
+        name: of the factor, or of the stack.
+        initial, offset: whole rows (n x r), those of m factors of a stack (m x n x r), or n elements in row-major order
+            (n); n may be 0. `offset` is the memory that the optimizer writes, fp32.
+        gradient: what the optimizer reads, in the shape of `offset`; None where the step leaves this factor out.
+        rank: r.
+        group: the optimizer's parameter group, or None without an optimizer.
+        spread: the process groups over which the rows are spread; empty where every process has all of them.
+        start: number of the first element in row-major order, or of the first factor of a stack.
+        cuts: the rows of the whole factor of which no process has all elements, in order, alike on every process.
+    """
+
+    name: str
+    initial: torch.Tensor
+    offset: torch.Tensor
+    gradient: torch.Tensor | None
+    rank: int
+    group: dict[str, Any] | None = None
+    spread: tuple[Any, ...] = ()
+    start: int = 0
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def matrices(self) -> int:
+        """How many factors P these are."""
+        return self.offset.shape[0] if self.offset.ndim == 3 else 1
+
+    def names(self) -> list[str]:
+        """Of every factor."""
+        if self.offset.ndim != 3:
+            return [self.name]
+        return [f"{self.name}[{self.start + i}]" for i in range(self.matrices)]
+
+
+class Engine(ABC):
+    """Where the factors live under one training engine.
+
+    Args:
+        optimizer: the torch optimizer whose `step()` updates the factors after gradients are reduced, unscaled and
+            clipped; None where there is none yet, to measure gaps.
+    """
+
+    owns_parameters = True
+    """Whether the optimizer steps the adapter's own parameters, rather than masters of them."""
+
+    def __init__(self, optimizer: Optimizer | None) -> None:
+        self.optimizer = optimizer
+
+    @abstractmethod
+    def shares(self, factors: Iterable[Factor]) -> list[Share]:
+        """The shares of the factors that the optimizer owns, in their order, alike on every process."""
+
+    @abstractmethod
+    def owns(self, factor: Factor) -> bool:
+        """Whether the optimizer steps the factor; without an optimizer, whether it is this engine's."""
+
+    def stepping(self, factors: Iterable[Factor]) -> list[Share]:
+        """Those that the call to `step()` now under way updates: not all, where an engine steps group by group."""
+        return self.shares(factors)
+
+    def begins_step(self) -> bool:
+        """Whether the call to `step()` now under way is the first of an optimizer step."""
+        return True
+
+
+class WholeFactors(Engine):
+    """One process or DDP: every process has every factor and its reduced gradient."""
+
+    def owns(self, factor: Factor) -> bool:
+        return self.optimizer is None or id(factor.offset) in groups_by_parameter(self.optimizer)
+
+    def shares(self, factors: Iterable[Factor]) -> list[Share]:
+        groups, found = groups_by_parameter(self.optimizer), []
+        for factor in factors:
+            offset, group = factor.offset, groups.get(id(factor.offset))
+            if group is None and self.optimizer is not None:
+                continue
+            rank = offset.shape[-1]
+            if offset.ndim == 2:
+                found.append(Share(factor.name, factor.initial, offset, offset.grad, rank, group))
+                continue
+            size = max(1, BATCH_ELEMENTS // max(1, offset[0].numel()))
+            for start in range(0, factor.matrices, size):
+                part = slice(start, start + size)
+                gradient = None if offset.grad is None else offset.grad[part]
+                found.append(Share(factor.name, factor.initial[part], offset[part], gradient, rank, group, start=start))
+        return found
+
+
+@hookimpl(trylast=True)
+def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
+    """Plain matrices, owned by the torch optimizer, wrapped or not."""
+    inner = innermost(optimizer)
+    owned = factors
+    if inner is not None:
+        groups = groups_by_parameter(inner) if isinstance(inner, Optimizer) else {}
+        owned = [factor for factor in factors if id(factor.offset) in groups]
+    plain = all(type(factor.offset.data) is torch.Tensor and factor.offset.ndim in (2, 3) for factor in owned)
+    return WholeFactors(inner) if owned and plain else None
+
+
+def find_engine(factors: list[Factor], optimizer: Any) -> Engine:
+    """The engine under which some factors live.
+
+    Args:
+        factors: at least one factor.
+        optimizer: the optimizer that steps them, or a wrapper of it; None to measure gaps.
+
+    Raises:
+        AttachError: no plug-in knows it, or one knows it and cannot serve it.
+    """
+    engine = manager().hook.sorsa_engine(factors=factors, optimizer=optimizer)
+    if engine is None:
+        owner = type(optimizer).__name__ if optimizer is not None else "This process"
+        raise AttachError(
+            f"{owner} owns none of the model's {len(factors)} SORSA factors, and no plug-in knows an engine that would "
+            "step them through it. Build the optimizer after get_peft_model(), from the parameters that require grad; "
+            "or train with DDP, FSDP2 or DeepSpeed ZeRO; or add a `sorsa_engine` plug-in for this engine."
+        )
+    return engine
+
+
+def innermost(optimizer: Any) -> Any:
+    """The end of a chain of `.optimizer` attributes (accelerate's wrapper, DeepSpeed's), or the optimizer itself."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def only_makes_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
+    """Whether the call `step(**kwargs)` that begins is torch.distributed.checkpoint's, which steps a fresh optimizer at
+    rate zero, so that it has state to load into or to save; it is no step of a training.
+
+    Told by what is alike on all processes: no state, every rate zero, and `closure=None`, which training loops that
+    have no closure do not name.
+    """
+    named = "closure" in kwargs and kwargs["closure"] is None
+    return named and not optimizer.state and all(group.get("lr", 1.0) == 0 for group in optimizer.param_groups)
+
+
+def groups_by_parameter(optimizer: Optimizer | None) -> dict[int, dict[str, Any]]:
+    groups = optimizer.param_groups if optimizer is not None else []
+    return {id(parameter): group for group in groups for parameter in group["params"]}

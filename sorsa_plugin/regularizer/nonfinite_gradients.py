@@ -1,0 +1,167 @@
+"""Names the origin of a gradient that holds NaN or infinity, before it spreads into every factor of every process.
+
+What an optimizer steps has been reduced and clipped, so that one bad number has reached all factors of all processes.
+Where it came from is told by what each process keeps of its own gradients, one number a layer: the sum of dL/ddS. As
+dL/ddS = diag(U^T (dL/dy)^T x V), that sum is finite only where the layer's input and the gradient of its output are.
+
+No GPU is waited for: the norms of a step are read when the next one begins. Elsewhere they are read at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import distributed
+
+from ..errors import NonFiniteGradientError
+from ..rank_zero import say
+from .engines import Share
+
+if TYPE_CHECKING:
+    from .trained_factors import Adapter
+
+LOST = "is taken, and the factors are lost"
+
+PATIENCE = timedelta(seconds=10)
+"""How long a process that found a bad gradient waits for what each of the others says about its own."""
+
+
+class Norms(NamedTuple):
+    """The gradient norms of some factors at one optimizer step, on their way to the host.
+
+    Attributes:
+        step: number of the step, from 1.
+        names: of the factors.
+        values: their gradients' norms (n), in host memory once `arrived`.
+        arrived: an event of the GPU, or None where the values were on the host from the first.
+        own: {layer: sum of this process's own gradient of dS}, scalars on the device.
+    """
+
+    step: int
+    names: list[str]
+    values: torch.Tensor
+    arrived: Any
+    own: dict[str, torch.Tensor]
+
+
+class GradientWatch:
+    """Notices the first optimizer step whose gradients are not finite; on a GPU, as the next one begins.
+
+    Attributes:
+        stops: whether it raises, as it does where somebody attached the regularizer; a loop that did not ask is told.
+        over: whether it was told, after which nothing is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.stops = False
+        self.over = False
+        self._pending: list[Norms] = []
+
+    @torch.no_grad()
+    def note(self, step: int, shares: list[Share], own: dict[str, torch.Tensor]) -> None:
+        """Look at the gradients of the step that begins now, after it has been made sure that the last one's were good.
+
+        Raises:
+            NonFiniteGradientError: the last step's, or those of this one if they are on the host, are not finite.
+        """
+        self.settle()
+        present = [share for share in shares if share.gradient is not None and share.gradient.numel()]
+        if self.over or not present:
+            return
+        gradients: list[Any] = [share.gradient for share in present]
+        by_device: dict[torch.device, list[int]] = {}
+        for number, gradient in enumerate(gradients):
+            by_device.setdefault(gradient.device, []).append(number)
+        for device, numbers in by_device.items():
+            values = torch.stack(torch._foreach_norm([gradients[i] for i in numbers])).float()
+            arrived = None
+            if device.type == "cuda":
+                host = torch.empty(values.shape, device="cpu", dtype=values.dtype, pin_memory=True)
+                values = host.copy_(values, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record(torch.cuda.current_stream(device))
+            self._pending.append(Norms(step, [present[i].name for i in numbers], values, arrived, own))
+        if all(norms.arrived is None for norms in self._pending):
+            self.settle()
+
+    def settle(self) -> None:
+        """Read what was noted.
+
+        Raises:
+            NonFiniteGradientError: it is not finite.
+        """
+        pending, self._pending = self._pending, []
+        for norms in pending:
+            if norms.arrived is not None:
+                norms.arrived.synchronize()
+            if self.over or torch.isfinite(norms.values).all():
+                continue
+            if self.stops:
+                raise NonFiniteGradientError(_explain(norms, "was not taken" if norms.arrived is None else LOST))
+            self.over = True
+            say("%s", _explain(norms, LOST))
+
+
+def own_gradients(adapters: Iterable[Adapter]) -> dict[str, torch.Tensor]:
+    """What this process's backward passes left since the last call, by layer; layers that kept nothing are left out."""
+    found = {}
+    for layer, _, tensors in adapters:
+        total = tensors.take_gradient_sum()
+        if total is not None:
+            found[layer.name] = total
+    return found
+
+
+def origin(own: dict[str, torch.Tensor], occasion: str) -> str:
+    """A sentence on which processes had a bad gradient of their own, and in which layers.
+
+    Args:
+        own: what `own_gradients` found here.
+        occasion: alike on all processes, and another one each time.
+    """
+    bad = [name for name, total in own.items() if not _finite(float(total))]
+    origins = [
+        f"rank {rank} in {len(layers)} of {len(own)} layers, the last of them {layers[-1]}"
+        for rank, layers in sorted(_everywhere(occasion, bad).items())
+        if layers
+    ]
+    if origins:
+        return f"Before reduction and clipping it was not finite on {'; on '.join(origins)}: look at that batch."
+    if own:
+        return "Before reduction and clipping it was finite wherever that could be asked: it overflowed later."
+    return "The layers kept no gradients of their own (compiled models keep none): look at the batches."
+
+
+def _explain(norms: Norms, outcome: str) -> str:
+    bad = [name for name, value in zip(norms.names, norms.values.tolist(), strict=True) if not _finite(value)]
+    return (
+        f"The gradient of {len(bad)} of {len(norms.names)} SORSA tensors is not finite in optimizer step {norms.step}, "
+        f"the first of them {bad[0]}; the step {outcome}. {origin(norms.own, f'step {norms.step}')} Then lower the "
+        "learning rate or leave the batch out, and resume from last_complete_checkpoint(output_dir)."
+    )
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
+
+
+def _everywhere(occasion: str, own: list[str]) -> dict[int, list[str]]:
+    """{rank: layers} of all processes that found the same; not a collective, because others may have found nothing."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return {0: own}
+    rank = distributed.get_rank()
+    found = {rank: own}
+    store = distributed.distributed_c10d._get_default_store()
+    keys = {other: f"sorsa/{occasion}/{other}" for other in range(distributed.get_world_size())}
+    store.set(keys[rank], json.dumps(own))
+    with suppress(RuntimeError):  # torch's DistStoreError, when time is up
+        store.wait(list(keys.values()), PATIENCE)
+    for other, key in keys.items():
+        if other != rank and store.check([key]):
+            found[other] = json.loads(store.get(key))
+    return found

@@ -1,0 +1,1 @@
+"""Offline work on files and models; returns reports and prints nothing."""

@@ -1,0 +1,1 @@
+"""Measures what training did to singular values and vectors, as the paper does."""

@@ -1,0 +1,31 @@
+"""An adapter on a model without weights: what is targeted, and in which shapes, before anything is read."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
+from peft import PeftModel, get_peft_model
+
+from ..errors import SORSAConfigError, SORSAError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..config import SORSAConfig
+
+ADAPTER = "default"
+
+
+def adapt_empty(empty: PreTrainedModel, config: SORSAConfig, revision: str | None = None) -> PeftModel:
+    """get_peft_model on a model on the meta device, with a copy of the config.
+
+    Raises:
+        SORSAConfigError: PEFT refuses the options, or finds nothing to adapt.
+    """
+    try:
+        return get_peft_model(empty, deepcopy(config), adapter_name=ADAPTER, revision=revision)
+    except SORSAError:
+        raise
+    except ValueError as error:
+        raise SORSAConfigError(f"PEFT refuses these options for {type(empty).__name__}: {error}") from error

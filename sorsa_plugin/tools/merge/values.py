@@ -1,0 +1,99 @@
+"""The new values of the parameters that an adapter changes, one at a time; knows no shard.
+
+Each layer merges by itself, on an otherwise empty model: the arithmetic, the order in which a kind stores its weight
+and the check of the fingerprint are those of `merge_and_unload`.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import IncompleteAdapterError
+from ...files.stored_parameters import StoredWeights
+from ...layers.factors import FROZEN, OFFSETS
+from ..empty_adapter import ADAPTER
+from .changes import Change
+
+
+class MergedWeights:
+    """New values, in the dtypes that the base is stored in.
+
+    Args:
+        stored: the base's tensors.
+        changes: {parameter: what the adapter does to it}.
+        tensors: the adapter file.
+        safe: look for NaN and infinity in what is made.
+    """
+
+    def __init__(self, stored: StoredWeights, changes: dict[str, Change], tensors: Any, safe: bool) -> None:
+        self.stored = stored
+        self.changes = changes
+        self.tensors = tensors
+        self._safe = safe
+        self._parts: dict[str, torch.Tensor] = {}
+
+    def alike(self, parameters: list[str]) -> bool:
+        """Whether parameters that are one tensor in the base still are."""
+        first, *others = (self.changes.get(name, Change()) for name in parameters)
+        return all(self._same(first, other) for other in others)
+
+    def _same(self, one: Change, other: Change) -> bool:
+        if one._replace(whole=None) != other._replace(whole=None) or None in (one.whole, other.whole):
+            return one == other
+        return torch.equal(*(self.tensors.get_tensor(name) for name in (one.whole, other.whole)))
+
+    def value(self, parameter: str) -> torch.Tensor:
+        """The parameter as it is stored in the merged model.
+
+        Raises:
+            IncompleteAdapterError: factors or, where that was asked for, the result hold NaN or infinity.
+            BaseMismatchError: the adapter was trained on another base model.
+        """
+        value, change = self.stored.as_stored(parameter), self.changes.get(parameter, Change())
+        if change.whole is not None:
+            value = self.tensors.get_tensor(change.whole).to(value.dtype)
+        if change.rows is not None:
+            rows = self.tensors.get_tensor(change.rows).to(value.dtype)
+            value = value.index_copy(0, torch.tensor(change.tokens), rows)
+        if change.layer is not None:
+            value = self._merged(change, value)
+        if self._safe and not value.isfinite().all():
+            raise IncompleteAdapterError(
+                f"{parameter} would hold NaN or infinity after merging, in {value.dtype}. Its base weight holds some, "
+                "the training run diverged, or the sum leaves the range of the dtype: check both, or merge a base in "
+                "bf16."
+            )
+        return value
+
+    def part(self, parameter: str, key: str) -> torch.Tensor:
+        """The new value of a stored tensor that transformers makes a parameter of, with others: each can be had once,
+        and what was made along with it is kept until its turn."""
+        if key not in self._parts:
+            together = self.stored.made_together(parameter)
+            self._parts |= self.stored.split({name: self.value(name) for name in together})
+        return self._parts.pop(key)
+
+    def _merged(self, change: Change, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with the change of the factors added, by a layer that is empty again afterwards."""
+        layer: Any = change.layer
+        factors = {name: self.tensors.get_tensor(change.factors + name) for name in (*OFFSETS, *FROZEN)}
+        if not all(tensor.isfinite().all() for tensor in factors.values()):
+            raise IncompleteAdapterError(
+                f"The factors of {layer.name} hold NaN or infinity; expected finite numbers. The training run diverged "
+                "or the file was damaged: merge an earlier checkpoint."
+            )
+        base, empty = layer.get_base_layer(), layer.sorsa_factors
+        # a copy to fill, so that all of it is freed: what is allocated here and stays would pin freed memory
+        layer.sorsa_factors = deepcopy(empty)
+        setattr(base, layer.parameter_name, nn.Parameter(weight, requires_grad=False))
+        layer.factors(ADAPTER).load_state_dict(factors)
+        layer.merge(adapter_names=[ADAPTER])
+        merged = layer.base_weight().data
+        layer.unmerge()
+        setattr(base, layer.parameter_name, None)
+        layer.sorsa_factors = empty
+        return merged

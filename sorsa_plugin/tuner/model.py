@@ -1,0 +1,292 @@
+"""`SORSAModel`: puts SORSA layers where the config says; PEFT drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from ..config import SORSAConfig
+from ..errors import UnsupportedLayerError
+from ..files.adapter_format import renamed_by_peft
+from ..layers.base_weight import keep_here
+from ..layers.folding import fold_model
+from ..layers.kinds.attention import leave_fused_encoders
+from ..layers.kinds.experts import ParamWrapper
+from ..layers.kinds.quantised import warn_about_rounding
+from ..layers.kinds.tied import TiedLayer, tied_layer
+from ..layers.layer import SORSALayer
+from ..linalg.offset_form import holding_pairs
+from ..linalg.svd import energy_share
+from ..qsorsa.residual import (
+    check_request,
+    forget_mark,
+    make_whole,
+    residuals_announced,
+    without_adapters,
+)
+from ..regularizer.auto_attach import watch_optimizers
+from ..regularizer.trained_factors import sorsa_layers
+from .initialise import initialise_layers
+from .layer_choice import new_layer, say_unmatched
+from .mixed_batch import copies_per_row, mixed_batch
+from .ranks import Ranks
+from .rollback import take_off, whole_or_not_at_all
+from .state_dict_check import check_names
+
+
+class SORSAModel(BaseTuner):
+    """A model with SORSA adapters (arXiv 2409.00055); made by `peft.get_peft_model(model, SORSAConfig(...))`.
+
+    Args:
+        model: the base model; its weights are never written, except while adapters are merged.
+        peft_config: a `SORSAConfig`, or one per adapter name.
+        adapter_name: the name of the first adapter.
+        low_cpu_mem_usage: create the adapter on the meta device; whoever loads it gives it storage.
+    """
+
+    prefix = "sorsa_"
+    tuner_layer_cls = SORSALayer
+    # the published script adapts all seven projections ("all-linear"); where nothing is said, PEFT users expect LoRA's
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the adapter on every targeted module, then factorise their weights, one at a time; or do nothing.
+
+        Raises:
+            RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
+            DecompositionError: a weight holds NaN, or does not converge on any device.
+            FoldError, BaseFilesError, BaseMismatchError: see `residual.py`.
+        """
+        config = self.peft_config[adapter_name]
+        check_request(model, config)
+        named = set(config.target_modules) if isinstance(config.target_modules, set | list | tuple) else set()
+        with whole_or_not_at_all(model, adapter_name, self.peft_config):
+            self._ranks = Ranks(config)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            leave_fused_encoders(model)
+            everyone = sorsa_layers(model)
+            for layer in everyone:
+                layer.family = everyone[0].family
+            layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
+            self._ranks.check()
+            if not config.factors_from_file:
+                config.base_storage = _storage(layers)
+                config.lora_layouts = {
+                    name: list(layout)
+                    for name, layer in model.named_modules()
+                    if isinstance(layer, SORSALayer)
+                    and adapter_name in layer.configs
+                    and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
+                }
+                say_unmatched(model, named, layers)
+            with residuals_announced(model, layers, adapter_name, config):
+                initialise_layers(layers, adapter_name)
+        watch_optimizers()
+
+    def _pre_injection_hook(self, model: nn.Module, config: SORSAConfig, adapter_name: str) -> None:
+        """Take off what another tuner left of an adapter of this name: a refused file's, or an earlier attempt's."""
+        take_off(model, adapter_name)
+
+    def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
+        """{layer: share of ||W||_F^2 (0 to 1) that its initial triplets hold}: how much of each weight the adapter
+        starts from; 1 of a zero weight. One pass over the weights."""
+        found = {}
+        for layer in sorsa_layers(self):
+            if adapter_name in layer.sorsa_factors:
+                factors = layer.factors(adapter_name)
+                total = layer.merged_weight([]).float().square().sum()  # of W, whatever is merged or folded into it
+                found[layer.name] = energy_share(factors.S0.square().sum(), total.to(factors.S0.device))
+        return found
+
+    def fold(self) -> None:
+        """Store W - U0 S0 V0^T in every adapted layer, for cheaper training steps; all layers or none.
+
+        For one adapter without dropout, in one process or under DDP. See `folding.py` for what it costs.
+
+        Raises:
+            FoldError: a layer cannot be folded.
+        """
+        fold_model(self.model)
+
+    def unfold(self) -> None:
+        """Put every folded layer's W back, bit for bit.
+
+        Raises:
+            FoldError: an adapter is merged.
+        """
+        for layer in sorsa_layers(self):
+            layer.unfold()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Unfold first: what is left must be the base model, or the merge of it."""
+        layers = sorsa_layers(self)
+        merging = args[0] if args else kwargs.get("merge", True)
+        for layer in layers:
+            residual = layer.folded is not None and layer.folded.intact is None
+            if residual and merging:  # W is made whole below
+                continue
+            if layer.merged:  # the base layer stores W and the change already
+                layer.folded = None
+            layer.unfold()
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            make_whole(layer)
+        forget_mark(unloaded)
+        warn_about_rounding(layers)
+        return unloaded
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; refused before anything is forgotten.
+
+        Raises:
+            FoldError: no other adapter holds the triplets that a base of residuals lacks.
+        """
+        for layer in sorsa_layers(self):
+            if adapter_name in layer.sorsa_factors:
+                layer.refuse_to_leave(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; on quantised layers the sum is quantised again, which says what that costs."""
+        super().merge_adapter(*args, **kwargs)
+        warn_about_rounding(sorsa_layers(self))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, with each adapter's pair L, R formed once and not for every token."""
+        with holding_pairs():
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT's special forward arguments arrive: PeftModel drops them afterwards without a word.
+
+        Raises:
+            ValueError: alora_offsets was passed; for adapter_names see `mixed_batch`.
+        """
+        if kwargs.get("alora_offsets") is not None:
+            raise ValueError("alora_offsets was passed, and SORSA has no activated variant as LoRA has. Leave it out.")
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        with mixed_batch(self.model, adapter_names, copies_per_row(kwargs)):
+            yield
+
+    def _check_new_adapter_config(self, config: SORSAConfig) -> None:
+        """PEFT's checks, and one of LoRA's.
+
+        Raises:
+            ValueError: another adapter has other target_parameters, so that their wrappers would nest differently.
+        """
+        super()._check_new_adapter_config(config)
+        targets = set(config.target_parameters or [])
+        for name, other in self.peft_config.items():
+            others = set(getattr(other, "target_parameters", None) or [])
+            if other is not config and targets and others and targets != others:
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(targets)} for the new adapter and {sorted(others)} for adapter "
+                    f"'{name}'."
+                )
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """PEFT's, which looks for the names that the base model has: wrapped by an earlier adapter, it has others."""
+        with without_adapters(self.model):
+            return super()._get_module_names_tied_with_embedding()
+
+    # LoRA's in name only: they read fields that this config has too
+    _prepare_adapter_config = LoraModel._prepare_adapter_config
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+    _add_targets_to_tie = LoraModel._add_targets_to_tie
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put a layer in the place of its base module, or back. PEFT's own also moves the adapter to the base weight's
+        device, which for an offloaded weight is the meta device; ours is made where it belongs."""
+        setattr(parent, child_name, new_module)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the sum of two changes has twice the rank and is no adapter of this method.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A weighted combination of SORSA adapters is no SORSA adapter: its factors would not be orthonormal. "
+            "Activate several adapters at once with base_model.set_adapter([...]), or export them with export_lora() "
+            "and combine the LoRAs."
+        )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.
+
+        16-bit offsets serve inference; `attach` makes them fp32 again before they train.
+        """
+        for layer in sorsa_layers(self):
+            if adapter_name in layer.sorsa_factors:  # PEFT offloads what it loads onto an offloaded base
+                keep_here(layer.factors(adapter_name))
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in sorsa_layers(self) if not autocast_adapter_dtype else []:
+            dtype = layer.base_matrix().dtype
+            if adapter_name in layer.sorsa_factors and dtype.is_floating_point:
+                layer.factors(adapter_name).cast_offsets(dtype)
+
+    def _check_target_module_compatiblity(self, peft_config: SORSAConfig, model: nn.Module, target_name: str) -> None:
+        """PEFT's, and what it asks of LoRA alone: Mamba's kernels read the weights of some modules and never call them.
+
+        Raises:
+            ValueError: the target is such a module.
+        """
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
+        super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    def _create_and_replace(
+        self,
+        peft_config: SORSAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        rank = self._ranks.of(current_key, target)
+        adapted = isinstance(target, SORSALayer) and parameter_name in (None, target.parameter_name)
+        tied = bool(self._check_tied_module_exists(peft_config, current_key))
+        if isinstance(target, SORSALayer) and adapted:
+            if tied != isinstance(target, TiedLayer):
+                raise UnsupportedLayerError(
+                    f"{current_key} {'is' if tied else 'is not'} tied to the embedding's adapter by {adapter_name!r}, "
+                    "and the other way with the adapters that it has; expected one way for all. Give every adapter "
+                    "the same ensure_weight_tying."
+                )
+            target.update_layer(adapter_name, rank, peft_config)
+            return
+        if parameter_name is not None:
+            layer: SORSALayer = ParamWrapper(target, current_key, parameter_name)
+        elif tied:
+            layer = tied_layer(target, current_key, self.model.get_input_embeddings())
+        else:
+            layer = new_layer(peft_config, target, current_key)
+        layer.update_layer(adapter_name, rank, peft_config)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Look at all names before any layer takes a tensor."""
+        layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
+        check_names(state_dict, prefix, layers, list(self.peft_config))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _storage(layers: list[SORSALayer]) -> str | dict[str, str] | None:
+    """How the layers' weights are stored, as the config keeps it."""
+    stored = {layer.name: layer.storage() for layer in layers}
+    kinds = set(stored.values())
+    return stored if len(kinds) > 1 else next(iter(kinds), None)

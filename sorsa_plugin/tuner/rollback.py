@@ -1,0 +1,61 @@
+"""An adapter is put on a model whole or not at all: what a failed attempt leaves behind, the next would train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..config import SORSAConfig
+from ..layers.layer import SORSALayer
+
+
+@contextmanager
+def whole_or_not_at_all(model: nn.Module, adapter_name: str, configs: dict[str, SORSAConfig]) -> Iterator[None]:
+    """Where this context, which adds the adapter of one of the configs, is left by an error, the model and that config
+    are what they were, and it is none of them any more. Layers whose base stores the adapter's residual by then stay
+    as they are: that cannot be undone."""
+    config = configs[adapter_name]
+    options = copy.deepcopy(config.__dict__)
+    # by names: a reference to a parameter would keep a weight in memory that a residual has replaced
+    trained = {
+        module: {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
+        for module in model.modules()
+    }
+    try:
+        yield
+    except BaseException:
+        take_off(model, adapter_name)
+        for module, flags in trained.items():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad != flags.get(name, parameter.requires_grad):
+                    parameter.requires_grad_(flags[name])
+        config.__dict__.clear()
+        config.__dict__.update(options)
+        configs.pop(adapter_name, None)
+        raise
+
+
+def take_off(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter, complete or not, off every layer and every module that is trained in full; those left without
+    one give their place back to the base module. Layers stay whose base stores the residual of this adapter alone."""
+    wrappers = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if isinstance(child, (SORSALayer, AuxiliaryTrainingWrapper))
+    ]
+    for parent, name, wrapper in reversed(wrappers):  # inner ones first
+        if isinstance(wrapper, SORSALayer):
+            if adapter_name in wrapper.configs and not wrapper.is_needed(adapter_name):
+                wrapper.delete_adapter(adapter_name)
+            if not wrapper.configs:
+                setattr(parent, name, wrapper.base_layer)
+        else:
+            others = wrapper._get_available_adapters() - {adapter_name}
+            wrapper.delete_adapter(adapter_name, [other for other in wrapper.active_adapters if other in others])
+            if not others:
+                setattr(parent, name, wrapper.original_module)
