@@ -90,7 +90,8 @@ def build(options: argparse.Namespace) -> torch.nn.Module:
 
 def sizes(model: torch.nn.Module) -> dict[str, int]:
     """Bytes of the base, the frozen factors and the offsets, before an engine takes them; factors and their r x r."""
-    from sorsa_plugin.regularizer.trained_factors import model_factors, sorsa_layers
+    from sorsa_plugin.layers.layer import sorsa_layers
+    from sorsa_plugin.regularizer.trained_factors import model_factors
 
     factors = model_factors(model)
     adapters = [layer.factors("default") for layer in sorsa_layers(model)]

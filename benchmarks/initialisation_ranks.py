@@ -33,8 +33,8 @@ def measure(options: argparse.Namespace) -> dict:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.layers.factors import FROZEN
-    from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+    from sorsa_plugin.files.adapter_format import FROZEN
+    from sorsa_plugin.layers.layer import sorsa_layers
 
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"

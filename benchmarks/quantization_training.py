@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, Trainer, set_seed
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.qsorsa.residual import without_adapters
-from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+from sorsa_plugin.layers.layer import sorsa_layers
+from sorsa_plugin.layers.unwrapped import without_adapters
 from sorsa_quickstart import run as quickstart
 from sorsa_quickstart.answering import BASE, load_base
 from sorsa_quickstart.task import test_examples, train_examples

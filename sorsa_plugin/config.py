@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
+from .config_checks import check_module_options, refuse_lora_options
 from .errors import SORSAConfigError
 from .linalg.svd import DEFAULT_ENERGY, SvdMethod
-from .lora_options import refuse_lora_options
-from .module_options import check_module_options
+from .model_card import CardValues, complete_saved_card
 
 RegUpdate = Literal["coupled", "decoupled"]
 RegSchedule = Literal["lr", "constant"]
@@ -143,9 +143,9 @@ class SORSAConfig(PeftConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # PeftConfig.from_pretrained hands over the JSON's plain string and the version that wrote it, a dictionary of
-        # options no version, everything else the enum member or nothing: this is how a config read from an adapter's
-        # directory is known, and its factors are then awaited from there.
+        # A config that was read from an adapter's directory awaits its factors from there. It is known by what
+        # PeftConfig.from_pretrained hands over: the JSON's plain string as peft_type, and the version that wrote it.
+        # Not by a field of our own: files written without one have to load, and PEFT reads them past this class.
         given: Any = self.peft_type  # type: ignore[has-type]
         self.factors_from_file: bool = type(given) is str and self.peft_version is not None
         super().__post_init__()
@@ -190,11 +190,20 @@ class SORSAConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, and SORSA's section into the model card that PEFT has just written with it."""
-        from .model_card import complete_saved_card
-
         super().save_pretrained(save_directory, **kwargs)
         if "auto_mapping_dict" in kwargs:  # PEFT's models say this and write a card; transformers' do neither
-            complete_saved_card(save_directory, self)
+            complete_saved_card(save_directory, self.card_values())
+
+    def card_values(self) -> CardValues:
+        """What a model card says about an adapter with this config."""
+        return CardValues(
+            gamma=self.resolved_gamma,
+            update=self.reg_update,
+            rank=self.r,
+            base=self.base_model_name_or_path,
+            residual_storage=(self.storages or "not known") if self.residual_base else None,
+            full_precision_base=self.full_precision_base,
+        )
 
     def _check_rank(self) -> None:
         ranks: dict[str, Any] = {"r": self.r}

@@ -5,22 +5,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pluggy
+from .plugins import hookspec
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
+    from peft import PeftConfig
     from torch import nn
 
     from .config import SORSAConfig
     from .layers.layer import SORSALayer
-    from .recipes.setup_adapter import AdapterType
+    from .recipes.adapter_type import AdapterType
     from .regularizer.engines import Engine
     from .regularizer.trained_factors import Factor
-
-GROUP = "sorsa_plugin"
-hookspec = pluggy.HookspecMarker(GROUP)
-hookimpl = pluggy.HookimplMarker(GROUP)
 
 
 @hookspec(firstresult=True)
@@ -52,3 +49,8 @@ def sorsa_adapters() -> list[AdapterType]:  # type: ignore[empty-body]
 @hookspec
 def sorsa_commands(app: Any) -> None:
     """Add commands to the `sorsa` command line, a typer app."""
+
+
+@hookspec
+def sorsa_callbacks(peft_config: PeftConfig) -> list[Any]:  # type: ignore[empty-body]
+    """The Trainer callbacks that training with this PEFT config needs, or that log its metrics; empty for others'."""

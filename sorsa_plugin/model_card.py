@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
 from .rank_zero import say
-
-if TYPE_CHECKING:
-    from .config import SORSAConfig
 
 CARD = "README.md"
 HEADING = "## SORSA adapter"
@@ -59,38 +56,52 @@ weights by `sorsa merge`: an ordinary model, which needs neither PEFT nor sorsa-
 """
 
 
-def complete_saved_card(directory: str, config: SORSAConfig) -> None:
+class CardValues(NamedTuple):
+    """What a card says about an adapter."""
+
+    gamma: float
+    update: str
+    """coupled or decoupled."""
+    rank: int
+    base: str | None
+    """Name of the base model."""
+    residual_storage: str | None = None
+    """How a base that stores residuals is quantised; None for any other base."""
+    full_precision_base: str | None = None
+
+
+def complete_saved_card(directory: str, values: CardValues) -> None:
     """Complete the card that PEFT has just written with an adapter in `directory`.
 
     PEFT puts an adapter that is not called "default" into a folder of its own, and the card beside that folder.
     """
     own = Path(directory).absolute()
-    complete_model_card(own if _front_matter(own / CARD).get("library_name") == "peft" else own.parent, config)
+    complete_model_card(own if _front_matter(own / CARD).get("library_name") == "peft" else own.parent, values)
 
 
-def complete_model_card(directory: str | PathLike[str], config: SORSAConfig) -> None:
+def complete_model_card(directory: str | PathLike[str], values: CardValues) -> None:
     """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card.
 
-    What goes wrong with a card is said and raises nothing: weights are often still to be saved.
+    A card that cannot be completed is logged and raises nothing: weights are often still to be saved.
     """
     path = Path(directory) / CARD
     if not path.is_file():
         return
     try:
-        _complete(path, config)
+        _complete(path, values)
     except Exception as error:
         say("%s stays without SORSA's section (%r).", path, error)
 
 
-def _complete(path: Path, config: SORSAConfig) -> None:
+def _complete(path: Path, values: CardValues) -> None:
     card = ModelCard.load(path)
     section = SECTION.format(
         heading=HEADING,
-        gamma=config.resolved_gamma,
-        update=config.reg_update,
-        rank=config.r,
-        base=config.base_model_name_or_path or "the base model",
-        storage=_residual(config),
+        gamma=values.gamma,
+        update=values.update,
+        rank=values.rank,
+        base=values.base or "the base model",
+        storage=_residual(values),
     )
     before, _, earlier = card.text.partition(HEADING)
     after = earlier.partition("\n## ")
@@ -100,9 +111,11 @@ def _complete(path: Path, config: SORSAConfig) -> None:
     card.save(path)
 
 
-def _residual(config: SORSAConfig) -> str:
-    full = f" (`{config.full_precision_base}`)" if config.full_precision_base else ""
-    return RESIDUAL.format(storage=config.storages, full=full) if config.residual_base else ""
+def _residual(values: CardValues) -> str:
+    if values.residual_storage is None:
+        return ""
+    full = f" (`{values.full_precision_base}`)" if values.full_precision_base else ""
+    return RESIDUAL.format(storage=values.residual_storage, full=full)
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
@@ -113,11 +126,12 @@ def _front_matter(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_merged_card(base: Path, directory: Path, config: SORSAConfig) -> None:
+def write_merged_card(base: Path, directory: Path, values: CardValues) -> None:
     """The card of a model that an adapter was merged into; licence and languages are those of the base's card."""
     known = _front_matter(base / CARD)
     kept = {key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known}
-    name = config.base_model_name_or_path
-    data = ModelCardData(**kept, base_model=name, library_name="transformers", tags=["sorsa"])
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + MERGED.format(base=name or "the base model", rank=config.r))
+    data = ModelCardData(**kept, base_model=values.base, library_name="transformers", tags=["sorsa"])
+    card = ModelCard(
+        f"---\n{data.to_yaml()}\n---\n\n" + MERGED.format(base=values.base or "the base model", rank=values.rank)
+    )
     card.save(directory / CARD)

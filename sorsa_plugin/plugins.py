@@ -1,4 +1,4 @@
-"""The plug-in manager: built-ins and strangers go through the same hooks.
+"""The plug-in manager: built-ins and strangers go through the same hooks; knows the built-ins by name alone.
 
 A stranger that cannot be loaded, or fails while it lists adapter types or commands, is named and left out. An error in
 a layer's or an engine's hook reaches the caller: what it was asked for cannot be made without it.
@@ -11,14 +11,35 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
 import pluggy
 
-from . import hookspecs
 from .errors import PluginError
-from .hookspecs import GROUP
+
+GROUP = "sorsa_plugin"
+"""The entry-point group under which installed plug-ins are found."""
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+HOOKSPECS = "sorsa_plugin.hookspecs"
+"""Where the hooks are declared."""
+
+BUILT_INS = (
+    "sorsa_plugin.layers.kinds.linear",
+    "sorsa_plugin.layers.kinds.embedding",
+    "sorsa_plugin.layers.kinds.conv",
+    "sorsa_plugin.layers.kinds.attention",
+    "sorsa_plugin.regularizer.engines",
+    "sorsa_plugin.recipes.sorsa",
+    "sorsa_plugin.recipes.peft_methods",
+    "sorsa_plugin.cli.commands",
+)
+"""This package's own plug-ins. They are strings, loaded when a hook is first asked for, because they stand above this
+file: it must not import them."""
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +65,10 @@ distributions: dict[str, str] = {}
 @lru_cache(maxsize=1)
 def manager() -> pluggy.PluginManager:
     """The process's plug-in manager, with this package's own plug-ins and every installed one registered."""
-    from .cli import commands
-    from .layers.kinds import KINDS
-    from .recipes import peft_methods
-    from .regularizer import engines
-
     plugins = pluggy.PluginManager(GROUP)
-    plugins.add_hookspecs(hookspecs)
-    for module in (*KINDS, engines, peft_methods, commands):
-        plugins.register(module, module.__name__)
+    plugins.add_hookspecs(import_module(HOOKSPECS))
+    for name in BUILT_INS:
+        plugins.register(import_module(name), name)
     for entry in entry_points(group=GROUP):
         distributions[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
         try:
@@ -70,7 +86,7 @@ def _require_known_hooks(plugins: pluggy.PluginManager, plugin: Any) -> None:
     callers = plugins.get_hookcallers(plugin) or []
     unknown = [caller.name for caller in callers if not caller.has_spec()]
     if unknown:
-        known = [name for name in vars(hookspecs) if name.startswith("sorsa_")]
+        known = [name for name in vars(import_module(HOOKSPECS)) if name.startswith("sorsa_")]
         raise PluginError(
             f"It implements {', '.join(unknown)}, which nobody calls; expected some of {', '.join(known)}."
         )

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from sorsa_plugin import AdapterSetup, AdapterType, SORSALayer, hookimpl, setup_adapter
-from sorsa_plugin.layers.kinds.additive import AdditiveLayer
-from sorsa_plugin.recipes.setup_adapter import AdapterOptions
+from sorsa_plugin.extend import AdapterOptions, AdditiveLayer
 
 
 class ScaledLinear(nn.Module):

@@ -6,9 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sorsa_plugin.config import RegSchedule, RegUpdate
-from sorsa_plugin.linalg.svd import SvdMethod
-from sorsa_plugin.recipes.setup_adapter import nearest
+from sorsa_plugin.extend import RegSchedule, RegUpdate, SvdMethod, nearest
 
 from .recipe import ADAPTERS, check_config, merge_with_peft, refuse_unhonoured
 

@@ -14,9 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError
-from sorsa_plugin.files.saved_adapter import read_config
-from sorsa_plugin.rank_zero import say
-from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+from sorsa_plugin.extend import read_config, say, sorsa_layers
 from sorsa_transformers.checkpoints import is_complete, last_complete_checkpoint
 
 IN_SHARDS = "Set state_dict_type: SHARDED_STATE_DICT and final_state_dict_type: FULL_STATE_DICT in fsdp_config."

@@ -11,8 +11,7 @@ from peft import PeftModel, get_peft_model
 from transformers import GenerationConfig
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.files.saved_adapter import read_config
-from sorsa_plugin.rank_zero import say
+from sorsa_plugin.extend import read_config, say
 
 from .checkpoints import require_own_adapter
 from .recipe import BLOCK, make_config

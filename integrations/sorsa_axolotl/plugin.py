@@ -8,8 +8,7 @@ from typing import Any
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft.utils import CONFIG_NAME
 
-from sorsa_plugin.files.saved_adapter import read_config
-from sorsa_plugin.model_card import complete_model_card
+from sorsa_plugin.extend import complete_model_card, read_config
 from sorsa_transformers import SORSACallback
 
 from .checkpoints import choose_checkpoint, save_adapter_alone
@@ -68,4 +67,4 @@ class SORSAPlugin(BasePlugin):
     def post_train(self, cfg: Any, model: Any) -> None:
         """Called before and after the final save: Axolotl writes a model card over the adapter's."""
         if cfg.adapter in ADAPTERS and cfg.local_rank == 0 and (Path(cfg.output_dir) / CONFIG_NAME).is_file():
-            complete_model_card(cfg.output_dir, read_config(Path(cfg.output_dir)))
+            complete_model_card(cfg.output_dir, read_config(Path(cfg.output_dir)).card_values())

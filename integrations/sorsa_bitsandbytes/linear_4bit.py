@@ -11,7 +11,7 @@ from bitsandbytes.nn import Params4bit
 from torch import nn
 
 from sorsa_plugin.errors import UnsupportedLayerError
-from sorsa_plugin.layers.kinds.quantised import SORSAQuantisedLinear
+from sorsa_plugin.extend import SORSAQuantisedLinear
 
 
 class SORSALinear4bit(SORSAQuantisedLinear):

@@ -9,7 +9,7 @@ from bitsandbytes.functional import int8_vectorwise_dequant
 from bitsandbytes.nn import Int8Params
 from torch import nn
 
-from sorsa_plugin.layers.kinds.quantised import SORSAQuantisedLinear
+from sorsa_plugin.extend import SORSAQuantisedLinear
 
 
 class SORSALinear8bit(SORSAQuantisedLinear):

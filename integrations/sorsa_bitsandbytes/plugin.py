@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sorsa_plugin.hookspecs import hookimpl
+from sorsa_plugin.extend import hookimpl
 
 if TYPE_CHECKING:
     from torch import nn

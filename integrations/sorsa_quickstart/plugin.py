@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from sorsa_plugin.hookspecs import hookimpl
+from sorsa_plugin.extend import hookimpl
 
 
 @hookimpl

@@ -19,7 +19,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set
 
 from sorsa_plugin import SORSAConfig, gaps
 from sorsa_plugin.errors import SORSAConfigError
-from sorsa_plugin.tools.analysis.charts import require_matplotlib
+from sorsa_plugin.extend import require_matplotlib
 from sorsa_transformers import SORSACallback
 from sorsa_transformers.data import encode_all
 

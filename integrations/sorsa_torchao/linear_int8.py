@@ -9,7 +9,7 @@ from torch import nn
 from torchao.quantization import Int8Tensor
 from torchao.quantization.granularity import Granularity, PerGroup, PerRow, PerTensor
 
-from sorsa_plugin.layers.kinds.quantised import SORSAQuantisedLinear
+from sorsa_plugin.extend import SORSAQuantisedLinear
 
 
 class SORSALinearInt8(SORSAQuantisedLinear):

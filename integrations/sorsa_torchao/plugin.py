@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sorsa_plugin.hookspecs import hookimpl
+from sorsa_plugin.extend import hookimpl
 
 if TYPE_CHECKING:
     from sorsa_plugin import SORSAConfig, SORSALayer

@@ -10,17 +10,21 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
-from sorsa_plugin.config import SORSAConfig
+from sorsa_distributed import complete_sharded_checkpoint
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.layers.factors import frozen_as_parameters
-from sorsa_plugin.model_card import complete_model_card
-from sorsa_plugin.rank_zero import say
-from sorsa_plugin.regularizer.attach import attach
-from sorsa_plugin.regularizer.engines import groups_by_parameter, innermost
-from sorsa_plugin.regularizer.step_hooks import Attachment
-from sorsa_plugin.regularizer.trained_factors import model_factors, sorsa_layers, trained_adapters
-
-from .sharded_checkpoints import complete_sharded_checkpoint
+from sorsa_plugin.extend import (
+    Attachment,
+    SORSAConfig,
+    attach,
+    complete_model_card,
+    frozen_as_parameters,
+    groups_by_parameter,
+    innermost,
+    model_factors,
+    say,
+    sorsa_layers,
+    trained_adapters,
+)
 
 
 class SORSACallback(TrainerCallback):
@@ -182,6 +186,6 @@ def _complete_cards_of(trainer: Any) -> None:
         write(*args, **kwargs)
         config = getattr(trainer.model, "active_peft_config", None)
         if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
-            complete_model_card(trainer.args.output_dir, config)
+            complete_model_card(trainer.args.output_dir, config.card_values())
 
     trainer.create_model_card = create_model_card

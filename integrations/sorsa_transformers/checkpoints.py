@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from os import PathLike
 
-from sorsa_plugin.files.run_checkpoints import checkpoints, is_complete
+from sorsa_plugin.extend import checkpoints, is_complete
 
 __all__ = ["is_complete", "last_complete_checkpoint"]
 

@@ -11,8 +11,7 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sorsa_plugin.errors import AdapterOptionsError
-from sorsa_plugin.rank_zero import say
-from sorsa_plugin.regularizer.engines import innermost
+from sorsa_plugin.extend import innermost, say
 
 
 class EvaCallback(TrainerCallback):

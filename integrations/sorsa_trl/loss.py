@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import Trainer
 
-from sorsa_plugin.regularizer.engines import innermost
+from sorsa_plugin.extend import innermost
 from sorsa_transformers import SORSACallback
 
 TrainerClass = TypeVar("TrainerClass", bound=type[Trainer])

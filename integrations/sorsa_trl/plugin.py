@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from sorsa_plugin.hookspecs import hookimpl
+from sorsa_plugin.extend import hookimpl
 
 ANY_ARGUMENTS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 

@@ -14,8 +14,7 @@ from typing import Any
 import yaml
 
 from sorsa_plugin.errors import AdapterOptionsError
-from sorsa_plugin.recipes.setup_adapter import SPELLINGS, VARIANTS, VOCABULARY, block_names, nearest
-from sorsa_plugin.recipes.yaml_values import yaml_values
+from sorsa_plugin.extend import SPELLINGS, VARIANTS, VOCABULARY, block_names, nearest, yaml_values
 from sorsa_transformers import AdapterArguments
 
 from .requirement import require_trl

@@ -14,7 +14,7 @@ from typing import Any
 
 from sorsa_plugin import setup_adapter
 from sorsa_plugin.errors import AdapterOptionsError, SORSAError
-from sorsa_plugin.rank_zero import say
+from sorsa_plugin.extend import say
 from sorsa_transformers.checkpoints import is_complete, last_complete_checkpoint
 
 from .data import load_data, split

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..hookspecs import hookimpl
+from ..plugins import hookimpl
 from .analyze import analyze
 from .doctor import doctor
 from .export_lora import export_lora

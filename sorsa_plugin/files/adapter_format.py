@@ -1,62 +1,75 @@
-"""Where PEFT's LoRA keeps a pair L, R of each layer kind: tensor names and shapes; knows no file.
+"""What an adapter's tensors are called in a file, which shapes they have, and which of them make it complete.
 
-A kind says in `lora_layout`, by way of adapter_config.json, which of these it is: nothing for linear layers,
-["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding] or ["unsupported", what it is].
-["weight"] is a linear whose name PEFT takes for that of an expert: see `renamed_by_peft`.
+    base_model.model.<layer>.sorsa_factors.{dU,dS,dV,U0,S0,V0,fingerprint}
+
+Kinds that are not linear leave a layout in adapter_config.json (`lora_layouts`), which tells where PEFT's LoRA keeps
+the pair L, R of such a layer: ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding],
+["weight"] (a linear whose name PEFT takes for that of an expert) or ["unsupported", what it is]; none for linear
+layers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import torch
-from peft.utils import transformers_weight_conversion as conversion
+from ..errors import IncompleteAdapterError
 
-from ..errors import UnsupportedLayerError
+OFFSETS = ("dU", "dS", "dV")
+"""The trained tensors of a layer's adapter."""
 
-INSIDE = re.compile(r"\.base_layer(?=\.|$)")
+FROZEN = ("U0", "S0", "V0", "fingerprint")
+"""The tensors that it starts from, and what tells the base weight apart."""
+
+ROOT = "base_model.model."
+"""What PEFT begins every name in an adapter file with."""
+
+FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def lora_tensors(
-    prefix: str, layout: Sequence[Any] | None, L: torch.Tensor, R: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """LoRA's tensors of one layer.
+def factor_shapes(
+    out_features: int, in_features: int, rank: int, stack: Sequence[int] = ()
+) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of an adapter on a weight (out x in), or on a stack of weights, with which shapes begin."""
+    U, S, V = (*stack, out_features, rank), (*stack, rank), (*stack, in_features, rank)
+    return {"dU": U, "dS": S, "dV": V, "U0": U, "S0": S, "V0": V, "fingerprint": (*stack, out_features)}
+
+
+def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
+    """The names of an adapter's tensors in a state dict: all of them or none, because a part of them would be a
+    silently different adapter.
 
     Args:
-        prefix: the layer's name in the file, with a dot at the end.
-        layout: as above; None for a linear layer.
-        L: (out x rank), or a stack of them.
-        R: (in x rank), alike.
+        state_dict: {name: anything with a shape}.
+        prefix: what the names begin with there, with a dot at the end.
+        shapes: see `factor_shapes`.
 
     Raises:
-        UnsupportedLayerError: LoRA computes something else on such a layer.
+        IncompleteAdapterError: some are absent, or have another shape.
     """
-    kind, *details = layout or ["linear"]
-    A, B = R.mT, L
-    names = ("lora_A.weight", "lora_B.weight")
-    if kind == "embedding":
-        names = ("lora_embedding_A", "lora_embedding_B")
-    elif kind == "convolution":
-        A, B = A.reshape(-1, *details), B.reshape(*B.shape, *(1,) * (len(details) - 1))
-    elif kind == "parameter" and A.ndim == 3:  # experts: A stacked along the rank, B with the expert's index last
-        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-    elif kind == "unsupported":
-        raise UnsupportedLayerError(
-            f"{prefix.removesuffix('.')} is {details[0]}; expected layers that LoRA computes alike. Merge the adapter "
-            "into the base model instead, with merge_and_unload()."
+    present = [name for name in shapes if prefix + name in state_dict]
+    if present and len(present) < len(shapes):
+        absent = ", ".join(name for name in shapes if name not in present)
+        raise IncompleteAdapterError(
+            f"The adapter file lacks {absent} of {prefix.removesuffix('.')}; expected {', '.join(shapes)}. The file "
+            "is truncated, was edited, or was saved by another method: take it from the original run again."
         )
-    return {prefix + name: tensor.contiguous() for name, tensor in zip(names, (A, B), strict=True)}
+    for name in present:
+        found = tuple(state_dict[prefix + name].shape)
+        if found != shapes[name]:
+            raise IncompleteAdapterError(
+                f"{prefix}{name} has shape {found} in the adapter file; expected {shapes[name]}. The rank in "
+                "adapter_config.json, or the base model, is not the one the file was written with."
+            )
+    return present
 
 
-def renamed_by_peft(model: Any, layer: str) -> bool:
-    """Whether PEFT, which follows transformers' fused experts, loads a LoRA on a dense layer of a model of experts as
-    one on the experts: a shared expert's `gate_proj`, say. It does not where the target is the layer's parameter."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    family = getattr(conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
-    names = getattr(conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})
-    return bool(names) and layer.rpartition(".")[2] in names
+# -- names of layers -------------------------------------------------------------------------------------------------
+
+INSIDE = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def outer_name(layer: str, adapted: Collection[str]) -> str:

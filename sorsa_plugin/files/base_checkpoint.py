@@ -22,11 +22,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import build_glob_alternation
-from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.generic import ContextManagers
 
+from ..compat.transformers import build_on_meta, kept_in_fp32, load_state_dict
 from ..errors import BaseFilesError
 
 AUTO_CLASSES = {
@@ -183,19 +181,15 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
     model_class = class_for(config, task_type)
     build = getattr(model_class, "from_config", None) or model_class._from_config
     try:
-        with ContextManagers(PreTrainedModel.get_init_context(dtype, False, False, None)):
-            model = build(deepcopy(config), dtype=dtype)
+        model = build_on_meta(build, deepcopy(config), dtype)
     except ValueError as error:
         raise BaseFilesError(
             f"{model_class.__name__} cannot be made from the config of {config.name_or_path}: "
             f"{str(error).splitlines()[0]}"
         ) from error
-    kept_in_fp32 = model._get_dtype_plan(dtype)
-    if kept_in_fp32:
-        pattern, *_ = build_glob_alternation(list(kept_in_fp32))
-        for name, parameter in model.named_parameters():
-            if pattern.search(name):
-                parameter.data = parameter.data.float()
+    for name in kept_in_fp32(model, dtype):
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.float()
     return model.eval()
 
 

@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
-from transformers.modeling_utils import str_to_torch_dtype
+
+from ..compat.transformers import str_to_torch_dtype
 
 DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 

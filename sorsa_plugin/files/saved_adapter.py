@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exists, get_pattern_key
 from ..config import SORSAConfig
 from ..errors import ForeignAdapterError, IncompleteAdapterError
-from ..layers.factors import FROZEN, OFFSETS, SORSAFactors
-from .adapter_format import outer_name, pattern_name
-
-ROOT = "base_model.model."
-FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
+from .adapter_format import FACTOR, FROZEN, OFFSETS, ROOT, complete_names, factor_shapes, outer_name, pattern_name
 
 
 def read_config(source: Path) -> SORSAConfig:
@@ -110,7 +103,7 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
         rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
-        SORSAFactors(rows[0], rows[1], rank, "meta", tuple(U.shape[:-2])).names_in(shapes, prefix)
+        complete_names(shapes, prefix, factor_shapes(rows[0], rows[1], rank, tuple(U.shape[:-2])))
         parameter = layout is not None and layout[0] == "parameter"
         any_linear = config.target_modules in (None, "all-linear")
         if not (parameter or any_linear or check_target_module_exists(config, outer_name(layer, layers))):

@@ -9,10 +9,9 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
-from accelerate.hooks import remove_hook_from_module
-from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
+from ..compat.accelerate import align_module_device, execution_device, remove_hook_from_module
 from ..errors import UnsupportedLayerError
 from ..plugins import manager
 
@@ -46,21 +45,16 @@ def with_base_weight(method: Method) -> Method:
 
 def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
     """Where a base module computes with its weight: where that is, or where accelerate brings it."""
-    execution = _execution_device(module)
+    execution = execution_device(module)
     return weight.device if execution is None else execution
 
 
 def keep_here(module: nn.Module) -> None:
     """Undo accelerate's offloading of a module that nobody calls, whose tensors would therefore never come back."""
-    execution = _execution_device(module)
+    execution = execution_device(module)
     if execution is not None:
         remove_hook_from_module(module)  # which brings their values back
         module.to(execution)
-
-
-def _execution_device(module: Any) -> torch.device | None:
-    """Where accelerate brings the weights of a module that it offloads; None: it does not."""
-    return torch.empty(0, device=module._hf_hook.execution_device).device if has_offloaded_params(module) else None
 
 
 def refuse_sharded(weight: Any, path: str) -> None:

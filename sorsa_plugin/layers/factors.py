@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import FactorsNotLoadedError, IncompleteAdapterError
+from ..errors import FactorsNotLoadedError
+from ..files.adapter_format import FROZEN, OFFSETS, complete_names, factor_shapes
 from ..linalg.offset_form import Parts, left_to_autograd
 from ..linalg.precision import full_precision
 from ..linalg.svd import Triplets
 from ..plugins import manager
 
-OFFSETS = ("dU", "dS", "dV")
-FROZEN = ("U0", "S0", "V0", "fingerprint")
 ROUNDED = (torch.float16, torch.bfloat16)
 
 
@@ -77,14 +76,13 @@ class SORSAFactors(nn.Module):
         stack: tuple[int, ...] = (),
     ) -> None:
         super().__init__()
-        shapes = {"U": (*stack, out_features, rank), "S": (*stack, rank), "V": (*stack, in_features, rank)}
+        shapes = factor_shapes(out_features, in_features, rank, stack)
         options: dict[str, Any] = {"device": device, "dtype": torch.float32}
-        for part, shape in shapes.items():
-            setattr(self, f"d{part}", nn.Parameter(torch.zeros(shape, **options)))
+        for name in OFFSETS:
+            setattr(self, name, nn.Parameter(torch.zeros(shapes[name], **options)))
         options["device"] = self.dU.device  # PEFT's low_cpu_mem_usage moves new parameters to the meta device
-        for part, shape in shapes.items():
-            self.register_buffer(f"{part}0", torch.zeros(shape, **options))
-        self.register_buffer("fingerprint", torch.zeros((*stack, out_features), **options))
+        for name in FROZEN:
+            self.register_buffer(name, torch.zeros(shapes[name], **options))
         self.base_checked = False
         # in the memory of the offsets: who gives these other memory (`parameter.data = ...`) leaves the values behind
         self._as_loaded: dict[str, torch.Tensor] = {}
@@ -242,28 +240,13 @@ class SORSAFactors(nn.Module):
         )  # fmt: skip
 
     def names_in(self, state_dict: Any, prefix: str) -> list[str]:
-        """The names of this adapter's tensors in a state dict: all of them or none, because a part of them would be a
-        silently different adapter.
+        """The names of this adapter's tensors in a state dict: all of them or none; see `complete_names`.
 
         Raises:
             IncompleteAdapterError: some are absent, or have another shape.
         """
-        names = [*OFFSETS, *FROZEN]
-        present = [name for name in names if prefix + name in state_dict]
-        if present and len(present) < len(names):
-            absent = ", ".join(name for name in names if name not in present)
-            raise IncompleteAdapterError(
-                f"The adapter file lacks {absent} of {prefix.removesuffix('.')}; expected {', '.join(names)}. The file "
-                "is truncated, was edited, or was saved by another method: take it from the original run again."
-            )
-        for name in present:
-            found, expected = state_dict[prefix + name].shape, getattr(self, name).shape
-            if found != expected:
-                raise IncompleteAdapterError(
-                    f"{prefix}{name} has shape {tuple(found)} in the adapter file; expected {tuple(expected)}. The "
-                    "rank in adapter_config.json, or the base model, is not the one the file was written with."
-                )
-        return present
+        shapes = {name: tuple(getattr(self, name).shape) for name in (*OFFSETS, *FROZEN)}
+        return complete_names(state_dict, prefix, shapes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SORSAFactors:
         """Follow the model to a device, never to 16 bits: rounded factors would no longer be those of the base."""

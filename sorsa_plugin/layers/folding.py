@@ -1,4 +1,4 @@
-"""Folded layers: the base stores W_r = W - U0 S0 V0^T, so that a step costs y = x W_r^T + ((x V) * S) U^T.
+"""Folding: the base stores W_r = W - U0 S0 V0^T, so that a step costs y = x W_r^T + ((x V) * S) U^T.
 
 The paper's stored form, with three products of r columns less than the intact form. What it costs: a second copy of
 each adapted weight, from which unfolding restores W bit for bit; and that a new or disabled adapter gives the base
@@ -8,121 +8,23 @@ model's output only up to the rounding of W_r and of the products, 0.4% of them 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
+from ..compat.peft import EMBEDDING_LAYER_NAMES
 from ..errors import FoldError
-from ..linalg.precision import full_precision
-from ..regularizer.trained_factors import sorsa_layers
-
-if TYPE_CHECKING:
-    from ..qsorsa.full_precision_weights import FullPrecisionWeights
-    from .layer import SORSALayer
+from .base import AdaptedWeight
+from .weight_state import Folded
 
 
-class Folded(NamedTuple):
-    """The state of a folded layer: the adapter whose initial triplets were taken out of W, and W as it was stored;
-    None where the base model has stored the residual from the start (`residual.py`): then it is folded for good."""
-
-    adapter: str
-    intact: torch.Tensor | None
-
-
-class Foldable(nn.Module):
-    """What a layer needs to be folded; a part of `SORSALayer`.
-
-    Attributes:
-        full_precision: where W is read from, until the base stores its residual (`residual.py`).
-        rounding: relative error of W as it was quantised, and with the residual quantised; None where it was not.
-        foldable: whether the kind's `forward` hands the base output of a folded layer to `complete`.
-        quantised: whether what the base stores is rounded to a few bits, so that `fold` would round it anew.
-        folded: the state, or None while the base layer stores W.
-    """
-
-    foldable = False
-    quantised = False
-    folded: Folded | None = None
-    full_precision: FullPrecisionWeights | None = None
-    rounding: tuple[float, float] | None = None
-
-    def fold(self: SORSALayer) -> None:  # type: ignore[misc]
-        """Store W - U0 S0 V0^T in the base layer; see `fold_layer`."""
-        fold_layer(self)
-
-    def unfold(self: SORSALayer) -> None:  # type: ignore[misc]
-        """Put W back, bit for bit; see `unfold_layer`."""
-        unfold_layer(self)
-
-    def refuse_beside_folded(self: SORSALayer, adapter_name: str, rank: int) -> None:  # type: ignore[misc]
-        """Raises FoldError where `fold` took an adapter's triplets out of the weight, or it stores the residual of
-        triplets of another rank."""
-        if self.folded is None:
-            return
-        if self.folded.intact is not None:
-            raise FoldError(
-                f"{self.name} is folded, and a folded layer has one adapter: {adapter_name!r} cannot be added beside "
-                f"{self.folded.adapter!r}. Call unfold() first."
-            )
-        known = self.factors(self.folded.adapter).rank if self.folded.adapter in self.sorsa_factors else rank
-        if known != rank:
-            raise FoldError(
-                f"{self.name} stores the residual of {known} singular triplets, so every adapter on it has rank "
-                f"{known}; {adapter_name!r} has {rank}. Give it that rank."
-            )
-
-    def refuse_to_factorise_residual(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
-        """Raises FoldError where the stored weight lacks the triplets that a factorisation would look for."""
-        if self.folded is not None:
-            raise FoldError(
-                f"{self.name} stores the residual of the triplets of {self.folded.adapter!r}, and {adapter_name!r} "
-                "cannot start from others. Give it the same svd, svd_seed and svd_energy."
-            )
-
-    def leave_folded(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
-        """Before an adapter is deleted: put W back, or where the base stores a residual, name another adapter that
-        holds what it lacks.
-
-        Raises:
-            FoldError: there is no other.
-        """
-        self.refuse_to_leave(adapter_name)
-        if self.folded is not None and self.folded.intact is None:
-            self.folded = Folded(self._others(adapter_name)[0], None)
-        else:
-            self.unfold()
-
-    def refuse_to_leave(self: SORSALayer, adapter_name: str) -> None:  # type: ignore[misc]
-        """Raises FoldError where the base stores a residual and no other adapter holds what it lacks."""
-        if self.is_needed(adapter_name):
-            refuse_residual(self)
-
-    def is_needed(self: SORSALayer, adapter_name: str) -> bool:  # type: ignore[misc]
-        """Whether the base stores a residual and no other adapter holds what it lacks."""
-        return self.folded is not None and self.folded.intact is None and not self._others(adapter_name)
-
-    def _others(self: SORSALayer, adapter_name: str) -> list[str]:  # type: ignore[misc]
-        return [name for name in self.sorsa_factors if name != adapter_name]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Foldable:
-        """Take the kept weight along to another device or dtype."""
-        super()._apply(fn, recurse)
-        if self.folded is not None and self.folded.intact is not None:
-            self.folded = self.folded._replace(intact=fn(self.folded.intact))
-        return self
-
-
-def fold_model(model: nn.Module) -> None:
-    """Fold every adapted layer of a model, or none; layers whose adapter was deleted are not adapted.
+def fold_layers(layers: Sequence[AdaptedWeight], model: nn.Module) -> None:
+    """Fold layers of a model, all of them or none.
 
     Raises:
         FoldError: a layer cannot be folded; it is named, and what to do.
     """
-    layers = [layer for layer in sorsa_layers(model) if layer.configs]
     for layer in layers:
         check_foldable(layer)
         _check_unshared(layer, model)
@@ -131,82 +33,21 @@ def fold_model(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fold_layer(layer: SORSALayer) -> None:
+def fold_layer(layer: AdaptedWeight) -> None:
     """Store W - U0 S0 V0^T in the base layer, computed in fp32 at least and rounded once; W is kept.
 
-    Does nothing to a layer that is folded.
+    Does nothing to a layer that is folded, for a while or for good.
 
     Raises:
-        FoldError: see `check_foldable`. Whether another module shares the weight is checked by `fold_model` alone.
+        FoldError: see `check_foldable`. Whether another module shares the weight is checked by `fold_layers` alone.
     """
-    if layer.folded is None:
+    if layer.weight_state.is_whole:
         adapter = check_foldable(layer)
-        layer.folded = Folded(adapter, layer.get_base_layer().weight.data)
-        refold(layer)
+        layer.weight_state = Folded(adapter, layer.get_base_layer().weight.data)
+        layer.weight_state.rewrite(layer)
 
 
-@torch.no_grad()
-@full_precision()
-def refold(layer: SORSALayer) -> None:
-    """Write the residual of the kept weight and the adapter's initial triplets, which a file may have replaced."""
-    assert layer.folded is not None
-    adapter, intact = layer.folded
-    if intact is None:
-        return
-    initial = layer.delta_to_weight(layer.ready_factors(adapter).initial_matrix())
-    total = intact.to(torch.promote_types(intact.dtype, torch.float32)) - initial.to(intact.device)
-    layer.get_base_layer().weight.data = total.to(intact.dtype)
-
-
-@torch.no_grad()
-def unfold_layer(layer: SORSALayer) -> None:
-    """Put the kept weight back, bit for bit; does nothing to a layer that is not folded.
-
-    Raises:
-        FoldError: the adapter is merged into it, or it is folded for good.
-    """
-    refuse_residual(layer)
-    if layer.folded is None:
-        return
-    if layer.merged:
-        raise FoldError(f"{layer.name} is merged, and unfolding would lose the change. Call unmerge_adapter() first.")
-    assert layer.folded.intact is not None
-    weight = layer.get_base_layer().weight
-    weight.data = layer.folded.intact.to(weight.device)
-    layer.folded = None
-
-
-def refuse_residual(layer: SORSALayer) -> None:
-    """Raises FoldError where a layer is folded for good."""
-    if layer.folded is not None and layer.folded.intact is None:
-        raise FoldError(
-            f"The base model stores a quantised residual of {layer.name}, so there is no W to put back. Merge with "
-            "merge_and_unload() or merge_and_dequantize(), or load the model that it was made from."
-        )
-
-
-@contextmanager
-def intact_weight(layer: SORSALayer) -> Iterator[None]:
-    """In this context the base layer shows W, folded or not; where it is folded for good, the residual."""
-    if layer.folded is None or layer.folded.intact is None:
-        yield
-        return
-    weight = layer.get_base_layer().weight
-    stored, weight.data = weight.data, layer.folded.intact
-    try:
-        yield
-    finally:
-        weight.data = stored
-
-
-def with_removed(layer: SORSALayer, weight: torch.Tensor) -> torch.Tensor:
-    """W from what the base stores (in its shape): where that is the residual for good, with the triplets it lacks."""
-    if layer.folded is None or layer.folded.intact is not None:
-        return weight
-    return weight + layer.delta_to_weight(layer.factors(layer.folded.adapter).initial_matrix()).to(weight.device)
-
-
-def check_foldable(layer: SORSALayer) -> str:
+def check_foldable(layer: AdaptedWeight) -> str:
     """The name of the adapter that can be folded into a layer.
 
     Raises:
@@ -247,7 +88,7 @@ def _announced(engine: str) -> bool:
     return os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true"
 
 
-def _check_unshared(layer: SORSALayer, model: nn.Module) -> None:
+def _check_unshared(layer: AdaptedWeight, model: nn.Module) -> None:
     base = layer.get_base_layer()
     storage = base.weight.untyped_storage().data_ptr()
     for name, module in model.named_modules():

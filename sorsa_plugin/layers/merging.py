@@ -8,21 +8,17 @@ the same for all.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from ..compat.peft import check_adapters_to_merge
 from ..errors import MergeError
-from .folding import refold, with_removed
-
-if TYPE_CHECKING:
-    from .layer import SORSALayer
+from .base import AdaptedWeight
 
 
-class Mergeable(nn.Module):
-    """What a layer needs to be merged; a part of `SORSALayer`.
+class MergeableWeight(AdaptedWeight):
+    """An adapted weight that adapters can be merged into.
 
     Attributes:
         merged_adapters: names of the adapters whose changes are in the stored weight.
@@ -32,26 +28,30 @@ class Mergeable(nn.Module):
     _original: list[nn.Parameter]
     """What the base stored before merging; in a list, so that it is not registered."""
 
-    def stored_weight(self: SORSALayer) -> nn.Parameter:  # type: ignore[misc]
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        self.merged_adapters = []
+        self._original = []
+
+    def stored_weight(self) -> nn.Parameter:
         """What the base module stores for W, to be given back to `store_weight`."""
         return self.base_weight()
 
-    def store_weight(self: SORSALayer, stored: nn.Parameter) -> None:  # type: ignore[misc]
+    def store_weight(self, stored: nn.Parameter) -> None:
         """Make the base module store this, of the kind that `stored_weight` gives."""
         setattr(self.get_base_layer(), self.parameter_name, stored)
 
-    def in_full(self: SORSALayer, stored: nn.Parameter) -> torch.Tensor:  # type: ignore[misc]
+    def in_full(self, stored: nn.Parameter) -> torch.Tensor:
         """W from what is stored: a matrix of fp32 at least, in the shape of the base weight."""
-        kept = self.folded.intact if self.folded is not None else None
-        base = stored.detach() if kept is None else kept.to(stored.device)
-        return with_removed(self, base.to(torch.promote_types(base.dtype, torch.float32)))
+        plain = stored.detach()
+        return self.weight_state.full(self, plain.to(torch.promote_types(plain.dtype, torch.float32)))
 
-    def as_stored(self: SORSALayer, weight: torch.Tensor, original: nn.Parameter) -> nn.Parameter:  # type: ignore[misc]
+    def as_stored(self, weight: torch.Tensor, original: nn.Parameter) -> nn.Parameter:
         """A weight (as `in_full` gives it) in the form in which `original` is stored."""
         return nn.Parameter(weight.to(original.dtype), requires_grad=original.requires_grad)
 
     @torch.no_grad()
-    def merged_weight(self: SORSALayer, names: list[str], safe: bool = False) -> torch.Tensor:  # type: ignore[misc]
+    def merged_weight(self, names: list[str], safe: bool = False) -> torch.Tensor:
         """W and the changes of the adapters named, in fp32 at least, in the shape of the base weight.
 
         Raises:
@@ -67,9 +67,7 @@ class Mergeable(nn.Module):
         return total
 
     @torch.no_grad()
-    def merge(  # type: ignore[misc]
-        self: SORSALayer, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the changes of the given (default: active) adapters to the base weight, in fp32 at least, rounded once.
 
         Args:
@@ -96,7 +94,7 @@ class Mergeable(nn.Module):
         self.merged_adapters.extend(names)
 
     @torch.no_grad()
-    def unmerge(self: SORSALayer) -> None:  # type: ignore[misc]
+    def unmerge(self) -> None:
         """Put the kept original weight back, bit for bit; in the model's dtype, where it was cast since."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -104,11 +102,10 @@ class Mergeable(nn.Module):
         self.store_weight(self._as_now(self._original[0]))
         self._original.clear()
         self.merged_adapters.clear()
-        if self.folded is not None:  # its initial triplets may have been loaded anew while it was merged
-            refold(self)
+        self.weight_state.rewrite(self)  # initial triplets may have been loaded anew while it was merged
 
-    def unload_and_optionally_merge_module(  # type: ignore[misc]
-        self: SORSALayer, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The base module as it was, or merged; PEFT calls it. Nobody will unmerge it: the original is let go at once,
         so that merging a model holds one of them at a time."""
@@ -117,12 +114,12 @@ class Mergeable(nn.Module):
         self._original.clear()
         return self.get_base_layer()
 
-    def unmerge_if_disabled(self: SORSALayer) -> None:  # type: ignore[misc]
+    def unmerge_if_disabled(self) -> None:
         """PEFT's contract: disabling adapters while they are merged unmerges them at the next forward."""
         if self.disable_adapters and self.merged:
             self.unmerge()
 
-    def refuse_lost_merge(self: SORSALayer) -> None:  # type: ignore[misc]
+    def refuse_lost_merge(self) -> None:
         """For a forward with a merged weight.
 
         Raises:
@@ -134,7 +131,7 @@ class Mergeable(nn.Module):
                 "change. Merge to read the weights, as TRL does, and call unmerge_adapter() before the next forward."
             )
 
-    def _as_now(self: SORSALayer, stored: nn.Parameter) -> nn.Parameter:  # type: ignore[misc]
+    def _as_now(self, stored: nn.Parameter) -> nn.Parameter:
         """The kept weight on the device and in the dtype that the model has now, the same object where a module may
         share it; quantised ones bring their scales, and keep their dtype."""
         now = self.base_weight()

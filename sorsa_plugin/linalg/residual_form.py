@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
 
 from .offset_form import (
     Parts,
-    add_low_rank,
     add_product,
     columns,
     input_gradient,
@@ -19,28 +17,6 @@ from .offset_form import (
 )
 from .precision import without_autocast
 
-if TYPE_CHECKING:
-    from ..layers.layer import SORSALayer
-
-
-def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What a folded layer's base output lacks: U S V^T of an adapter in use, U0 S0 V0^T where none is.
-
-    Args:
-        y: output of the folded base layer (... x out), fresh: it is written to.
-        x: input (... x in).
-    """
-    assert layer.folded is not None
-    if layer.merged:
-        return y
-    names = layer.adapters_in_use()
-    if len(names) == 1 and isinstance(layer.sorsa_dropout[names[0]], nn.Identity):
-        return add_triplets(y, x, layer.ready_factors(names[0]).parts())
-    y = add_initial(y, x, layer.ready_factors(layer.folded.adapter).parts())
-    for name in names:
-        y = add_low_rank(y, layer.sorsa_dropout[name](x), layer.ready_factors(name).parts())
-    return y
-
 
 def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
     """y + U0 S0 V0^T x in the dtype of y, which is consumed: what `add_triplets` gives at init, bit for bit."""
@@ -49,7 +25,7 @@ def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
 
 
 def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """y + ((x V) * S) U^T in the dtype of y, which is consumed; `weight` and the rest as in `lowrank.add_low_rank`."""
+    """y + ((x V) * S) U^T in the dtype of y, which is consumed; arguments as `offset_form.add_low_rank`."""
     if left_to_autograd():
         U, S, V = (part.to(y.dtype) for part in parts.current())
         return y + ((x.to(y.dtype) @ V) * S) @ U.mT

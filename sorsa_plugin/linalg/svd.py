@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from ..errors import DecompositionError, RankError, SORSAConfigError
+from .orthonormality import floor, gram_minus_identity
 from .precision import full_precision
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,6 @@ METHODS = get_args(SvdMethod)
 DEFAULT_ENERGY = 0.998
 """Where the randomized path stops: the estimated share of the energy of the best triplets that is captured. The
 estimate errs by at most 0.004 on Gaussian weights, which have no gap anywhere (benchmarks/NOTES.md)."""
-
-ORTHONORMALITY = 1e-5
-"""||P^T P - I||_F of U and V is at most this times sqrt(r): what the regularizer's floor rests on."""
 
 OVERSAMPLE = 16
 """Smallest block of the Krylov basis, and how far the basis exceeds the rank at least."""
@@ -244,13 +242,8 @@ def cholesky_qr(X: torch.Tensor, gram: torch.Tensor | None = None) -> tuple[torc
 
 def _are_orthonormal(triplets: Triplets) -> bool:
     """Whether U and V keep the promise; NaN does not."""
-    limit = ORTHONORMALITY * triplets.S.shape[0] ** 0.5
-    deviations = []
-    for P in (triplets.U, triplets.V):
-        E = P.mT @ P
-        E.diagonal().sub_(1.0)
-        deviations.append(float(E.norm()))
-    return all(deviation <= limit for deviation in deviations)
+    limit = floor(triplets.S.shape[0])
+    return all(float(gram_minus_identity(P).norm()) <= limit for P in (triplets.U, triplets.V))
 
 
 def _on_cpu(matrix: torch.Tensor, rank: int, name: str, error: Exception) -> Triplets:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
+from ..compat.accelerate import add_hook_to_module, hook_of, remove_hook_from_module
+from ..compat.transformers import Conv1D
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
 from ..layers.kinds.quantised import MergeRounding, SORSAQuantisedLinear, say_rounding
+from ..layers.layer import sorsa_layers
 from ..layers.storage import is_quantised, was_conv1d
 from ..plugins import manager
-from ..regularizer.trained_factors import sorsa_layers
+from .residual import ConfigMark
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +57,7 @@ def merge_and_dequantize(
     for name, layer in others.items():
         _replace(_base(model), name, layer, [], dtype)
     unloaded = model.base_model.merge_and_unload(adapter_names=adapter_names)
+    ConfigMark.of(unloaded).forget()
     _forget_quantisation(unloaded)
     say_rounding(f"Merging stored %d weights in {str(dtype).removeprefix('torch.')}", errors)
     return _cast(unloaded, dtype)
@@ -96,8 +98,8 @@ def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype:
     linear.weight = nn.Parameter(weight.T.contiguous() if was_conv1d(old) else weight, requires_grad=False)
     if old.bias is not None:
         linear.bias = nn.Parameter(old.bias.data.to(dtype), requires_grad=False)
-    if hasattr(old, "_hf_hook"):  # accelerate's, which brings inputs to the device of a module
-        hook = old._hf_hook
+    hook = hook_of(old)
+    if hook is not None:
         remove_hook_from_module(old)
         add_hook_to_module(linear, hook)
     base.set_submodule(name, linear.train(layer.training))

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..compat.transformers import is_deepspeed_zero3_enabled
 from ..errors import BaseFilesError, BaseMismatchError
 from ..layers.storage import was_conv1d
 

@@ -21,8 +21,9 @@ from ..errors import MissingPackageError, SORSAConfigError, SORSAError
 from ..files.atomic_directory import appearing_whole, refuse_occupied
 from ..files.base_checkpoint import BaseFiles, class_for, local_directory
 from ..files.checkpoint_copy import copy_other_files
-from ..regularizer.trained_factors import sorsa_layers
-from .residual import FOLDER, quantize_residual, write_residual
+from ..layers.layer import sorsa_layers
+from .residual import quantize_residual
+from .save_residual import FOLDER, write_residual
 
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},

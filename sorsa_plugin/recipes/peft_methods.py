@@ -1,15 +1,16 @@
-"""The adapter types that need no trainer: LoRA, its variants, MiSS, full fine-tuning, and whatever PEFT registers."""
+"""The adapter types of PEFT's own methods: LoRA and its variants, MiSS, AdaLoRA, full fine-tuning, and what else PEFT
+registers. Callbacks that some need during training come through the hook `sorsa_callbacks`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from ..errors import AdapterOptionsError, SORSAError
-from ..hookspecs import hookimpl
-from .setup_adapter import AdapterOptions, AdapterSetup, AdapterType, nearest
+from ..errors import AdapterOptionsError
+from ..plugins import hookimpl
+from ..rank_zero import say
+from .adapter_type import AdapterOptions, AdapterSetup, AdapterType, build_config
 
 LORA_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
 """LoRA's fields for words of the vocabulary."""
@@ -22,66 +23,6 @@ NEEDS_A_CALL = {
     "cartridge": "its prefix filled from text by peft.tuners.cartridge.utils: build it in Python",
 }
 """Methods and LoRA initialisations that are another method without a call that only Python code can make."""
-
-NOT_OPTIONS = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "base_storage", "lora_layouts")
-"""Fields of PEFT configs that are filled in, not given."""
-
-
-def build_config(
-    config_class: Any,
-    options: AdapterOptions,
-    *,
-    names: Mapping[str, str] | None = None,
-    fixed: Mapping[str, Any] | None = None,
-    unused: Collection[str] = (),
-) -> Any:
-    """A PEFT config from options in the vocabulary and the method's own block.
-
-    Args:
-        config_class: a PEFT config dataclass.
-        options: what the recipe says.
-        names: the class's fields for words of the vocabulary, where they differ.
-        fixed: fields that make the method what it is.
-        unused: words of the vocabulary that mean nothing to the method and are reported, not refused.
-
-    Raises:
-        AdapterOptionsError: the class has no such field, two values disagree, or it refuses a value.
-    """
-    from ..rank_zero import say
-
-    names, fixed, adapter = names or {}, fixed or {}, options.adapter
-    fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in NOT_OPTIONS]
-    values: dict[str, Any] = {}
-    for word, value in options.common.items():
-        field = names.get(word, word)
-        if field in fields:
-            values[field] = value
-        elif word in unused:
-            say("%s: %r is not used by %s.", word, value, adapter)
-        elif word != "dropout" or value:
-            raise AdapterOptionsError(f"{word} is {value!r}, and {adapter} has no such option. Delete the line.")
-    for word, value in options.own.items():
-        field = word if word in fields else names.get(word, word)
-        if field not in fields:
-            raise AdapterOptionsError(
-                f"{word!r} is no option of {adapter}; expected one of {', '.join(fields)}.{nearest(word, fields)}"
-            )
-        if field in fixed and fixed[field] != value:
-            raise AdapterOptionsError(
-                f"{word} is {value!r}, and adapter: {adapter} means {fixed[field]!r}. Delete the line, or choose the "
-                "adapter that has it."
-            )
-        if field in values and values[field] != value:
-            raise AdapterOptionsError(
-                f"{field} is {values[field]!r} outside the block of {adapter} and {value!r} in it. Keep one."
-            )
-        values[field] = value
-    try:
-        return config_class(**values | dict(fixed))
-    except SORSAError:
-        raise
-    except (ImportError, TypeError, ValueError) as error:
-        raise AdapterOptionsError(f"PEFT refuses these options for {adapter}: {error}") from error
 
 
 def _lora(options: AdapterOptions, **fixed: Any) -> AdapterSetup:
@@ -109,8 +50,6 @@ def _miss(options: AdapterOptions) -> AdapterSetup:
 
 
 def _full(options: AdapterOptions) -> AdapterSetup:
-    from ..rank_zero import say
-
     if options.own:
         raise AdapterOptionsError(f"full fine-tuning has no options of its own; got {', '.join(options.own)}.")
     unused = [word for word in options.common if word != "task_type"]
@@ -126,23 +65,47 @@ def verbatim(name: str, config_class: Any) -> AdapterType:
         fields = {item.name for item in dataclasses.fields(config_class)}
         candidates = {"dropout": (f"{name}_dropout", "module_dropout"), "alpha": (f"{name}_alpha",)}
         names = {word: field for word, choices in candidates.items() for field in choices if field in fields}
-        config = build_config(config_class, options, names=names, unused=("alpha",))
-        return AdapterSetup(name, config, _calls_during_training(config))
+        return AdapterSetup(name, build_config(config_class, options, names=names, unused=("alpha",)))
 
     return AdapterType(name, f"PEFT's {config_class.__name__}, its own fields verbatim", setup)
 
 
-def _calls_during_training(config: Any) -> list[Any]:
-    if getattr(config, "use_asa", False):
-        from peft.tuners.adamss.asa_callback import AdamssAsaCallback
+def _eva(options: AdapterOptions) -> AdapterSetup:
+    from peft import EvaConfig, LoraConfig
 
-        return [AdamssAsaCallback()]
-    return []
+    known = {item.name for item in dataclasses.fields(EvaConfig)}
+    eva = EvaConfig(**{name: value for name, value in options.own.items() if name in known})
+    own = {name: value for name, value in options.own.items() if name not in known}
+    fixed = {"init_lora_weights": "eva", "eva_config": eva}
+    config = build_config(LoraConfig, dataclasses.replace(options, own=own), names=LORA_NAMES, fixed=fixed)
+    return AdapterSetup(options.adapter, config)
+
+
+def _adalora(options: AdapterOptions) -> AdapterSetup:
+    from peft import AdaLoraConfig
+
+    own = dict(options.own)
+    rank = options.common.get("r")
+    if rank is not None:
+        if own.get("target_r", rank) != rank:
+            raise AdapterOptionsError(f"r is {rank} and target_r is {own['target_r']}, and both mean the final rank.")
+        own["target_r"] = rank
+        own.setdefault("init_r", rank + rank // 2)  # the proportion of PEFT's defaults, 8 and 12
+    common = {word: value for word, value in options.common.items() if word != "r"}
+    # AdaLoraConfig demands the number of steps, which only the trainer knows: the callback replaces this one
+    own.setdefault("total_step", steps_placeholder(own.get("tinit", 0), own.get("tfinal", 0)))
+    config = build_config(AdaLoraConfig, AdapterOptions(options.adapter, common, own), names=LORA_NAMES)
+    return AdapterSetup(options.adapter, config)
+
+
+def steps_placeholder(tinit: int, tfinal: int) -> int:
+    """The smallest total_step that AdaLoraConfig accepts: it stands for a number of steps that is not known yet."""
+    return tinit + tfinal + 1
 
 
 @hookimpl
 def sorsa_adapters() -> list[AdapterType]:
-    """LoRA's family, MiSS and full fine-tuning."""
+    """LoRA's family, MiSS, EVA, AdaLoRA and full fine-tuning."""
     return [
         AdapterType("lora", "LoRA: B A beside the frozen weight", _lora),
         AdapterType("pissa", "LoRA on the principal singular triplets; rewrites the base to the residual", _pissa),
@@ -152,5 +115,7 @@ def sorsa_adapters() -> list[AdapterType]:
         AdapterType("dora", "LoRA with a trained magnitude per row", partial(_lora, use_dora=True)),
         AdapterType("rslora", "LoRA with scale alpha / sqrt(r)", partial(_lora, use_rslora=True)),
         AdapterType("miss", "MiSS: shards of one trained matrix", _miss),
+        AdapterType("eva", "LoRA from the activations of the first batches; redistributes ranks", _eva),
+        AdapterType("adalora", "LoRA as P Lambda Q with ranks pruned during training", _adalora),
         AdapterType("full", "full fine-tuning: every weight, no adapter", _full),
     ]

@@ -14,21 +14,19 @@ seam; blocks of other methods stay in the recipe unread, so that one word switch
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import yaml
+
+from ..compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from ..errors import AdapterOptionsError, PluginError
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
-    from torch import nn
-
-logger = logging.getLogger(__name__)
+from ..plugins import answers, broken_note
+from .adapter_type import AdapterOptions, AdapterSetup, AdapterType, nearest
+from .peft_methods import NEEDS_A_CALL, verbatim
+from .yaml_values import yaml_values
 
 VOCABULARY = {
     "r": "rank",
@@ -58,64 +56,6 @@ VARIANTS = {"use_dora": "dora", "peft_use_dora": "dora", "use_rslora": "rslora",
 """Flags by which TRL and Axolotl recipes turn LoRA into another method."""
 
 
-@dataclass(frozen=True)
-class AdapterSetup:
-    """What a trainer needs to train with an adapter.
-
-    Attributes:
-        adapter: the adapter type's name.
-        peft_config: for `get_peft_model`, or a TRL trainer's `peft_config`; None for full fine-tuning.
-        callbacks: Trainer callbacks the method needs, or that log its metrics.
-    """
-
-    adapter: str
-    peft_config: PeftConfig | None
-    callbacks: list[Any] = field(default_factory=list)
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with the adapter on it, or the model itself for full fine-tuning."""
-        from peft import get_peft_model
-
-        return model if self.peft_config is None else get_peft_model(model, self.peft_config)
-
-    def add_callbacks(self, trainer: Any) -> None:
-        """Add the callbacks to a Trainer; those with a `trainer` attribute log to its every reporter."""
-        for callback in self.callbacks:
-            if getattr(callback, "trainer", trainer) is None:
-                callback.trainer = trainer
-            trainer.add_callback(callback)
-
-
-@dataclass(frozen=True)
-class AdapterOptions:
-    """What a recipe says about its adapter, in the vocabulary.
-
-    Attributes:
-        adapter: the type's name.
-        common: options of `VOCABULARY` that were given.
-        own: the method's own block.
-    """
-
-    adapter: str
-    common: Mapping[str, Any]
-    own: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class AdapterType:
-    """A word that `adapter` can be.
-
-    Attributes:
-        name: the word.
-        summary: one line for listings.
-        setup: makes the PEFT config and callbacks from options; imports what it needs when called.
-    """
-
-    name: str
-    summary: str
-    setup: Callable[[AdapterOptions], AdapterSetup]
-
-
 def setup_adapter(options: Mapping[str, Any] | str | PathLike[str] | Any) -> AdapterSetup:
     """What one config key names: a PEFT config and the callbacks that go with it.
 
@@ -139,8 +79,6 @@ def registered_adapters() -> dict[str, AdapterType]:
     Raises:
         PluginError: two plug-ins claim one name.
     """
-    from ..plugins import answers
-
     types: dict[str, AdapterType] = {}
     owners: dict[str, str] = {}
     for plugin, offered in answers("sorsa_adapters"):
@@ -160,11 +98,6 @@ def adapter_type(name: str) -> AdapterType:
     Raises:
         AdapterOptionsError: neither knows it, or it takes a call that only Python code can make.
     """
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    from ..plugins import broken_note
-    from .peft_methods import NEEDS_A_CALL, verbatim
-
     types = registered_adapters()
     if name in types:
         return types[name]
@@ -181,15 +114,7 @@ def adapter_type(name: str) -> AdapterType:
 
 def block_names() -> set[str]:
     """Names that a block of a method's own options can have."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     return {*registered_adapters(), *(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)}
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """' Did you mean ...?' with the known word that is most like it, or nothing."""
-    matches = get_close_matches(str(word), known, 1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
 def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> AdapterOptions:
@@ -235,10 +160,6 @@ def _one_expression(names: Any) -> Any:
 
 def _as_mapping(options: Any) -> dict[str, Any]:
     if isinstance(options, (str, PathLike)):
-        import yaml
-
-        from .yaml_values import yaml_values
-
         try:
             with open(options, encoding="utf-8") as file:
                 options = yaml_values(file)
@@ -289,10 +210,6 @@ def _own_block(adapter: str, given: dict[str, Any]) -> dict[str, Any]:
     for key in (adapter, "adapter_options"):
         block = given.pop(key, None)
         if isinstance(block, str):
-            import yaml
-
-            from .yaml_values import yaml_values
-
             try:
                 block = yaml_values(block)  # of which JSON is a subset
             except yaml.YAMLError as error:

@@ -15,8 +15,8 @@ from ..layers.layer import SORSALayer, live_layers
 from ..plugins import manager
 from ..rank_zero import say
 from .attach import attach_layers
-from .engines import Engine, groups_by_parameter, innermost, only_makes_state
-from .optimizers import ETA_MAX
+from .engines import Engine
+from .optimizers import ETA_MAX, groups_by_parameter, innermost, only_makes_state
 from .step_hooks import attachment_of, attachments, is_part_of_a_step
 from .trained_factors import Adapter, factors_of, trainable_factors
 

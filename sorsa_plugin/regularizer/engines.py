@@ -13,8 +13,8 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from ..errors import AttachError
-from ..hookspecs import hookimpl
-from ..plugins import manager
+from ..plugins import hookimpl, manager
+from .optimizers import groups_by_parameter, innermost
 from .trained_factors import Factor
 
 BATCH_ELEMENTS = 2**23
@@ -144,26 +144,3 @@ def find_engine(factors: list[Factor], optimizer: Any) -> Engine:
             "or train with DDP, FSDP2 or DeepSpeed ZeRO; or add a `sorsa_engine` plug-in for this engine."
         )
     return engine
-
-
-def innermost(optimizer: Any) -> Any:
-    """The end of a chain of `.optimizer` attributes (accelerate's wrapper, DeepSpeed's), or the optimizer itself."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def only_makes_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
-    """Whether the call `step(**kwargs)` that begins is torch.distributed.checkpoint's, which steps a fresh optimizer at
-    rate zero, so that it has state to load into or to save; it is no step of a training.
-
-    Told by what is alike on all processes: no state, every rate zero, and `closure=None`, which training loops that
-    have no closure do not name.
-    """
-    named = "closure" in kwargs and kwargs["closure"] is None
-    return named and not optimizer.state and all(group.get("lr", 1.0) == 0 for group in optimizer.param_groups)
-
-
-def groups_by_parameter(optimizer: Optimizer | None) -> dict[int, dict[str, Any]]:
-    groups = optimizer.param_groups if optimizer is not None else []
-    return {id(parameter): group for group in groups for parameter in group["params"]}

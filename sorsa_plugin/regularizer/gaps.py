@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..linalg.orthonormality import minus_identity
 from ..linalg.precision import full_precision
 from .engines import BATCH_ELEMENTS, Share, find_engine
 from .trained_factors import model_factors
@@ -66,7 +67,7 @@ def deviations(shares: list[Share]) -> Iterator[Batch]:
     spread = any(share.spread for share in shares)
     made = (_batch(numbers, [shares[i] for i in numbers]) for numbers in _alike(shares))
     for batch in _over_processes(shares, list(made)) if spread else made:
-        yield batch._replace(E=_minus_identity(batch.E if spread else _gram(batch)))
+        yield batch._replace(E=minus_identity(batch.E if spread else _gram(batch)))
 
 
 def _alike(shares: list[Share]) -> Iterator[list[int]]:
@@ -98,11 +99,6 @@ def _gram(batch: Batch) -> torch.Tensor:
     """Sum of p^T p over the rows p that begin in this process (n x r x r)."""
     own = batch.P[:, 1:] if batch.head else batch.P
     return own.mT @ own
-
-
-def _minus_identity(gram: torch.Tensor) -> torch.Tensor:
-    gram.diagonal(dim1=1, dim2=2).sub_(1.0)
-    return gram
 
 
 def _over_processes(shares: list[Share], batches: list[Batch]) -> list[Batch]:

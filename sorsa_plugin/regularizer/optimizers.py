@@ -1,10 +1,16 @@
-"""The peak learning rate of a parameter group, to which the regularizer's rate is relative."""
+"""What this package has to know about torch optimizers: peak rates, wrappers, steps within steps; knows no factor."""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from torch.optim.optimizer import Optimizer
+
 from ..errors import AttachError
+
+STEP = Optimizer.profile_hook_step(lambda *args: None).__code__
+"""What torch puts around the `step` of every class of optimizers, to call hooks."""
 
 ETA_MAX = "sorsa_eta_max"
 """Key of a parameter group: the peak learning rate, read once at attach; saved and resumed with the optimizer. Zero
@@ -26,3 +32,46 @@ def peak_rate(group: dict[str, Any], gamma: float) -> float:
             "relative_step=False, scale_parameter=False, lr=...), freeze the adapter, or set gamma=0."
         )
     return group[ETA_MAX]
+
+
+def innermost(optimizer: Any) -> Any:
+    """The end of a chain of `.optimizer` attributes (accelerate's wrapper, DeepSpeed's), or the optimizer itself."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def only_makes_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
+    """Whether the call `step(**kwargs)` that begins is torch.distributed.checkpoint's, which steps a fresh optimizer at
+    rate zero, so that it has state to load into or to save; it is no step of a training.
+
+    Told by what is alike on all processes: no state, every rate zero, and `closure=None`, which training loops that
+    have no closure do not name.
+    """
+    named = "closure" in kwargs and kwargs["closure"] is None
+    return named and not optimizer.state and all(group.get("lr", 1.0) == 0 for group in optimizer.param_groups)
+
+
+def groups_by_parameter(optimizer: Optimizer | None) -> dict[int, dict[str, Any]]:
+    """{id of a parameter: its parameter group}; empty without an optimizer."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    return {id(parameter): group for group in groups for parameter in group["params"]}
+
+
+def enclosing_steps(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that share parameters with one and whose `step` called its own, from the inside to the outside;
+    itself, where its class's `step` calls that of the class above. To be called in a hook of a step.
+
+    Subclasses call `super().step()`; SAM, Lookahead and several optimizers in one call each other's. Torch runs hooks
+    for each of them, and which ones it runs depends on what else the process has made: it puts hooks on a class when
+    the first instance of just that class is made. This walks the call stack, so that a step that raised leaves nothing
+    behind: torch has no hook for the end of such a step, and a flag set at its beginning would stay set.
+    """
+    stepping, frame = [], sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is STEP:
+            stepping.append(frame.f_locals["args"][0])
+        frame = frame.f_back  # type: ignore[assignment]
+    outer = stepping[1:] if stepping[:1] == [optimizer] else stepping  # without the step whose hook this is
+    mine = groups_by_parameter(optimizer) if outer else {}
+    return [other for other in outer if not mine.keys().isdisjoint(groups_by_parameter(other))]

@@ -20,22 +20,39 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from ..errors import AttachError
+from ..files.adapter_format import FROZEN
+from ..layers.factors import ROUNDED
+from ..linalg.orthonormality import floor
 from ..linalg.precision import full_precision
 from ..rank_zero import say
-from .engines import Engine, Share, WholeFactors, find_engine, only_makes_state
-from .fp32_factors import require_fp32
+from .engines import Engine, Share, WholeFactors, find_engine
 from .gaps import Batch, all_gaps, deviations
-from .nested_steps import enclosing_steps
 from .nonfinite_gradients import GradientWatch, origin, own_gradients
-from .optimizers import ETA_MAX, peak_rate
-from .trained_factors import (
-    Adapter,
-    Factor,
-    factors_of,
-    floor,
-    trainable_factors,
-    trained_adapters,
-)
+from .optimizers import ETA_MAX, enclosing_steps, only_makes_state, peak_rate
+from .trained_factors import Adapter, Factor, factors_of, trainable_factors, trained_adapters
+
+
+def require_fp32(layers: list[Any], engine: Engine) -> None:
+    """Make the optimizer step fp32 offsets: those that were cast to 16 bits are cast back.
+
+    Raises:
+        AttachError: an engine rounded the frozen factors, or the optimizer has state for rounded offsets.
+    """
+    adapters = [adapter.tensors for adapter in trained_adapters(layers)]
+    if any(getattr(adapter, name).dtype in ROUNDED for adapter in adapters for name in FROZEN):
+        raise AttachError(
+            "The frozen factors were cast to 16 bits, where they are no longer the triplets of the base weight; "
+            "expected fp32. An engine casts parameters and leaves buffers alone: see docs/distributed.md."
+        )
+    if not engine.owns_parameters:
+        return
+    restored = [offset for adapter in adapters for offset in adapter.restore_fp32()]
+    if any(engine.optimizer.state.get(parameter) for parameter in restored):  # type: ignore[union-attr]
+        raise AttachError(
+            f"{len(restored)} SORSA offsets had been cast to 16 bits and the optimizer already holds state for them; "
+            "expected fp32, which small learning rates need. Pass SORSACallback() to the trainer, or cast them back "
+            "before the optimizer takes its first step."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""The orthonormal regularizer in closed form: gaps, loss and gradient of a set of factors; knows no optimizer.
+"""Which factors an optimizer step regularizes, and the regularizer's loss over them; knows no optimizer.
 
-    gap(P) = ||E||_F,  E = P^T P - I,    L_reg = mean of the gaps over all F factors    (arXiv 2409.00055, section 3;
-    dL_reg/dP = 2/(F n) P E,  n = max(||E||_F, eps),  eps = 1e-5 sqrt(r)                 the published `calc_ortho`)
-
-eps is the orthonormality that the initialisation promises. Without it the gradient at init is rounding noise at full
-strength, which is what the published code adds.
+L_reg = mean of the gaps over all F factors    (arXiv 2409.00055, section 3; the gap: `linalg/orthonormality.py`)
 """
 
 from __future__ import annotations
@@ -16,11 +12,11 @@ import torch
 from torch import nn
 
 from ..errors import NoAdaptedLayersError
-from ..linalg.precision import full_precision
+from ..layers.layer import SORSALayer, sorsa_layers
+from ..linalg.orthonormality import gap
 
 if TYPE_CHECKING:
     from ..layers.factors import SORSAFactors
-    from ..layers.layer import SORSALayer
 
 
 class Factor(NamedTuple):
@@ -42,11 +38,6 @@ class Adapter(NamedTuple):
     layer: SORSALayer
     name: str
     tensors: SORSAFactors
-
-
-def floor(rank: int) -> float:
-    """eps = 1e-5 sqrt(r): the gap below which a factor counts as orthonormal."""
-    return 1e-5 * rank**0.5
 
 
 def trained_adapters(layers: Iterable[SORSALayer]) -> list[Adapter]:
@@ -71,13 +62,6 @@ def trainable_factors(layers: Iterable[SORSALayer]) -> list[Factor]:
     return factors_of(trained_adapters(layers))
 
 
-def sorsa_layers(model: nn.Module) -> list[SORSALayer]:
-    """The SORSA layers of a model, in module order."""
-    from ..layers.layer import SORSALayer
-
-    return [module for module in model.modules() if isinstance(module, SORSALayer)]
-
-
 def model_factors(model: nn.Module) -> list[Factor]:
     """`trainable_factors` of a model.
 
@@ -96,30 +80,12 @@ def model_factors(model: nn.Module) -> list[Factor]:
 def orthonormality(model: nn.Module) -> torch.Tensor:
     """L_reg of a model: the mean gap over its F trained factors, a scalar differentiable with respect to the offsets.
 
-    Its gradient is the closed form above, smooth at orthonormal factors. Not for sharded parameters: there `attach`
+    Its gradient is the closed form of `gap`, smooth at orthonormal factors. Not for sharded parameters: there `attach`
     delivers the gradient.
 
     Raises:
         NoAdaptedLayersError: the model has no trained SORSA adapter.
     """
     factors = model_factors(model)
-    found = [_Gap.apply(factor.initial + factor.offset).reshape(-1) for factor in factors]
+    found = [gap(factor.initial + factor.offset).reshape(-1) for factor in factors]
     return torch.cat([gaps.to(found[0].device) for gaps in found]).mean()
-
-
-class _Gap(torch.autograd.Function):
-    @staticmethod
-    @full_precision()
-    def forward(ctx: Any, P: torch.Tensor) -> torch.Tensor:
-        E = P.mT @ P
-        E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
-        norm = torch.linalg.vector_norm(E, dim=(-2, -1))
-        ctx.save_for_backward(P, E, norm)
-        return norm
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    @full_precision()
-    def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
-        P, E, norm = ctx.saved_tensors
-        return 2.0 * (P @ (E * (upstream / norm.clamp_min(floor(P.shape[-1])))[..., None, None]))

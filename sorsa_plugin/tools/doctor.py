@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
+from ..compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..config import SORSAConfig
 from ..errors import PluginError
 from ..plugins import broken, manager

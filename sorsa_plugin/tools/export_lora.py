@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -22,10 +23,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..config import SORSAConfig
-from ..errors import IncompleteAdapterError, RankError
-from ..files.adapter_format import lora_tensors, outer_name
+from ..errors import IncompleteAdapterError, RankError, UnsupportedLayerError
+from ..files.adapter_format import ROOT, outer_name
 from ..files.atomic_directory import appearing_whole, refuse_occupied
-from ..files.saved_adapter import ROOT, open_tensors, read_config, survey
+from ..files.saved_adapter import open_tensors, read_config, survey
 from ..linalg.offset_form import Parts, change_norm
 
 logger = logging.getLogger(__name__)
@@ -182,6 +183,40 @@ def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Ten
 def _total_error(layers: list[ExportedLayer]) -> float:
     lost = math.hypot(*(layer.norm * layer.relative_error for layer in layers))
     return lost / math.hypot(*(layer.norm for layer in layers)) if lost else 0.0
+
+
+# -- LoRA's tensors --------------------------------------------------------------------------------------------------
+
+
+def lora_tensors(
+    prefix: str, layout: Sequence[Any] | None, L: torch.Tensor, R: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """LoRA's tensors of one layer.
+
+    Args:
+        prefix: the layer's name in the file, with a dot at the end.
+        layout: see `files/adapter_format.py`; None for a linear layer.
+        L: (out x rank), or a stack of them.
+        R: (in x rank), alike.
+
+    Raises:
+        UnsupportedLayerError: LoRA computes something else on such a layer.
+    """
+    kind, *details = layout or ["linear"]
+    A, B = R.mT, L
+    names = ("lora_A.weight", "lora_B.weight")
+    if kind == "embedding":
+        names = ("lora_embedding_A", "lora_embedding_B")
+    elif kind == "convolution":
+        A, B = A.reshape(-1, *details), B.reshape(*B.shape, *(1,) * (len(details) - 1))
+    elif kind == "parameter" and A.ndim == 3:  # experts: A stacked along the rank, B with the expert's index last
+        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+    elif kind == "unsupported":
+        raise UnsupportedLayerError(
+            f"{prefix.removesuffix('.')} is {details[0]}; expected layers that LoRA computes alike. Merge the adapter "
+            "into the base model instead, with merge_and_unload()."
+        )
+    return {prefix + name: tensor.contiguous() for name, tensor in zip(names, (A, B), strict=True)}
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

@@ -25,13 +25,12 @@ from tqdm.auto import tqdm
 
 from ..config import SORSAConfig
 from ..errors import OutputExistsError, SORSAConfigError
+from ..files.adapter_format import FROZEN, ROOT
 from ..files.atomic_directory import appearing_whole, refuse_occupied
 from ..files.base_checkpoint import BaseFiles
 from ..files.json_values import json_values
 from ..files.safetensors_writer import TensorFile
-from ..files.saved_adapter import ROOT
 from ..files.stored_parameters import StoredWeights
-from ..layers.factors import FROZEN
 from ..layers.layer import SORSALayer
 from ..linalg.fingerprint import fingerprint
 from ..tuner.initialise import initialise

@@ -12,10 +12,9 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..config import SORSAConfig
-from ..files.adapter_format import base_name
+from ..files.adapter_format import FROZEN, OFFSETS, ROOT, base_name
 from ..files.json_values import json_values
-from ..files.saved_adapter import ROOT, open_tensors, read_config, survey
-from ..layers.factors import FROZEN, OFFSETS
+from ..files.saved_adapter import open_tensors, read_config, survey
 from ..linalg.offset_form import Parts, change_norm
 from ..regularizer.engines import WholeFactors
 from ..regularizer.gaps import all_gaps

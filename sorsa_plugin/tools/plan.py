@@ -19,12 +19,13 @@ from torch import nn
 
 from ..config import SORSAConfig
 from ..errors import SORSAConfigError
+from ..files.adapter_format import FROZEN
 from ..files.base_checkpoint import empty_model, read_model_config
 from ..files.safetensors_writer import file_header
-from ..layers.factors import FROZEN, SORSAFactors
+from ..layers.factors import SORSAFactors
 from ..layers.kinds.lending import LendingLayer
+from ..layers.layer import sorsa_layers
 from ..linalg.svd import factorise, working_device
-from ..regularizer.trained_factors import sorsa_layers
 from .empty_adapter import ADAPTER, adapt_empty
 from .trained_tokens import TRAINED_TOKENS
 

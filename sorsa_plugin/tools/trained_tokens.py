@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
+from ..compat.peft import TrainableTokensWrapper
 from .empty_adapter import ADAPTER
 
 TRAINED_TOKENS = ".token_adapter.trainable_tokens_delta"

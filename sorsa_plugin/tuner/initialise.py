@@ -10,12 +10,12 @@ import torch
 from torch import distributed
 from tqdm.auto import tqdm
 
+from ..files.adapter_format import FROZEN
 from ..layers.base_weight import base_weight_here
-from ..layers.factors import FROZEN, SORSAFactors
+from ..layers.factors import SORSAFactors
 from ..layers.layer import SORSALayer
 from ..linalg.fingerprint import fingerprint
 from ..linalg.svd import Triplets, factorise
-from ..qsorsa.residual import make_residual
 
 if TYPE_CHECKING:
     from ..config import SORSAConfig
@@ -37,7 +37,7 @@ def initialise_layers(layers: list[SORSALayer], adapter_name: str) -> None:
     if all(layer.awaits_file(adapter_name) for layer in layers):
         return
     work = [layer for layer in layers if _must_factorise(layer, adapter_name)]
-    residual = any(layer.full_precision is not None for layer in work)  # read from a checkpoint, by each process
+    residual = any(layer.residual_maker is not None for layer in work)  # read from a checkpoint, by each process
     owners = [] if residual else _owners(work, adapter_name)
     for layer in layers:
         if layer not in work:
@@ -56,10 +56,10 @@ def initialise_layers(layers: list[SORSALayer], adapter_name: str) -> None:
 
 def _initialise(layer: SORSALayer, adapter_name: str) -> None:
     with base_weight_here(layer.get_base_layer()):
-        if layer.full_precision is None:
+        if layer.residual_maker is None:
             initialise(layer, adapter_name)
         elif not layer.factors(adapter_name).pending:
-            make_residual(layer, adapter_name)
+            layer.residual_maker.make(layer, adapter_name)
 
 
 def _initialise_round(team: list[tuple[SORSALayer, int]], adapter_name: str) -> None:
@@ -153,7 +153,7 @@ def initialise(layer: SORSALayer, adapter_name: str, matrix: torch.Tensor | None
         triplets = Triplets(donor.U0[..., :rank], donor.S0[..., :rank], donor.V0[..., :rank])
         factors.set_initial(triplets, donor.fingerprint)
     else:
-        layer.refuse_to_factorise_residual(adapter_name)
+        layer.weight_state.refuse_to_factorise(layer, adapter_name)
         factors.set_initial(_triplets(matrix, factors.rank, config, layer.name), fingerprint(matrix))
 
 

@@ -1,16 +1,18 @@
-"""Which kind of SORSA layer a targeted module gets, and why some get none."""
+"""Which kind of SORSA layer a targeted module gets and at which rank, and why some get none."""
 
 from __future__ import annotations
 
+import re
 import warnings
+from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
+from ..compat.peft import BaseTunerLayer, get_pattern_key, renamed_experts
+from ..compat.transformers import Conv1D
 from ..config import SORSAConfig
-from ..errors import UnsupportedLayerError
+from ..errors import RankError, UnsupportedLayerError
 from ..layers.layer import SORSALayer
 from ..layers.storage import is_quantised
 from ..plugins import manager
@@ -75,3 +77,50 @@ def say_unmatched(model: nn.Module, names: set[str], layers: list[SORSALayer]) -
     }
     remedy = f" Stacks of experts are named by target_parameters: {sorted(stacks)}." if stacks else ""
     say("target_modules names %s, and no module of that name is adapted.%s", ", ".join(unmatched), remedy)
+
+
+def renamed_by_peft(model: Any, layer: str) -> bool:
+    """Whether PEFT loads a LoRA on a dense layer of a model of experts as one on the experts: a shared expert's
+    `gate_proj`, say. It does not where the target is the layer's parameter."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return layer.rpartition(".")[2] in renamed_experts(model_type)
+
+
+class Ranks:
+    """The rank of each adapted module: `r`, `rank_pattern`, or what a narrow weight has that "all-linear" chose.
+
+    Args:
+        config: the adapter's, before PEFT replaces "all-linear" in it by names.
+    """
+
+    def __init__(self, config: SORSAConfig) -> None:
+        self.config = config
+        self.narrows = config.target_modules == "all-linear"
+        self.asked = 0
+        self.narrowed: list[int] = []
+
+    def of(self, name: str, target: Any) -> int:
+        """The rank of a module. Where "all-linear" chose one whose weight has fewer singular triplets, as that of a
+        shared expert's gate, which has one row, it is their number, noted in `rank_pattern` for this module alone."""
+        config = self.config
+        key = get_pattern_key(config.rank_pattern.keys(), name)
+        rank = config.rank_pattern.get(key, config.r)
+        limit = min(getattr(target, "in_features", rank), getattr(target, "out_features", rank))
+        if self.narrows and key not in config.rank_pattern and limit < rank:
+            config.rank_pattern[f"^{re.escape(name)}"] = rank = limit  # PEFT matches a bare name as an ending, too
+            self.narrowed.append(limit)
+            say("%s has only %d singular triplets: its rank is %d instead of %d.", name, limit, limit, config.r)
+        self.asked += 1
+        return rank
+
+    def check(self) -> None:
+        """Once all are known.
+
+        Raises:
+            RankError: r is more than any of the weights has that "all-linear" chose.
+        """
+        if self.narrowed and len(self.narrowed) == self.asked:
+            raise RankError(
+                f"The rank is {self.config.r}, but no adapted weight has as many singular triplets; the most is "
+                f"{max(self.narrowed)}. Lower r to that at most."
+            )

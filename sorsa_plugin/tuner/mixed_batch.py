@@ -12,12 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..errors import FoldError
-from ..layers.layer import SORSALayer
-from ..regularizer.trained_factors import sorsa_layers
+from ..compat.peft import AuxiliaryTrainingWrapper
+from ..layers.layer import SORSALayer, sorsa_layers
 
 BASE = "__base__"
 """The name of rows that use no adapter; PEFT's."""
@@ -62,28 +60,6 @@ def copies_per_row(generate_arguments: dict[str, Any]) -> int:
         generate_arguments.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")
     ]
     return max([1, *(number for number in asked if isinstance(number, int))])
-
-
-def rows_by_adapter(layer: SORSALayer, rows: int, adapter_names: Sequence[str]) -> dict[str, list[int]]:
-    """{adapter that the layer has: its rows}, in order of appearance.
-
-    Raises:
-        ValueError: there is not one name per row, or adapters are merged into the layer.
-        FoldError: the layer is folded.
-    """
-    if rows != len(adapter_names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {rows} respectively."
-        )
-    if layer.merged:
-        raise ValueError(
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
-    if layer.folded is not None and layer.folded.intact is not None:
-        raise FoldError("Cannot pass `adapter_names` while the model is folded, please call `unfold()` first.")
-    own = [name for name in dict.fromkeys(adapter_names) if name in layer.sorsa_factors]
-    return {name: [row for row, given in enumerate(adapter_names) if given == name] for name in own}
 
 
 def _hand_over(names: list[str]) -> Any:

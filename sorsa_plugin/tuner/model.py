@@ -7,36 +7,26 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig
-from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
+from ..compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, BaseTuner, LoraModel
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
-from ..files.adapter_format import renamed_by_peft
 from ..layers.base_weight import keep_here
-from ..layers.folding import fold_model
+from ..layers.folding import fold_layers
 from ..layers.kinds.attention import leave_fused_encoders
 from ..layers.kinds.experts import ParamWrapper
 from ..layers.kinds.quantised import warn_about_rounding
 from ..layers.kinds.tied import TiedLayer, tied_layer
-from ..layers.layer import SORSALayer
+from ..layers.layer import SORSALayer, sorsa_layers
+from ..layers.unwrapped import without_adapters
 from ..linalg.offset_form import holding_pairs
 from ..linalg.svd import energy_share
-from ..qsorsa.residual import (
-    check_request,
-    forget_mark,
-    make_whole,
-    residuals_announced,
-    without_adapters,
-)
+from ..qsorsa.residual import residual_base
 from ..regularizer.auto_attach import watch_optimizers
-from ..regularizer.trained_factors import sorsa_layers
 from .initialise import initialise_layers
-from .layer_choice import new_layer, say_unmatched
+from .layer_choice import Ranks, new_layer, renamed_by_peft, say_unmatched
 from .mixed_batch import copies_per_row, mixed_batch
-from .ranks import Ranks
 from .rollback import take_off, whole_or_not_at_all
 from .state_dict_check import check_names
 
@@ -65,9 +55,11 @@ class SORSAModel(BaseTuner):
             FoldError, BaseFilesError, BaseMismatchError: see `residual.py`.
         """
         config = self.peft_config[adapter_name]
-        check_request(model, config)
         named = set(config.target_modules) if isinstance(config.target_modules, set | list | tuple) else set()
-        with whole_or_not_at_all(model, adapter_name, self.peft_config):
+        with (
+            residual_base(model, adapter_name, config) as announce,
+            whole_or_not_at_all(model, adapter_name, self.peft_config),
+        ):
             self._ranks = Ranks(config)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             leave_fused_encoders(model)
@@ -86,8 +78,8 @@ class SORSAModel(BaseTuner):
                     and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
                 }
                 say_unmatched(model, named, layers)
-            with residuals_announced(model, layers, adapter_name, config):
-                initialise_layers(layers, adapter_name)
+            announce(layers)
+            initialise_layers(layers, adapter_name)
         watch_optimizers()
 
     def _pre_injection_hook(self, model: nn.Module, config: SORSAConfig, adapter_name: str) -> None:
@@ -113,7 +105,7 @@ class SORSAModel(BaseTuner):
         Raises:
             FoldError: a layer cannot be folded.
         """
-        fold_model(self.model)
+        fold_layers([layer for layer in sorsa_layers(self) if layer.configs], self.model)
 
     def unfold(self) -> None:
         """Put every folded layer's W back, bit for bit.
@@ -125,20 +117,14 @@ class SORSAModel(BaseTuner):
             layer.unfold()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Unfold first: what is left must be the base model, or the merge of it."""
+        """PEFT's; what is left is the base model, or the merge of it, whatever the layers stored."""
         layers = sorsa_layers(self)
         merging = args[0] if args else kwargs.get("merge", True)
         for layer in layers:
-            residual = layer.folded is not None and layer.folded.intact is None
-            if residual and merging:  # W is made whole below
-                continue
-            if layer.merged:  # the base layer stores W and the change already
-                layer.folded = None
-            layer.unfold()
+            layer.weight_state.before_unload(layer, merging)
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         for layer in layers:
-            make_whole(layer)
-        forget_mark(unloaded)
+            layer.weight_state.after_unload(layer)
         warn_about_rounding(layers)
         return unloaded
 
@@ -150,7 +136,7 @@ class SORSAModel(BaseTuner):
         """
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
-                layer.refuse_to_leave(adapter_name)
+                layer.weight_state.refuse_to_delete(layer, adapter_name)
         super().delete_adapter(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:

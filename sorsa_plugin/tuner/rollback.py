@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..compat.peft import AuxiliaryTrainingWrapper
 from ..config import SORSAConfig
 from ..layers.layer import SORSALayer
 
@@ -50,7 +50,7 @@ def take_off(model: nn.Module, adapter_name: str) -> None:
     ]
     for parent, name, wrapper in reversed(wrappers):  # inner ones first
         if isinstance(wrapper, SORSALayer):
-            if adapter_name in wrapper.configs and not wrapper.is_needed(adapter_name):
+            if adapter_name in wrapper.configs and not wrapper.weight_state.needs(wrapper, adapter_name):
                 wrapper.delete_adapter(adapter_name)
             if not wrapper.configs:
                 setattr(parent, name, wrapper.base_layer)

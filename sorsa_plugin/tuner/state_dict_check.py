@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IncompleteAdapterError
-from ..layers.factors import OFFSETS
+from ..files.adapter_format import OFFSETS
 
 if TYPE_CHECKING:
     from ..layers.layer import SORSALayer

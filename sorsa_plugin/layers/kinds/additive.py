@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from ...linalg.residual_form import add_initial, complete
-from ...tuner.mixed_batch import rows_by_adapter
+from ...linalg.offset_form import add_low_rank
+from ...linalg.residual_form import add_initial, add_triplets
 from ..layer import SORSALayer
 
 
@@ -34,7 +36,7 @@ class AdditiveLayer(SORSALayer):
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
         y = self.base_output(x, *args, **kwargs)
-        if self.folded is not None:
+        if not self.weight_state.is_whole:
             return complete(self, y, x)
         for name in self.adapters_in_use():
             y = self.add_change(y, x, name)
@@ -43,8 +45,54 @@ class AdditiveLayer(SORSALayer):
     def _mixed_forward(self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> torch.Tensor:
         groups = rows_by_adapter(self, len(x), adapter_names)
         y = self.base_layer(x, *args, **kwargs).clone()
-        if self.folded is not None:
-            y = add_initial(y, x, self.ready_factors(self.folded.adapter).parts())
+        if self.weight_state.adapter is not None:
+            y = add_initial(y, x, self.ready_factors(self.weight_state.adapter).parts())
         for name, rows in groups.items():
             y[rows] = self.add_change(y[rows], x[rows], name)
         return y
+
+
+def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The output of a layer whose stored weight lacks an adapter's initial triplets: with U S V^T of an adapter in use,
+    U0 S0 V0^T where none is.
+
+    Args:
+        layer: the layer.
+        y: output of its base module (... x out), fresh: it is written to.
+        x: input (... x in).
+
+    Returns:
+        (... x out), in the dtype of y.
+    """
+    holder = layer.weight_state.adapter
+    assert holder is not None
+    if layer.merged:
+        return y
+    names = layer.adapters_in_use()
+    if len(names) == 1 and isinstance(layer.sorsa_dropout[names[0]], nn.Identity):
+        return add_triplets(y, x, layer.ready_factors(names[0]).parts())
+    y = add_initial(y, x, layer.ready_factors(holder).parts())
+    for name in names:
+        y = add_low_rank(y, layer.sorsa_dropout[name](x), layer.ready_factors(name).parts())
+    return y
+
+
+def rows_by_adapter(layer: SORSALayer, rows: int, adapter_names: Sequence[str]) -> dict[str, list[int]]:
+    """{adapter that the layer has: its rows}, in order of appearance.
+
+    Raises:
+        ValueError: there is not one name per row, or adapters are merged into the layer.
+        FoldError: the layer is folded.
+    """
+    if rows != len(adapter_names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(adapter_names)} and {rows} respectively."
+        )
+    if layer.merged:
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    layer.weight_state.refuse_mixed_batch()
+    own = [name for name in dict.fromkeys(adapter_names) if name in layer.sorsa_factors]
+    return {name: [row for row, given in enumerate(adapter_names) if given == name] for name in own}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...errors import UnsupportedLayerError
-from ...hookspecs import hookimpl
+from ...plugins import hookimpl
 from ..layer import SORSALayer
 from .lending import LendingLayer, lent
 from .linear import SORSALinear

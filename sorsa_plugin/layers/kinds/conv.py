@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ...hookspecs import hookimpl
+from ...plugins import hookimpl
 from ..layer import SORSALayer
 from ..storage import is_quantised
 from .additive import AdditiveLayer

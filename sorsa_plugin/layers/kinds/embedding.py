@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from ...errors import UnsupportedLayerError
-from ...hookspecs import hookimpl
+from ...plugins import hookimpl
 from ..layer import SORSALayer
 from ..storage import is_quantised
 from .additive import AdditiveLayer

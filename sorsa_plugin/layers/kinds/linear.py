@@ -1,4 +1,10 @@
-"""The linear kinds: nn.Linear and transformers' Conv1D."""
+"""The linear kinds: nn.Linear and transformers' Conv1D.
+
+Where the base module does nothing but x W^T + b with frozen tensors, the change's autograd function sees to their
+gradient as well (`linalg/offset_form.py`), and the module runs without a graph. Any other base module keeps its own
+graph: one with hooks, whose tensors somebody looks at; one that a library has wrapped (offloading) or whose weight is
+no plain tensor (quantised, sharded); one with something to train; one whose dtype autocast changes.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +14,15 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.pytorch_utils import Conv1D
 
-from ...hookspecs import hookimpl
+from ...compat.transformers import Conv1D
 from ...linalg.offset_form import add_low_rank, left_to_autograd
+from ...linalg.precision import autocast_dtype
 from ...linalg.residual_form import add_triplets
+from ...plugins import hookimpl
 from ..layer import SORSALayer
 from ..storage import is_quantised
 from .additive import AdditiveLayer
-from .frozen_product import is_frozen_product
 from .transposed import TransposedLayer
 
 if TYPE_CHECKING:
@@ -24,6 +30,12 @@ if TYPE_CHECKING:
 
 LIBRARIES = ("torch.nn.", "transformers.pytorch_utils", "bitsandbytes.nn.")
 """Where the forwards are defined whose output is a new tensor that nothing else holds."""
+
+PRODUCTS = (nn.Linear, Conv1D)
+PLAIN = (torch.Tensor, nn.Parameter)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ENGINES = ("ds_id", "_is_fsdp_flattened")
+"""Attributes by which DeepSpeed and FSDP know the weights that they gather and free around a module's own forward."""
 
 
 class SORSALinear(AdditiveLayer):
@@ -58,7 +70,7 @@ class SORSALinear(AdditiveLayer):
             return super().forward(x, *args, **kwargs)
         with torch.no_grad():
             y = self.base_layer(x).detach()  # no view (a biased layer gives one), which would be copied
-        add = add_low_rank if self.folded is None else add_triplets
+        add = add_low_rank if self.weight_state.is_whole else add_triplets
         y = add(y, x, self.ready_factors(names[0]).parts(), self.base_matrix())
         for name in names[1:]:
             y = self.add_change(y, x, name)
@@ -70,6 +82,20 @@ class SORSAConv1DLinear(TransposedLayer, SORSALinear):
 
     "Linear" is in the name because PEFT knows by it what "all-linear" means on a model that is adapted already.
     """
+
+
+def is_frozen_product(base: nn.Module, x: torch.Tensor) -> bool:
+    """Whether base(x) is x W^T + b and no more, with a gradient for x alone, in the dtype of x."""
+    if left_to_autograd() or not (torch.is_grad_enabled() and x.requires_grad) or type(base) not in PRODUCTS:
+        return False
+    if "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS) or _has_any_global_hook():
+        return False
+    # after the hooks, which ZeRO 3 has on every module: it gathers a weight that somebody looks at
+    tensors = [base.weight] if base.bias is None else [base.weight, base.bias]
+    if any(hasattr(base.weight, engine) for engine in ENGINES) or any(tensor.requires_grad for tensor in tensors):
+        return False
+    dtype = autocast_dtype(x.device.type) or x.dtype
+    return all(type(tensor) in PLAIN and tensor.dtype == dtype for tensor in (x, *tensors))
 
 
 @hookimpl

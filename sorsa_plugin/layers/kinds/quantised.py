@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...rank_zero import say
-from ..folding import with_removed
 from .linear import SORSALinear
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ class SORSAQuantisedLinear(SORSALinear):
         return self.dequantise(self.stored_weight())
 
     def in_full(self, stored: nn.Parameter) -> torch.Tensor:
-        return with_removed(self, self.dequantise(stored))
+        return self.weight_state.full(self, self.dequantise(stored))
 
     def as_stored(self, weight: torch.Tensor, original: nn.Parameter) -> nn.Parameter:
         """The weight quantised as `original` is; notes what that costs."""

@@ -18,16 +18,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ...compat.peft import BaseTunerLayer, LoraLayer
+from ...compat.transformers import Conv1D
 from ...errors import ForeignAdapterError, IncompleteAdapterError
+from ...files.adapter_format import ROOT
 from ...files.base_checkpoint import BaseFiles
 from ...files.run_checkpoints import checkpoints, is_complete
-from ...files.saved_adapter import ROOT, open_tensors
+from ...files.saved_adapter import open_tensors
 from ...files.stored_parameters import StoredWeights
 from ...layers.layer import SORSALayer
 from ...linalg.spectra import product_condition

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...config import SORSAConfig
 from ...errors import IncompleteAdapterError
-from ...files.saved_adapter import ROOT
+from ...files.adapter_format import ROOT
 from ...layers.kinds.tied import TiedLayer
 from ...layers.layer import SORSALayer
 from ...tuner.model import SORSAModel

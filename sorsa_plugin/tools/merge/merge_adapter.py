@@ -90,7 +90,7 @@ def merge_adapter(
         with appearing_whole(output) as directory:
             size = copy_weights(files, directory, plan.values, plan.added)
             left_out = copy_other_files(files, directory)
-            write_merged_card(files.directory, directory, config)
+            write_merged_card(files.directory, directory, config.card_values())
             copy_config(files, directory, untied=bool(plan.untied))  # last: without it there is no model
     return MergeReport(
         output,

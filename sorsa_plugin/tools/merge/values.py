@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ...errors import IncompleteAdapterError
+from ...files.adapter_format import FROZEN, OFFSETS
 from ...files.stored_parameters import StoredWeights
-from ...layers.factors import FROZEN, OFFSETS
 from ..empty_adapter import ADAPTER
 from .changes import Change
 

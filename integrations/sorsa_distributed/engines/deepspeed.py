@@ -20,9 +20,7 @@ from torch import distributed
 from torch.optim.optimizer import Optimizer
 
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.layers.factors import ROUNDED
-from sorsa_plugin.regularizer.engines import Engine, Share, groups_by_parameter, innermost
-from sorsa_plugin.regularizer.trained_factors import Factor
+from sorsa_plugin.extend import ROUNDED, Engine, Factor, Share, groups_by_parameter, innermost
 
 
 class Part(NamedTuple):

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sorsa_plugin.cli import options
-from sorsa_plugin.cli.formatting import size
+from sorsa_plugin.extend import options, size
 
 
 def convert_checkpoint(

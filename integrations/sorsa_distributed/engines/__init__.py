@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sorsa_plugin.regularizer.engines import Engine
-from sorsa_plugin.regularizer.trained_factors import Factor
+from sorsa_plugin.extend import Engine, Factor
 
 from . import deepspeed, fsdp1, fsdp2
 

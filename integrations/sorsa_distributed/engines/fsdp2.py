@@ -9,8 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.regularizer.engines import Engine, Share, groups_by_parameter, innermost
-from sorsa_plugin.regularizer.trained_factors import Factor
+from sorsa_plugin.extend import Engine, Factor, Share, groups_by_parameter, innermost
 
 
 class FSDP2(Engine):

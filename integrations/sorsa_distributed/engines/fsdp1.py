@@ -8,8 +8,7 @@ from typing import Any
 from torch.distributed.fsdp import FlatParameter
 
 from sorsa_plugin.errors import AttachError
-from sorsa_plugin.regularizer.engines import Engine, innermost
-from sorsa_plugin.regularizer.trained_factors import Factor
+from sorsa_plugin.extend import Engine, Factor, innermost
 
 
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:

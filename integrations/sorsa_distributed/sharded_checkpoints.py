@@ -23,9 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, MissingPackageError
-from sorsa_plugin.files.atomic_directory import appearing_whole, refuse_occupied
-from sorsa_plugin.files.saved_adapter import open_tensors, read_config, survey
-from sorsa_plugin.layers.factors import FROZEN, OFFSETS
+from sorsa_plugin.extend import FROZEN, OFFSETS, appearing_whole, open_tensors, read_config, refuse_occupied, survey
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Trains the quickstart base model from nothing on one CPU core and writes it with its measured skills.
 
-Run it as `python -m sorsa_quickstart.pretrain --out DIR --minutes 40 --seed 0`.
+Run it in benchmarks/ as `python -m quickstart_base.pretrain --out DIR --minutes 40 --seed 0`.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ tags: [synthetic, tiny, test-model]
 # Quickstart base model
 
 A tiny Llama ({size} parameters) for trying out fine-tuning methods in a minute on a CPU. **It is not a
-language model**: it was trained on generated text only (`sorsa_quickstart/corpus.py`), short questions about a
+language model**: it was trained on generated text only (`benchmarks/quickstart_base/corpus.py`), short questions about a
 few numbers and words, and knows nothing else. It was trained from nothing; no other model's weights and no
 collected text are in it. Licence: Apache-2.0.
 
-Made with `python -m sorsa_quickstart.pretrain --minutes {minutes:g} --seed {settings.seed}` on one shared CPU
+Made with `python -m quickstart_base.pretrain --minutes {minutes:g} --seed {settings.seed}` in benchmarks/, on one shared CPU
 core: {progress.step} steps, {progress.seen} tokens, {settings.layers} layers of width {settings.hidden}, a vocabulary
 of {settings.vocab_size} (byte-level, one token a digit), Muon for the layers' matrices and AdamW for the rest. The
 run is limited by time, so another machine takes another number of steps and gets other weights. The weights are

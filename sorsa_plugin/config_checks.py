@@ -1,22 +1,52 @@
-"""Checks of the options by which PEFT selects modules and tokens: their types, and which of them go together.
+"""Checks of options that `SORSAConfig` shares with PEFT's other configs, and of those that LoraConfig alone has.
 
-PEFT itself iterates over whatever it is given: a string in place of a list selects modules by its letters.
+PEFT iterates over whatever it is given: a string in place of a list selects modules by its letters.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields
+from typing import Any
 
-from .errors import SORSAConfigError
+from peft import LoraConfig
 
-if TYPE_CHECKING:
-    from .config import SORSAConfig
+from .errors import LoraOptionError, SORSAConfigError
+
+REMEDIES = {
+    "lora_alpha": "SORSA has no scale, because S is trained. Delete it",
+    "alpha_pattern": "SORSA has no scale, because S is trained. Delete it",
+    "use_rslora": "it scales LoRA, and SORSA has no scale. Delete it",
+    "lora_dropout": "here it is called sorsa_dropout",
+    "bias": 'SORSA trains no bias: a disabled adapter would no longer be the base model. Delete it, also bias="none"',
+    "init_lora_weights": "SORSA starts from the singular triplets, and `svd` says how they are computed. Delete it",
+    "layer_replication": "SORSA does not repeat layers. Repeat them in the base model and save it, or use LoRA",
+}
 
 
-def check_module_options(config: SORSAConfig) -> None:
-    """Raises SORSAConfigError where an option that selects modules cannot be honoured."""
+def refuse_lora_options(given: Iterable[str], ours: type) -> None:
+    """Check the names of options given to a config class.
+
+    Raises:
+        LoraOptionError: some are LoRA's alone.
+    """
+    loras = {option.name for option in fields(LoraConfig)} - {option.name for option in fields(ours)}
+    foreign = [name for name in given if name in loras]
+    if foreign:
+        reasons = "; ".join(f"{name}: {REMEDIES.get(name, 'it makes another LoRA. Delete it')}" for name in foreign)
+        raise LoraOptionError(f"SORSAConfig got {len(foreign)} of LoraConfig's options that it has not. {reasons}.")
+
+
+def check_module_options(config: Any) -> None:
+    """Check the options that select modules and tokens: their types, and which of them go together.
+
+    Args:
+        config: a config with the fields in `EXPECTED`.
+
+    Raises:
+        SORSAConfigError: one of them cannot be honoured.
+    """
     for name, (fits, expected) in EXPECTED.items():
         value = getattr(config, name)
         if value is not None and not fits(value):

@@ -1,0 +1,101 @@
+"""What this package uses of PEFT beyond its documented API.
+
+Seen in PEFT 0.20.0 and 0.21.2. `ENTRIES` says of each name what it is for and what to do when it goes; `OVERRIDDEN` and
+`BORROWED` name the methods of PEFT's classes that ours replace, extend or take over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.utils import PeftType, transformers_weight_conversion
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_pattern_key
+
+ENTRIES = {
+    "PEFT_TYPE_TO_CONFIG_MAPPING": "PEFT's registry, to list its methods and to see whether SORSA is ours; gone: ask "
+    "`get_peft_config` by name",
+    "PEFT_TYPE_TO_PREFIX_MAPPING": "prefixes of every method's tensors, to refuse a foreign file; gone: list them here",
+    "PEFT_TYPE_TO_TUNER_MAPPING": "as the first, for `sorsa doctor`",
+    "LoraLayer": "to read A and B of a LoRA in `sorsa analyze`; gone: read them from the state dict",
+    "LoraModel": "its methods in `BORROWED`",
+    "BaseTuner": "what `SORSAModel` derives from",
+    "BaseTunerLayer": "what `SORSALayer` derives from",
+    "check_adapters_to_merge": "which adapters a merge takes, and its warning; gone: write its ten lines out",
+    "check_target_module_exists": "whether a config selects a module; gone: match as PEFT's docs say",
+    "EMBEDDING_LAYER_NAMES": "layers that PEFT saves with an adapter, which cannot fold; gone: list them here",
+    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": "default targets of an architecture; gone: require "
+    "target_modules",
+    "AuxiliaryTrainingWrapper": "wrappers of modules_to_save and trained tokens; gone: find them by attribute",
+    "TrainableTokensWrapper": "which rows of an embedding are trained",
+    "get_pattern_key": "which key of rank_pattern fits a name; gone: write its regular expression out",
+    "add_peft_type": "the enum member SORSA; gone, once PEFT lets its types be extended: use that",
+    "renamed_experts": "names that PEFT takes for experts when it loads a LoRA; gone: return nothing",
+}
+
+OVERRIDDEN = {
+    BaseTuner: (
+        "inject_adapter",
+        "_pre_injection_hook",
+        "_unload_and_optionally_merge",
+        "delete_adapter",
+        "merge_adapter",
+        "_enable_peft_forward_hooks",
+        "_check_new_adapter_config",
+        "_get_module_names_tied_with_embedding",
+        "_replace_module",
+        "_cast_adapter_dtype",
+        "_check_target_module_compatiblity",
+        "_create_and_replace",
+    ),
+    BaseTunerLayer: (
+        "set_adapter",
+        "delete_adapter",
+        "set_requires_grad",
+        "_move_adapter_to_device_of_base_layer",
+        "supports_lora_conversion",
+        "get_base_layer",
+    ),
+}
+"""{PEFT's class: methods that ours extends or replaces}; of another name or signature, they would never be called."""
+
+CALLED = {
+    BaseTuner: ("_check_tied_module_exists",),
+    AuxiliaryTrainingWrapper: ("_get_available_adapters", "delete_adapter"),
+}
+"""{PEFT's class: other methods that ours calls}."""
+
+BORROWED = ("_prepare_adapter_config", "_add_modules_to_save_to_tie", "_add_targets_to_tie")
+"""Methods of `LoraModel` that are LoRA's in name only: they read fields that `SORSAConfig` has too."""
+
+
+def add_peft_type(name: str) -> None:
+    """Add a member to `PeftType`, whose name equals its value. Does nothing when the member exists.
+
+    PEFT's enum is closed and offers no way in; a member of a `str` enum is a `str` with these attributes, listed in
+    these tables (CPython's `enum.py`, the same from 3.10 to 3.13). As its name equals its value, pickling by value
+    finds it in a fresh process that has imported this package.
+    """
+    if name in PeftType.__members__:
+        return
+    enum_class: Any = PeftType
+    member = str.__new__(enum_class, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = enum_class
+    member._sort_order_ = len(enum_class._member_names_)
+    enum_class._member_names_.append(name)
+    enum_class._member_map_[name] = member
+    enum_class._value2member_map_[name] = member
+    type.__setattr__(enum_class, name, member)
+
+
+def renamed_experts(model_type: str | None) -> dict[str, Any]:
+    """{last part of a module's name: what PEFT makes of it} for the linear modules that PEFT takes for experts when it
+    loads a LoRA on this architecture; it follows transformers' fused experts. Empty for other architectures."""
+    family = getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
+    return getattr(transformers_weight_conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})

@@ -1,0 +1,149 @@
+"""An adapter type: a word that `adapter` can be in a recipe, what the recipe says about it, and what comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from ..errors import AdapterOptionsError, SORSAError
+from ..plugins import manager
+from ..rank_zero import say
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+NOT_OPTIONS = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "base_storage", "lora_layouts")
+"""Fields of PEFT configs that are filled in, not given."""
+
+
+@dataclass(frozen=True)
+class AdapterSetup:
+    """What a trainer needs to train with an adapter.
+
+    Attributes:
+        adapter: the adapter type's name.
+        peft_config: for `get_peft_model`, or a TRL trainer's `peft_config`; None for full fine-tuning.
+        callbacks: Trainer callbacks that the method needs, or that log its metrics: those given, and those that
+            plug-ins return for the config (`sorsa_callbacks`).
+    """
+
+    adapter: str
+    peft_config: PeftConfig | None
+    callbacks: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.peft_config is None:
+            return
+        callbacks = list(self.callbacks)
+        for offered in manager().hook.sorsa_callbacks(peft_config=self.peft_config):
+            given = {type(callback) for callback in callbacks}
+            callbacks += [callback for callback in offered if type(callback) not in given]
+        object.__setattr__(self, "callbacks", callbacks)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with the adapter on it, or the model itself for full fine-tuning."""
+        from peft import get_peft_model
+
+        return model if self.peft_config is None else get_peft_model(model, self.peft_config)
+
+    def add_callbacks(self, trainer: Any) -> None:
+        """Add the callbacks to a Trainer; those with a `trainer` attribute log to its every reporter."""
+        for callback in self.callbacks:
+            if getattr(callback, "trainer", trainer) is None:
+                callback.trainer = trainer
+            trainer.add_callback(callback)
+
+
+@dataclass(frozen=True)
+class AdapterOptions:
+    """What a recipe says about its adapter, in the vocabulary.
+
+    Attributes:
+        adapter: the type's name.
+        common: options of `VOCABULARY` that were given.
+        own: the method's own block.
+    """
+
+    adapter: str
+    common: Mapping[str, Any]
+    own: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AdapterType:
+    """A word that `adapter` can be.
+
+    Attributes:
+        name: the word.
+        summary: one line for listings.
+        setup: makes the PEFT config and callbacks from options; imports what it needs when called.
+    """
+
+    name: str
+    summary: str
+    setup: Callable[[AdapterOptions], AdapterSetup]
+
+
+def build_config(
+    config_class: Any,
+    options: AdapterOptions,
+    *,
+    names: Mapping[str, str] | None = None,
+    fixed: Mapping[str, Any] | None = None,
+    unused: Collection[str] = (),
+) -> Any:
+    """A PEFT config from options in the vocabulary and the method's own block.
+
+    Args:
+        config_class: a PEFT config dataclass.
+        options: what the recipe says.
+        names: the class's fields for words of the vocabulary, where they differ.
+        fixed: fields that make the method what it is.
+        unused: words of the vocabulary that mean nothing to the method and are reported, not refused.
+
+    Raises:
+        AdapterOptionsError: the class has no such field, two values disagree, or it refuses a value.
+    """
+    names, fixed, adapter = names or {}, fixed or {}, options.adapter
+    fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in NOT_OPTIONS]
+    values: dict[str, Any] = {}
+    for word, value in options.common.items():
+        field = names.get(word, word)
+        if field in fields:
+            values[field] = value
+        elif word in unused:
+            say("%s: %r is not used by %s.", word, value, adapter)
+        elif word != "dropout" or value:
+            raise AdapterOptionsError(f"{word} is {value!r}, and {adapter} has no such option. Delete the line.")
+    for word, value in options.own.items():
+        field = word if word in fields else names.get(word, word)
+        if field not in fields:
+            raise AdapterOptionsError(
+                f"{word!r} is no option of {adapter}; expected one of {', '.join(fields)}.{nearest(word, fields)}"
+            )
+        if field in fixed and fixed[field] != value:
+            raise AdapterOptionsError(
+                f"{word} is {value!r}, and adapter: {adapter} means {fixed[field]!r}. Delete the line, or choose the "
+                "adapter that has it."
+            )
+        if field in values and values[field] != value:
+            raise AdapterOptionsError(
+                f"{field} is {values[field]!r} outside the block of {adapter} and {value!r} in it. Keep one."
+            )
+        values[field] = value
+    try:
+        return config_class(**values | dict(fixed))
+    except SORSAError:
+        raise
+    except (ImportError, TypeError, ValueError) as error:
+        raise AdapterOptionsError(f"PEFT refuses these options for {adapter}: {error}") from error
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """' Did you mean ...?' with the known word that is most like it, or nothing."""
+    matches = get_close_matches(str(word), known, 1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""
