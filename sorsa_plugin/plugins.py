@@ -106,7 +106,7 @@ def broken_note() -> str:
     if not broken:
         return ""
     names = ", ".join(f"{plugin.name} of {plugin.distribution} ({plugin.error})" for plugin in broken.values())
-    return f" Plug-ins that could not be loaded: {names}. `sorsa plugins` shows their tracebacks."
+    return f" Plug-ins that could not be loaded: {names}. `sorsa doctor` shows their tracebacks."
 
 
 def _report(name: str, error: Exception) -> None:

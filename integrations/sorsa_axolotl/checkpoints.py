@@ -6,16 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils.constants import FSDP_MODEL_NAME
-from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError
 from sorsa_plugin.extend import read_config, say, sorsa_layers
 from sorsa_transformers.checkpoints import is_complete, last_complete_checkpoint
+
+from .axolotl_compat import FSDP_MODEL_NAME, TRAINER_STATE_NAME, determine_last_checkpoint
 
 IN_SHARDS = "Set state_dict_type: SHARDED_STATE_DICT and final_state_dict_type: FULL_STATE_DICT in fsdp_config."
 

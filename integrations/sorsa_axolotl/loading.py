@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from axolotl.loaders.adapter import find_all_linear_names
 from peft import PeftModel, get_peft_model
 from transformers import GenerationConfig
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.extend import read_config, say
 
+from .axolotl_compat import find_all_linear_names
 from .checkpoints import require_own_adapter
 from .recipe import BLOCK, make_config
 

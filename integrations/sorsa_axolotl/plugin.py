@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft.utils import CONFIG_NAME
 
 from sorsa_plugin.extend import complete_model_card, read_config
 from sorsa_transformers import SORSACallback
 
+from .axolotl_compat import AdapterCapabilities, BasePlugin
 from .checkpoints import choose_checkpoint, save_adapter_alone
 from .loading import load, new_config
 from .quantising import quantise_as_for_lora

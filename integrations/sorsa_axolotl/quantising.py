@@ -9,12 +9,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from axolotl.loaders.model import ModelLoader
-
+from .axolotl_compat import BY_NAME, ModelLoader
 from .recipe import ADAPTERS
-
-BY_NAME = ("_set_quantization_config", "_prepare_model_for_quantization")
-"""Methods of Axolotl's loader that ask for the adapter's name: what is quantised, and what is cast for training."""
 
 
 def quantise_as_for_lora() -> None:

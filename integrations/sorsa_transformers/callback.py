@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 from sorsa_distributed import complete_sharded_checkpoint
 from sorsa_plugin.errors import AttachError
@@ -25,6 +24,8 @@ from sorsa_plugin.extend import (
     sorsa_layers,
     trained_adapters,
 )
+
+from .trainer_compat import LayerWiseDummyOptimizer
 
 
 class SORSACallback(TrainerCallback):

@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_plugin.extend import innermost, say
 
+from .trainer_compat import initialize_lora_eva_weights
+
 
 class EvaCallback(TrainerCallback):
     """Initialises EVA (arXiv 2410.07170) from the first training batches, before the first step.
@@ -36,8 +38,6 @@ class EvaCallback(TrainerCallback):
     ) -> None:
         if state.global_step > 0:
             return
-        from peft.tuners.lora.eva import initialize_lora_eva_weights
-
         peft_model = unwrapped(model)
         before = dict(peft_model.named_parameters())
         training = peft_model.training

@@ -28,7 +28,7 @@ def sorsa_callbacks(peft_config: PeftConfig) -> list[Any]:
 
         return [AdaLoraCallback(config.total_step == steps_placeholder(config.tinit, config.tfinal))]
     if getattr(config, "use_asa", False):
-        from peft.tuners.adamss.asa_callback import AdamssAsaCallback
+        from .trainer_compat import AdamssAsaCallback
 
         return [AdamssAsaCallback()]
     return []

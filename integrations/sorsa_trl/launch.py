@@ -5,6 +5,7 @@ from __future__ import annotations
 from sorsa_plugin import setup_adapter
 
 from .recipe import RecipeParser
+from .trl_compat import launch_command, launch_command_parser, resolve_accelerate_config_argument
 
 
 def launch(command: str, arguments: list[str]) -> None:
@@ -14,9 +15,6 @@ def launch(command: str, arguments: list[str]) -> None:
         AdapterOptionsError: see `recipe.py` and `sorsa_plugin.setup_adapter`.
         SystemExit: the training failed; what went wrong is on stderr.
     """
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from trl.cli.accelerate_config import resolve_accelerate_config_argument
-
     recipe = RecipeParser(command).parse(arguments)
     recipe.require_model()
     setup_adapter(recipe.adapter)

@@ -21,7 +21,9 @@ from .requirement import require_trl
 
 require_trl()
 
-from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser  # noqa: E402
+from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig  # noqa: E402
+
+from .trl_compat import TrlParser, launch_command_parser  # noqa: E402
 
 TRAINING_ARGUMENTS = {"sft": SFTConfig, "dpo": DPOConfig}
 """The training arguments of each command."""
@@ -124,8 +126,6 @@ class RecipeParser(TrlParser):
         return Recipe(self.command, script, training, model, datasets, adapter, given, from_file, from_command_line)
 
     def _check_launch_arguments(self, strings: list[str]) -> None:
-        from accelerate.commands.launch import launch_command_parser
-
         parser = launch_command_parser()
         parser.add_argument("--accelerate_config", "--accelerate-config")  # TRL's
         launch = vars(parser.parse_args(["script"]))

@@ -40,7 +40,23 @@ def _print(diagnosis: Diagnosis) -> None:
     page = console()
     page.print(table)
     registered = "yes" if diagnosis.registered else "no: PEFT's SORSA is not this package's"
-    facts = [("registered with PEFT", registered), ("plug-ins", ", ".join(diagnosis.plugins) or "none")]
-    facts += [(f"broken plug-in {name}", reason) for name, reason in diagnosis.broken.items()]
-    for name, value in (*facts, ("device", diagnosis.device)):
+    facts = [("registered with PEFT", registered), ("device", diagnosis.device)]
+    if diagnosis.conflict is not None:
+        facts.append(("plug-ins contradict each other", diagnosis.conflict))
+    for name, value in facts:
         page.print(f"{escape(name)}: {escape(value)}", highlight=False, soft_wrap=True)
+    print_plugins(diagnosis)
+
+
+def print_plugins(diagnosis: Diagnosis) -> None:
+    """The plug-ins: what each adds, and the traceback of each that failed."""
+    from rich.table import Table
+
+    table = Table("plug-in", "from", "hooks", "adapter types")
+    for plugin in diagnosis.plugins:
+        table.add_row(plugin.name, plugin.distribution, ", ".join(plugin.hooks), ", ".join(plugin.adapters))
+    page = console()
+    page.print(table)
+    for broken in diagnosis.broken:
+        page.print(f"{broken.name} of {broken.distribution} failed: {broken.error}", style="red", markup=False)
+        page.print(broken.traceback, markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""`sorsa plugins`: what is loaded, what it adds, and what could not be loaded."""
+"""`sorsa plugins`: a part of `sorsa doctor`, under its old name for one more release."""
 
 from __future__ import annotations
 
@@ -8,34 +8,13 @@ import typer
 
 
 def plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
-    """List the loaded plug-ins, the adapter types they add, and those that failed, with their tracebacks."""
-    from ..plugins import answers, broken, distributions, manager
+    """List plug-ins; `sorsa doctor` does that too, and takes the place of this command."""
+    from ..tools.doctor import examine
+    from .doctor import print_plugins
 
-    host = manager()
-    offered = {name: [kind.name for kind in kinds] for name, kinds in answers("sorsa_adapters")}
-    loaded = [
-        {
-            "name": name,
-            "distribution": distributions.get(name, "sorsa-plugin"),
-            "hooks": sorted(caller.name for caller in host.get_hookcallers(plugin) or []),
-            "adapters": offered.get(name, []),
-        }
-        for name, plugin in host.list_name_plugin()
-        if name not in broken and plugin is not None
-    ]
-    failed = [vars(plugin) for plugin in broken.values()]
+    typer.echo("`sorsa plugins` is a part of `sorsa doctor` now, and goes with the next release.", err=True)
+    diagnosis = examine()
     if as_json:
-        typer.echo(json.dumps({"plugins": loaded, "broken": failed}, indent=2))
-        return
-    from rich.table import Table
-
-    from .formatting import console
-
-    table = Table("plug-in", "from", "hooks", "adapter types")
-    for plugin in loaded:
-        table.add_row(*(value if isinstance(value, str) else ", ".join(value) for value in plugin.values()))
-    page = console()
-    page.print(table)
-    for plugin in failed:
-        page.print(f"{plugin['name']} of {plugin['distribution']} failed: {plugin['error']}", style="red", markup=False)
-        page.print(plugin["traceback"], markup=False, highlight=False)
+        typer.echo(json.dumps(diagnosis.plugins_to_json(), indent=2))
+    else:
+        print_plugins(diagnosis)

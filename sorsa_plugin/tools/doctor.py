@@ -6,7 +6,7 @@ The ranges are those of this package's own metadata: there is no second list of 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from typing import Any
 
@@ -18,7 +18,7 @@ from peft.utils import PeftType
 from ..compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..config import SORSAConfig
 from ..errors import PluginError
-from ..plugins import broken, manager
+from ..plugins import BrokenPlugin, answers, broken, distributions, manager
 from ..recipes.setup_adapter import registered_adapters
 from ..tuner.model import SORSAModel
 from ..tuner.registration import NAME
@@ -55,21 +55,36 @@ class Package:
 
 
 @dataclass(frozen=True)
+class LoadedPlugin:
+    """A plug-in that works."""
+
+    name: str
+    distribution: str
+    """Name and version of the package that brought it."""
+    hooks: tuple[str, ...]
+    adapters: tuple[str, ...]
+    """The adapter types that it adds."""
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What `sorsa doctor` found."""
 
     packages: tuple[Package, ...]
     registered: bool
     """Whether PEFT's SORSA is this package's."""
-    plugins: tuple[str, ...]
-    broken: dict[str, str]
-    """{plug-in that could not be loaded or failed: why}."""
+    plugins: tuple[LoadedPlugin, ...]
+    broken: tuple[BrokenPlugin, ...]
+    """Plug-ins that could not be loaded or failed."""
+    conflict: str | None
+    """What two plug-ins contradict each other about; None where all agree."""
     device: str
 
     @property
     def healthy(self) -> bool:
         """Whether there is nothing to repair."""
-        return self.registered and not self.broken and not any(package.problem for package in self.packages)
+        problems = any(package.problem for package in self.packages)
+        return self.registered and not self.broken and self.conflict is None and not problems
 
     def to_json(self) -> dict[str, Any]:
         """The same in JSON's types."""
@@ -83,16 +98,21 @@ class Diagnosis:
             }
             for package in self.packages
         }
-        facts = {name: getattr(self, name) for name in ("registered", "plugins", "broken", "device", "healthy")}
-        return {OURS: version(OURS), "packages": packages, **facts}
+        facts = {name: getattr(self, name) for name in ("registered", "conflict", "device", "healthy")}
+        return {OURS: version(OURS), "packages": packages, **facts, **self.plugins_to_json()}
+
+    def plugins_to_json(self) -> dict[str, Any]:
+        """The plug-ins alone."""
+        return {name: [asdict(plugin) for plugin in getattr(self, name)] for name in ("plugins", "broken")}
 
 
 def examine() -> Diagnosis:
     """Look at this process's environment."""
-    plugins, broken = _plugins()
+    plugins, conflict = _plugins()
     kind = PeftType.__members__.get(NAME)
     registered = (PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind))
-    return Diagnosis(_packages(), registered == (SORSAConfig, SORSAModel), plugins, broken, _device())
+    ours = registered == (SORSAConfig, SORSAModel)
+    return Diagnosis(_packages(), ours, plugins, tuple(broken.values()), conflict, _device())
 
 
 def _packages() -> tuple[Package, ...]:
@@ -114,15 +134,27 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _plugins() -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names of the loaded plug-ins, and of those that are broken with the reason."""
-    failed = {}
+def _plugins() -> tuple[tuple[LoadedPlugin, ...], str | None]:
+    """What is loaded, and what two plug-ins claim alike; asks every one for its adapter types, so that who fails is
+    noted."""
+    host = manager()
+    offered = {name: tuple(kind.name for kind in kinds) for name, kinds in answers("sorsa_adapters")}
+    conflict = None
     try:
-        registered_adapters()  # asks every plug-in: who fails is noted
+        registered_adapters()
     except PluginError as error:
-        failed["adapter types"] = str(error)
-    loaded = tuple(name for name, plugin in manager().list_name_plugin() if plugin is not None and name not in broken)
-    return loaded, failed | {f"{name} ({plugin.distribution})": plugin.error for name, plugin in broken.items()}
+        conflict = str(error)
+    loaded = [
+        LoadedPlugin(
+            name,
+            distributions.get(name, OURS),
+            tuple(sorted(caller.name for caller in host.get_hookcallers(plugin) or [])),
+            offered.get(name, ()),
+        )
+        for name, plugin in host.list_name_plugin()
+        if plugin is not None and name not in broken
+    ]
+    return tuple(loaded), conflict
 
 
 def _device() -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from sorsa_transformers.sharded_checkpoints import adapter_tensors, complete_sharded_checkpoint
 from tiny_llama import tiny_llama
 from torch.distributed import checkpoint as dcp
 from typer.testing import CliRunner
@@ -17,7 +18,6 @@ from sorsa_plugin import SORSAConfig
 from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, MissingPackageError, OutputExistsError
 from sorsa_transformers import convert_checkpoint
-from sorsa_transformers.sharded_checkpoints import adapter_tensors, complete_sharded_checkpoint
 
 
 def adapted(adapter_name: str = "default") -> PeftModel:

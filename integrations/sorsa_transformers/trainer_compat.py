@@ -1,0 +1,20 @@
+"""What this package uses of transformers' Trainer, and of PEFT's training calls, beyond their documented API.
+
+Seen in transformers 5.16.1 and 5.23.0, PEFT 0.20.0 and 0.21.2.
+"""
+
+from __future__ import annotations
+
+from peft.tuners.adamss.asa_callback import AdamssAsaCallback
+from peft.tuners.lora.eva import initialize_lora_eva_weights
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+
+ENTRIES = {
+    "LayerWiseDummyOptimizer": "the Trainer's stand-in where each parameter has an optimizer of its own; gone: nothing "
+    "to find",
+    "initialize_lora_eva_weights": "EVA's initialisation, with a forward of our own",
+    "AdamssAsaCallback": "what AdaMSS calls after every step",
+}
+
+TRAINER = ("create_model_card", "add_callback", "remove_callback", "log", "callback_handler")
+"""What is called or replaced on a Trainer; `log` clears `control.should_log`, which the callback sets again."""
