@@ -4,9 +4,11 @@ VENV := .venv
 OLDEST := .venv-oldest
 DISTRIBUTED := .venv-distributed
 AXOLOTL := .venv-axolotl
+CANARY := .venv-canary
 SHARED := -n 2 --dist loadfile# a file's tests share what they made
 FAST := -m "not slow and not distributed and not axolotl" $(SHARED)
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
+COMPAT := tests/compat -m "not slow and not distributed and not axolotl"
 SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
 	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
 RESULTS := runs/support
@@ -19,7 +21,7 @@ export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
-	support-table bench bench-distributed bench-quantization lint format clean
+	support-table bench bench-distributed bench-quantization canary lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -55,6 +57,18 @@ test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment 
 	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) \
 	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(SHARED) $(ARGS)
 
+canary: $(CANARY)/tests  ## the newest releases, pre-releases too: within the supported ranges, then above them
+	$(CANARY)/bin/python $(PIP) --pre --upgrade --no-deps $(shell $(PYTHON) tests/compat/ranges.py)
+	$(CANARY)/bin/sorsa doctor
+	OMP_NUM_THREADS=1 $(CANARY)/bin/python -m pytest $(COMPAT)
+	$(CANARY)/bin/sorsa quickstart --steps 2
+	$(CANARY)/bin/python $(PIP) --pre --upgrade --no-deps $(shell $(PYTHON) tests/compat/ranges.py --above)
+	-$(CANARY)/bin/sorsa doctor
+	@OMP_NUM_THREADS=1 $(CANARY)/bin/python -m pytest $(COMPAT) && $(CANARY)/bin/sorsa quickstart --steps 2 \
+	    && echo "The newest releases above the supported ranges work too." \
+	    || echo "The newest releases above the supported ranges do not work yet; what is above says where."
+	rm $(CANARY)/tests
+
 test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
 
 bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
@@ -81,7 +95,7 @@ format: $(VENV)/tests
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DISTRIBUTED) $(AXOLOTL) .peft_conformance build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DISTRIBUTED) $(AXOLOTL) $(CANARY) .peft_conformance build dist *.egg-info
 
 $(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -114,4 +128,11 @@ $(AXOLOTL)/tests: pyproject.toml constraints-axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
 	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl,deepspeed]" pytest pytest-xdist
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) PATH="$(CURDIR)/$(AXOLOTL)/bin:$$PATH" python $(GLOO_HELPER)
+	touch $@
+
+# torch stays what is tested; everything else is the newest that the ranges in pyproject.toml take
+$(CANARY)/tests: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CANARY)
+	grep '^torch==' constraints.txt > $(CANARY)/torch.txt
+	$(CANARY)/bin/python $(PIP) -c $(CANARY)/torch.txt --upgrade -e ".[test]"
 	touch $@

@@ -115,13 +115,13 @@ tags: [synthetic, tiny, test-model]
 # Quickstart base model
 
 A tiny Llama ({size} parameters) for trying out fine-tuning methods in a minute on a CPU. **It is not a
-language model**: it was trained on generated text only (`benchmarks/quickstart_base/corpus.py`), short questions about a
-few numbers and words, and knows nothing else. It was trained from nothing; no other model's weights and no
+language model**: it was trained on generated text only (`benchmarks/quickstart_base/corpus.py`), short questions
+about a few numbers and words, and knows nothing else. It was trained from nothing; no other model's weights and no
 collected text are in it. Licence: Apache-2.0.
 
-Made with `python -m quickstart_base.pretrain --minutes {minutes:g} --seed {settings.seed}` in benchmarks/, on one shared CPU
-core: {progress.step} steps, {progress.seen} tokens, {settings.layers} layers of width {settings.hidden}, a vocabulary
-of {settings.vocab_size} (byte-level, one token a digit), Muon for the layers' matrices and AdamW for the rest. The
+Made in benchmarks/ with `python -m quickstart_base.pretrain --minutes {minutes:g} --seed {settings.seed}` on one
+shared CPU core: {progress.step} steps, {progress.seen} tokens, {settings.layers} layers of width {settings.hidden}, a
+vocabulary of {settings.vocab_size} (byte-level, one token a digit), Muon for the layers' matrices and AdamW for the rest. The
 run is limited by time, so another machine takes another number of steps and gets other weights. The weights are
 stored in bfloat16. The words of the fine-tuning task (`sorsa_quickstart/task.py`) are not in the corpus.
 

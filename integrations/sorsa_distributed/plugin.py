@@ -23,7 +23,7 @@ def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
 @hookimpl
 def sorsa_frozen_as_parameters() -> bool | None:
     """Buffers under DeepSpeed: it casts frozen parameters to 16 bits, and leaves them out of the adapter it saves."""
-    from .engines.deepspeed import is_configured
+    from .deepspeed_compat import is_configured
 
     return False if is_configured() else None
 
@@ -31,7 +31,7 @@ def sorsa_frozen_as_parameters() -> bool | None:
 @hookimpl
 def sorsa_gather(parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
     """Whole parameters under ZeRO 3."""
-    from .engines.deepspeed import gathered
+    from .deepspeed_compat import gathered
 
     return gathered(parameters)
 

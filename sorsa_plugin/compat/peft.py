@@ -44,7 +44,6 @@ OVERRIDDEN = {
         "_unload_and_optionally_merge",
         "delete_adapter",
         "merge_adapter",
-        "_enable_peft_forward_hooks",
         "_check_new_adapter_config",
         "_get_module_names_tied_with_embedding",
         "_replace_module",
@@ -52,6 +51,7 @@ OVERRIDDEN = {
         "_check_target_module_compatiblity",
         "_create_and_replace",
     ),
+    LoraModel: ("_enable_peft_forward_hooks",),  # which PeftModel calls where a tuner has it
     BaseTunerLayer: (
         "set_adapter",
         "delete_adapter",

@@ -1,18 +1,14 @@
 """DeepSpeed ZeRO 1, 2 and 3: the inner torch optimizer steps flat fp32 masters, of which each process has a part.
 
-Reads what DeepSpeed keeps on the parameters (0.18 and 0.19): `_hp_mapping` (ZeRO 1 and 2, `utils/tensor_fragment.py`)
-and `ds_tensor`, `_z3_optimizer` (ZeRO 3). A flat tensor is cut anywhere, so a process may hold a part of a row.
-DeepSpeed steps one parameter group (ZeRO 1, 2) or sub-group (ZeRO 3) at a time, the same ones on every process.
+What DeepSpeed keeps on parameters and optimizers is listed in `deepspeed_compat.py`. A flat tensor is cut anywhere, so
+a process may hold a part of a row. DeepSpeed steps one parameter group (ZeRO 1, 2) or sub-group (ZeRO 3) at a time,
+the same ones on every process.
 """
 
 from __future__ import annotations
 
-import gc
-import os
-import sys
 from abc import abstractmethod
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +17,8 @@ from torch.optim.optimizer import Optimizer
 
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.extend import ROUNDED, Engine, Factor, Share, groups_by_parameter, innermost
+
+from ..deepspeed_compat import STAGE_3_CLASS, STAGE_12_CLASS, is_linked, is_loaded, stage3_of, zero_driving
 
 
 class Part(NamedTuple):
@@ -201,24 +199,6 @@ class ZeRO3(ZeRO):
         return {unit for unit, flat in enumerate(self.zero.fp32_partitioned_groups_flat) if id(flat) in now}
 
 
-def is_configured() -> bool:
-    """Whether an Accelerator, a launcher or TrainingArguments announced DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return True
-    transformers_side = sys.modules.get("transformers.integrations.deepspeed")
-    return transformers_side is not None and transformers_side.deepspeed_config() is not None
-
-
-def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
-    """A context in which parameters that ZeRO 3 partitioned are whole; every process enters, and none writes."""
-    apart = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
-    if not apart:
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(apart)
-
-
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
     """ZeRO, where the factors are DeepSpeed's and `optimizer` is the one that steps them.
 
@@ -229,27 +209,23 @@ def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
     if inner is not None and not isinstance(inner, Optimizer):
         return None
     offsets: list[Any] = [factor.offset for factor in factors]
-    for zero in {id(o._z3_optimizer): o._z3_optimizer for o in offsets if hasattr(o, "_z3_optimizer")}.values():
+    for zero in stage3_of(offsets):
         if inner is None or inner in (zero.optimizer, getattr(zero, "backup_optimizer", None)):
             return _stage3(zero, inner, factors)
     if inner is None or not _is_flat(inner):
         return None
-    if any(hasattr(offset, "_hp_mapping") for offset in offsets):
+    if any(map(is_linked, offsets)):
         return _stage12(inner)
-    if "deepspeed" in sys.modules:
+    if is_loaded():
         _refuse_unlinked_masters(offsets, inner)
     return None
 
 
 def _stage12(inner: Optimizer) -> Engine | None:
-    """A torch optimizer does not know who drives it: look for a living DeepSpeed optimizer that does."""
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer
-
-    living = (thing for thing in gc.get_objects() if issubclass(type(thing), ZeROOptimizer))
-    zero = next((thing for thing in living if getattr(thing, "optimizer", None) is inner), None)
+    zero = zero_driving(inner)
     if zero is None:
         return None
-    if type(zero).__name__ != "DeepSpeedZeroOptimizer":
+    if type(zero).__name__ != STAGE_12_CLASS:
         raise AttachError(
             f"DeepSpeed steps the factors through {type(zero).__name__}, which is not supported with SORSA; expected "
             "the optimizer of ZeRO 1, 2 or 3. Set zero_optimization.stage to 1 or more, and leave out zenflow and "
@@ -259,7 +235,7 @@ def _stage12(inner: Optimizer) -> Engine | None:
 
 
 def _stage3(zero: Any, inner: Optimizer | None, factors: list[Factor]) -> Engine:
-    if type(zero).__name__ != "DeepSpeedZeroOptimizer_Stage3" or getattr(zero, "partial_offload", 1.0) < 1.0:
+    if type(zero).__name__ != STAGE_3_CLASS or getattr(zero, "partial_offload", 1.0) < 1.0:
         raise AttachError(
             f"DeepSpeed steps the factors through {type(zero).__name__} with a second optimizer, where the regularizer "
             "cannot reach them. Remove SuperOffload, ZenFlow and offload_optimizer.ratio from DeepSpeed's config."
