@@ -121,9 +121,9 @@ collected text are in it. Licence: Apache-2.0.
 
 Made in benchmarks/ with `python -m quickstart_base.pretrain --minutes {minutes:g} --seed {settings.seed}` on one
 shared CPU core: {progress.step} steps, {progress.seen} tokens, {settings.layers} layers of width {settings.hidden}, a
-vocabulary of {settings.vocab_size} (byte-level, one token a digit), Muon for the layers' matrices and AdamW for the rest. The
-run is limited by time, so another machine takes another number of steps and gets other weights. The weights are
-stored in bfloat16. The words of the fine-tuning task (`sorsa_quickstart/task.py`) are not in the corpus.
+vocabulary of {settings.vocab_size} (byte-level, one token a digit), Muon for the layers' matrices and AdamW for the
+rest. The run is limited by time, so another machine takes another number of steps and gets other weights. The weights
+are stored in bfloat16. The words of the fine-tuning task (`sorsa_quickstart/task.py`) are not in the corpus.
 
 Held-out questions whose whole answer is right (500 a skill, greedy, the stored weights loaded as float32):
 
