@@ -1,7 +1,7 @@
 """A plug-in for sorsa-plugin: teaches SORSA a layer it does not know, and adds a word for `adapter:`.
 
     pip install ./examples/third_party_plugin
-    sorsa plugins                                # lists it
+    sorsa doctor                                 # lists it
     adapter: house-style                         # in a recipe
 
 `ScaledLinear` stands for a layer of your own model code: a linear layer with a fixed scale on its output.
@@ -12,8 +12,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sorsa_plugin import AdapterSetup, AdapterType, SORSALayer, hookimpl, setup_adapter
-from sorsa_plugin.extend import AdapterOptions, AdditiveLayer
+from sorsa_plugin.extend import (
+    AdapterOptions,
+    AdapterSetup,
+    AdapterType,
+    AdditiveLayer,
+    SORSALayer,
+    hookimpl,
+    setup_adapter,
+)
 
 
 class ScaledLinear(nn.Module):
