@@ -55,7 +55,7 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 
 test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)
 	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) \
-	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl $(SHARED) $(ARGS)
+	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl tests/promises/test_api_surface.py $(SHARED) $(ARGS)
 
 canary: $(CANARY)/tests  ## the newest releases, pre-releases too: within the supported ranges, then above them
 	$(CANARY)/bin/python $(PIP) --pre --upgrade --no-deps $(shell $(PYTHON) tests/compat/ranges.py)

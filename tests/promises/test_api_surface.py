@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import sorsa_plugin
-from sorsa_plugin import SORSAConfig, SORSALayer, attach, errors, hookspecs
+from sorsa_plugin import SORSAConfig, SORSALayer, attach, errors, hookspecs, plugins
 
 FILE = Path(__file__).parent / "api_surface.json"
 WRITE = "python tests/promises/test_api_surface.py --write"
@@ -172,14 +172,14 @@ def error_classes() -> dict[str, list[str]]:
 def hooks() -> dict[str, str]:
     """{hook: its signature}, and the name under which plug-ins are found."""
     found = {name: value for name, value in vars(hookspecs).items() if name.startswith("sorsa_")}
-    return {name: signature(value) for name, value in sorted(found.items())} | {"entry-point group": hookspecs.GROUP}
+    return {name: signature(value) for name, value in sorted(found.items())} | {"entry-point group": plugins.GROUP}
 
 
 def commands() -> dict[str, Any]:
     """The console script, what of the command line can be imported, and the plug-ins that the package brings."""
     from sorsa_plugin.cli import main
 
-    groups = {group: entry_points(group=group) for group in ("console_scripts", hookspecs.GROUP)}
+    groups = {group: entry_points(group=group) for group in ("console_scripts", plugins.GROUP)}
     own = {
         f"{group}: {entry.name}": entry.value
         for group, entries in groups.items()
