@@ -1,1 +1,2 @@
-"""The kinds of base modules that SORSA adapts, one file a kind. Their `sorsa_layer` hooks say what is of which."""
+"""The kinds of base modules that SORSA adapts, one kind a file. Each file's `sorsa_layer` hook says which modules it
+takes."""
