@@ -1,5 +1,4 @@
-"""`AdaptedWeight`: a base module whose weight W (out x in) carries adapters. How W is read, and which tensors each
-adapter has.
+"""`AdaptedWeight`: a base module whose weight W (out x in) carries adapters: how W is read, whose tensors are whose.
 
 Merging (`merging.py`), folding (`folding.py`) and the methods that PEFT calls (`layer.py`) build on it.
 """
@@ -69,7 +68,7 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         UnsupportedLayerError: the weight is a DTensor; see `base_weight.refuse_sharded`.
     """
 
-    if TYPE_CHECKING:  # what BaseTunerLayer provides, which nn.Module's __getattr__ hides from type checkers
+    if TYPE_CHECKING:  # BaseTunerLayer provides these; nn.Module's __getattr__ hides them from type checkers
         active_adapters: list[str]
         disable_adapters: bool
         merged: bool
@@ -178,8 +177,7 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         return factors
 
     def get_factors(self, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The current factors U (out x r), S (r) and V (in x r), fp32, differentiable with respect to the trained
-        offsets.
+        """The current U (out x r), S (r) and V (in x r), fp32, differentiable with respect to the trained offsets.
 
         Of a stack, each begins with the number of matrices.
 
@@ -240,7 +238,8 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         factors.base_checked = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        """Give awaited tensors that the file has storage beside the base weight, wherever the file was read to."""
+        """Give awaited tensors that the file holds storage on the base weight's device, wherever the file was read
+        to."""
         device = device_of(self.get_base_layer(), self.base_weight())
         if not local_metadata.get("assign_to_params_buffers", False) and device.type != "meta":
             for name in self.sorsa_factors:

@@ -1,5 +1,4 @@
-"""Brings base weights here while code reads them: from the CPU or disk (accelerate), or from all processes
-(engines)."""
+"""Brings base weights here while code reads them: from the CPU or disk (accelerate), or other processes (engines)."""
 
 from __future__ import annotations
 

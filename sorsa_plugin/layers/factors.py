@@ -45,8 +45,7 @@ def launched_on_many() -> bool:
 
 
 def frozen_as_parameters() -> bool:
-    """Whether frozen factors should be parameters rather than buffers: a plug-in's answer, else
-    `launched_on_many()`."""
+    """Whether frozen factors should be parameters, not buffers: a plug-in's answer, else `launched_on_many()`."""
     answer = manager().hook.sorsa_frozen_as_parameters()
     return launched_on_many() if answer is None else answer
 
@@ -225,8 +224,7 @@ class SORSAFactors(nn.Module):
         dS.register_hook(add)
 
     def take_gradient_sum(self) -> torch.Tensor | None:
-        """The sum of all entries of dL/ddS from this process's backward passes since the last call, before any
-        reduction.
+        """The sum of all entries of dL/ddS from this process's backward passes since the last call, not yet reduced.
 
         Returns:
             A scalar on the device of dS, finite if all entries were finite; None if there was no backward pass.
@@ -274,8 +272,7 @@ class SORSAFactors(nn.Module):
         return complete_names(state_dict, prefix, shapes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SORSAFactors:
-        """Follow the model to a device, but never to 16 bits: rounded factors would not be those of the base any
-        more."""
+        """Follow the model to a device, but never to 16 bits: rounded factors would not be those of the base."""
 
         def keeping_fp32(tensor: torch.Tensor) -> torch.Tensor:
             applied = fn(tensor)

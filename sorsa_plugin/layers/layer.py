@@ -125,6 +125,7 @@ class SORSALayer(MergeableWeight):
     # -- methods that PEFT calls ------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's method; frozen factors stay frozen."""
         super().set_adapter(adapter_names, inference_mode)
         self._keep_frozen()
 
@@ -143,6 +144,7 @@ class SORSALayer(MergeableWeight):
         super().delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """PEFT's method; frozen factors stay frozen."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._keep_frozen()
 
@@ -157,8 +159,7 @@ class SORSALayer(MergeableWeight):
             self.sorsa_factors[adapter_name].to(target)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` is right for this layer: it takes every layer for a linear one that keeps
-        its name."""
+        """Whether PEFT's `convert_to_lora` is right here: it takes every layer for a linear one that keeps its name."""
         renamed = adapter_name in self.configs and self.name in self.configs[adapter_name].lora_layouts
         return self.lora_layout() is None and not renamed
 

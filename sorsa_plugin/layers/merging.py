@@ -47,8 +47,7 @@ class MergeableWeight(AdaptedWeight):
         return self.weight_state.full(self, plain.to(torch.promote_types(plain.dtype, torch.float32)))
 
     def as_stored(self, weight: torch.Tensor, original: nn.Parameter) -> nn.Parameter:
-        """A weight (as `in_full` gives it, in the shape of the base weight) in the form in which `original` is
-        stored."""
+        """A weight (as `in_full` gives it, shape of the base weight) in the form in which `original` is stored."""
         return nn.Parameter(weight.to(original.dtype), requires_grad=original.requires_grad)
 
     @torch.no_grad()
@@ -96,8 +95,10 @@ class MergeableWeight(AdaptedWeight):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the kept original weight back, bit for bit; in the model's dtype, if the model was cast since. Warns if
-        not merged."""
+        """Put the kept original weight back, bit for bit, or in the model's dtype if the model was cast since.
+
+        Warns if nothing is merged.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return

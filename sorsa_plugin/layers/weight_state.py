@@ -166,9 +166,11 @@ class Folded(WeightState):
     intact: torch.Tensor
 
     def shown(self, layer: StoredLayer) -> torch.Tensor:
+        """The kept W, in the shape and dtype of the stored weight."""
         return self.intact
 
     def full(self, layer: StoredLayer, weight: torch.Tensor) -> torch.Tensor:
+        """The kept W in the dtype of `weight`, same shape: what is stored is not read."""
         return self.intact.to(weight)
 
     @contextmanager
@@ -189,6 +191,7 @@ class Folded(WeightState):
         layer.get_base_layer().weight.data = total.to(self.intact.dtype)
 
     def moved(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> WeightState:
+        """The state with the kept W (any shape) moved or cast by `fn`."""
         return replace(self, intact=fn(self.intact))
 
     @torch.no_grad()
@@ -258,6 +261,7 @@ class Residual(WeightState):
     is_residual: ClassVar[bool] = True
 
     def full(self, layer: StoredLayer, weight: torch.Tensor) -> torch.Tensor:
+        """W = stored residual + U0 S0 V0^T, in the shape of the stored weight, fp32."""
         initial = layer.factors(self.adapter).initial_matrix()
         return weight + layer.delta_to_weight(initial).to(weight.device)
 

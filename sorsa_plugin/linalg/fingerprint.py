@@ -62,8 +62,9 @@ def distance(saved: torch.Tensor, matrix: torch.Tensor) -> float:
 
 
 def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, storage: str, name: str) -> None:
-    """Compare a saved fingerprint with the weight at hand; log a warning if another storage explains a part of the
-    distance only.
+    """Compare a saved fingerprint with the weight at hand.
+
+    Logs a warning if the storages differ and their rounding does not explain the whole distance.
 
     Args:
         saved: fingerprint in the adapter file (out).

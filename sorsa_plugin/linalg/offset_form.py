@@ -49,8 +49,7 @@ class Parts(NamedTuple):
         return self.U0 + self.dU, self.S0 + self.dS, self.V0 + self.dV
 
     def pair(self) -> Pair:
-        """L (out x 2r) and R (in x 2r), or stacks of them, in the factors' dtype: form them in fp32, cast them to
-        multiply."""
+        """L (out x 2r) and R (in x 2r), or stacks of them, in the factors' dtype (fp32); cast them to multiply."""
         dS = self.dS.unsqueeze(-2)  # for stacks of matrices
         S = self.S0.unsqueeze(-2) + dS
         R = torch.cat((self.V0 + self.dV, torch.addcmul(self.V0 * dS, self.dV, S)), dim=-1)
@@ -203,8 +202,7 @@ def holding_pairs() -> Iterator[None]:
 
 
 def _held_pair(parts: Parts, dtype: torch.dtype) -> Pair:
-    """The pair in a dtype: from this context, if it holds one formed from these tensors as they are now; else formed
-    anew."""
+    """The pair in a dtype: held by this context, if formed from these tensors as they are now; else a new one."""
     held = _held.get()
     if held is None:
         return _formed(parts, dtype)

@@ -20,8 +20,7 @@ def autocast_dtype(device: str) -> torch.dtype | None:
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context in which products on a type of device have the dtype of their operands; free if autocast is off
-    already."""
+    """A context in which products on a type of device have their operands' dtype; free if autocast is off."""
     return torch.autocast(device, enabled=False) if autocast_dtype(device) else _UNCHANGED
 
 

@@ -31,7 +31,7 @@ def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
 
 
 def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """y + ((x V) * S) U^T (... x out), in the dtype of `y`. Consumes `y`. Arguments as in
+    """y + ((x V) * S) U^T (... x out) in the dtype of `y`, which is consumed; arguments as
     `offset_form.add_low_rank`."""
     if left_to_autograd():
         U, S, V = (part.to(y.dtype) for part in parts.current())

@@ -30,13 +30,11 @@ DEGENERATE = 1e-6
 """Relative to the largest singular value: the difference that a decomposition in fp32 cannot resolve."""
 
 GRAM_LIMIT = 1e-6
-"""Share of the largest singular value below which W^T W loses singular values: its rounding is 1e-16 of the largest
-squared."""
+"""W^T W loses singular values below this share of the largest: its rounding is 1e-16 of the largest squared."""
 
 
 class Spectrum(NamedTuple):
-    """Singular triplets of one matrix (out x in) in float64: all n = min(out, in) values, and the vectors of the first
-    k."""
+    """Singular triplets of one matrix in float64: all n = min(out, in) values, and the vectors of the first k."""
 
     U: torch.Tensor
     """(out x k)"""
@@ -140,8 +138,10 @@ def condition_number(S: torch.Tensor) -> float:
 
 @torch.no_grad()
 def product_condition(P: torch.Tensor, Q: torch.Tensor) -> float | None:
-    """Condition number of P Q^T on its rank r, for P (out x r) and Q (in x r); None if its rank is lower or it is not
-    finite."""
+    """Condition number of P Q^T on its rank r, for P (out x r) and Q (in x r).
+
+    None if the rank is lower, or the product is not finite.
+    """
     _, R1 = torch.linalg.qr(P.double())
     _, R2 = torch.linalg.qr(Q.double())
     core = R1 @ R2.mT

@@ -134,8 +134,7 @@ def working_device(home: torch.device) -> torch.device:
 
 
 def _all_finite(matrix: torch.Tensor) -> bool:
-    """Whether no entry is NaN or infinite: then the sum is finite too. Entries are checked one by one only if the sum
-    is not."""
+    """Whether no entry is NaN or infinite: then the sum is finite too. Only if it is not, check the entries."""
     return bool(torch.isfinite(matrix.sum())) or bool(torch.isfinite(matrix).all())
 
 
@@ -207,8 +206,7 @@ class Projection(NamedTuple):
         return float(torch.linalg.eigvalsh(self.gram)[-rank:].sum())
 
     def triplets(self, rank: int, P: torch.Tensor, R: torch.Tensor) -> Triplets:
-        """The top triplets of Q Z^T, for Z = P R with P (in x k) orthonormal and R (k x k): those of R^T, turned by Q
-        and P."""
+        """The top triplets of Q Z^T, for Z = P R with P (in x k) orthonormal and R (k x k): those of R^T, turned."""
         U, S, Vh = torch.linalg.svd(R.mT)
         return Triplets(self.Q @ U[:, :rank], S[:rank], P @ Vh[:rank].mT)
 

@@ -1,2 +1,1 @@
-"""The kinds of base modules that SORSA adapts, one kind a file. Each file's `sorsa_layer` hook says which modules it
-takes."""
+"""The kinds of base modules that SORSA adapts, one kind a file, whose `sorsa_layer` hook says what it takes."""

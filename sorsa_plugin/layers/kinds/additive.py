@@ -38,7 +38,7 @@ class AdditiveLayer(SORSALayer):
             adapter_names: the adapter of each row (dimension 0) of x; `mixed_batch.py` passes it.
 
         Raises:
-            ValueError: adapter_names has not one name per row, or adapters are merged into the layer.
+            ValueError: there is not one adapter name per row, or adapters are merged into the layer.
             FoldError: adapter_names is given and the layer is folded.
             FactorsNotLoadedError, BaseMismatchError: see `ready_factors`.
         """

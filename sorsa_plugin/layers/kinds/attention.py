@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 class SORSAMultiheadAttention(LendingLayer):
-    """SORSA on nn.MultiheadAttention: this layer adapts in_proj_weight (3 dim x dim), a layer inside it adapts
-    out_proj.
+    """SORSA on nn.MultiheadAttention: adapts in_proj_weight (3 dim x dim), and out_proj with a layer inside.
 
     The attention never calls out_proj. It reads both weights, so both are lent to it.
 

@@ -33,8 +33,7 @@ class _Convolution(SORSALayer):
 
 
 class SORSAConv(_Convolution, AdditiveLayer):
-    """SORSA on a convolution. R^T is a convolution with 2r output channels, L one of kernel 1 from these to the
-    output."""
+    """SORSA on a convolution: R^T is one with 2r output channels, L one of kernel 1 from these to the output."""
 
     def lora_layout(self) -> tuple[Any, ...]:
         base = self.get_base_layer()

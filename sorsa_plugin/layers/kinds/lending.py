@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from ...config import SORSAConfig
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""Locks of base modules that were lent a weight. Not kept on the modules, which are copied and pickled; locks cannot
-be."""
+"""{base module that was lent a weight: its lock}. Not kept on the modules, which are copied and pickled."""
 
 
 class LendingLayer(SORSALayer):

@@ -77,7 +77,7 @@ class SORSALinear(AdditiveLayer):
         if args or kwargs or not undropped or not is_frozen_product(self.base_layer, x):
             return super().forward(x, *args, **kwargs)
         with torch.no_grad():
-            y = self.base_layer(x).detach()  # no view (a biased layer gives one), which would be copied
+            y = self.base_layer(x).detach()  # a biased layer returns a view, which would be copied
         add = add_low_rank if self.weight_state.is_whole else add_triplets
         y = add(y, x, self.ready_factors(names[0]).parts(), self.base_matrix())
         for name in names[1:]:

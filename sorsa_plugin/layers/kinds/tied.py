@@ -73,8 +73,7 @@ class TiedLayer(SORSALayer):
         return SharedFactors(parts, transposed=isinstance(self, SORSALinear))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Take over the embedding's merged weight, so that the two stay one parameter. Merges the embedding first if
-        needed.
+        """Take over the embedding's merged weight, so that the two stay one parameter; merge the embedding if needed.
 
         Raises:
             ValueError, MergeError: see `MergeableWeight.merge`.
