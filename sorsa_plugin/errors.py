@@ -1,5 +1,4 @@
-"""Every error that this package raises on purpose. Each message says what was given, what was expected, and what to
-do."""
+"""Every error that this package raises on purpose. A message says what was given, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -65,13 +64,11 @@ class NonFiniteGradientError(SORSAError, FloatingPointError):
 
 
 class MergeError(SORSAError, RuntimeError):
-    """An adapter cannot be merged into a weight, or a merged weight cannot be used, because of an engine that holds
-    it."""
+    """An adapter cannot be merged into a weight, or the merged weight not used, because an engine holds the weight."""
 
 
 class FoldError(SORSAError, RuntimeError):
-    """A layer cannot be folded or unfolded, or an operation is not possible on a folded layer or a base of
-    residuals."""
+    """A layer cannot be folded or unfolded, or cannot do this while it is folded or its base stores residuals."""
 
 
 class AdapterOptionsError(SORSAError, ValueError):

@@ -30,8 +30,7 @@ def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | No
 
 @hookspec(firstresult=True)
 def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
-    """The `Engine` that holds these factors with this optimizer (wrapped, or None), if this plug-in knows it, else
-    None."""
+    """The `Engine` that holds these factors with this optimizer (wrapped, or None), if this plug-in knows it."""
 
 
 @hookspec(firstresult=True)
@@ -57,5 +56,4 @@ def sorsa_commands(app: Any) -> None:
 
 @hookspec
 def sorsa_callbacks(peft_config: PeftConfig) -> list[Any]:  # type: ignore[empty-body]
-    """The Trainer callbacks that training with this PEFT config needs, or that log its metrics; an empty list for other
-    configs."""
+    """The Trainer callbacks that training with this PEFT config needs, or that log its metrics; else an empty list."""

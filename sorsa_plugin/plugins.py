@@ -93,8 +93,7 @@ def _require_known_hooks(plugins: pluggy.PluginManager, plugin: Any) -> None:
 
 
 def answers(hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-    """Plug-in name and answer of every plug-in that implements a hook. A plug-in that fails is reported and left
-    out."""
+    """Plug-in name and answer of every plug-in that implements a hook. One that fails is reported and left out."""
     for implementation in getattr(manager().hook, hook).get_hookimpls():
         try:
             yield implementation.plugin_name, implementation.function(**arguments)

@@ -19,8 +19,7 @@ ENTRIES = {
 
 
 def execution_device(module: Any) -> torch.device | None:
-    """The device to which accelerate brings the weights of a module that it offloads; None if it does not offload the
-    module."""
+    """The device to which accelerate brings an offloaded module's weights; None if the module is not offloaded."""
     return torch.empty(0, device=module._hf_hook.execution_device).device if has_offloaded_params(module) else None
 
 

@@ -61,8 +61,7 @@ OVERRIDDEN = {
         "get_base_layer",
     ),
 }
-"""{PEFT's class: methods that ours extends or replaces}. If PEFT changed a name or signature, ours would never be
-called."""
+"""{PEFT's class: methods that ours extends or replaces}. After a rename by PEFT, ours would never be called."""
 
 CALLED = {
     BaseTuner: ("_check_tied_module_exists",),
