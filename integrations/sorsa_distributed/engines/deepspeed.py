@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO 1, 2 and 3: the inner torch optimizer steps flat fp32 masters, of which each process has a part.
 
-Reads what DeepSpeed keeps on the parameters (0.18 and 0.19): `_hp_mapping` (ZeRO 1 and 2, `utils/tensor_fragment.py`)
+Reads what DeepSpeed (0.18 and 0.19) keeps on the parameters: `_hp_mapping` (ZeRO 1 and 2, `utils/tensor_fragment.py`),
 and `ds_tensor`, `_z3_optimizer` (ZeRO 3). A flat tensor is cut anywhere, so a process may hold a part of a row.
-DeepSpeed steps one parameter group (ZeRO 1, 2) or sub-group (ZeRO 3) at a time, the same ones on every process.
+DeepSpeed steps one parameter group (ZeRO 1, 2) or sub-group (ZeRO 3) at a time, the same one on every process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sorsa_plugin.extend import ROUNDED, Engine, Factor, Share, groups_by_parame
 
 
 class Part(NamedTuple):
-    """What this process has of one factor.
+    """The part of one factor that this process has.
 
     Attributes:
-        unit: number of the flat tensor that holds it: a parameter group or a sub-group, alike on every process.
+        unit: number of the flat tensor that holds it: a parameter group or a sub-group, the same on every process.
         start, size: elements of the factor, in row-major order.
-        cuts: rows that begin in one process and end in another, alike on every process.
+        cuts: rows that begin in one process and end in another, the same on every process.
     """
 
     unit: int
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 class ZeRO(Engine):
-    """What the stages have in common: parts of factors in flat tensors.
+    """What the stages share: parts of factors in flat tensors.
 
     Args:
         optimizer: the torch optimizer inside DeepSpeed's, or None.
@@ -52,32 +52,33 @@ class ZeRO(Engine):
         super().__init__(optimizer)
         self.processes = processes
         self.parts: dict[int, Part] = {}
-        """By the id of the offset."""
+        """{id of the offset: its part}"""
 
     @abstractmethod
     def unit_of(self, factor: Factor) -> int | None:
-        """Number of the flat tensor with the factor's master; None where another optimizer steps it."""
+        """Number of the flat tensor that has the factor's master; None if another optimizer steps it."""
 
     @abstractmethod
     def local_part(self, factor: Factor) -> tuple[int, int]:
-        """Start and size of this process's part."""
+        """Start and size of this process's part, in elements."""
 
     @abstractmethod
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Value and gradient that the optimizer steps (size), views."""
+        """Value and gradient (n, with n = `part.size`) that the optimizer steps, fp32 views; no gradient: None."""
 
     @abstractmethod
     def group_of(self, unit: int) -> dict[str, Any] | None:
-        """The parameter group of a unit, None where it is not known yet."""
+        """The parameter group of a unit; None if it is not known yet."""
 
     @abstractmethod
     def units_stepping(self) -> set[int]:
-        """The units that the call to `step()` now under way updates."""
+        """The units that the current call to `step()` updates."""
 
     def owns(self, factor: Factor) -> bool:
         return self.unit_of(factor) is not None
 
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
+        """See `Engine.shares`. Every process has to call this: they exchange the places of new factors."""
         return [self._share(factor) for factor in self._located(factors)]
 
     def stepping(self, factors: Iterable[Factor]) -> list[Share]:
@@ -85,6 +86,7 @@ class ZeRO(Engine):
         return [self._share(factor) for factor in held if self.parts[id(factor.offset)].unit in units]
 
     def begins_step(self) -> bool:
+        """Whether the current call to `step()` updates the first of the units with factors."""
         return not self.parts or min(part.unit for part in self.parts.values()) in self.units_stepping()
 
     def _share(self, factor: Factor) -> Share:
@@ -104,7 +106,7 @@ class ZeRO(Engine):
         )
 
     def _located(self, factors: Iterable[Factor]) -> list[Factor]:
-        """Those of the factors that are held here; where their parts are is known. A small collective for new ones."""
+        """The factors that this engine holds, with the places of their parts known; a small collective for new ones."""
         held = [factor for factor in factors if self.owns(factor)]
         new = [factor for factor in held if id(factor.offset) not in self.parts]
         if new:
@@ -112,7 +114,7 @@ class ZeRO(Engine):
         return held
 
     def _locate(self, new: list[Factor]) -> None:
-        device = new[0].initial.device  # DeepSpeed may keep the offset on the CPU, where processes exchange nothing
+        device = new[0].initial.device  # DeepSpeed may keep the offset on the CPU, where nothing can be exchanged
         mine = torch.tensor([self.local_part(factor) for factor in new], dtype=torch.int64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.processes))]
         distributed.all_gather(everyone, mine, group=self.processes)
@@ -141,8 +143,9 @@ class ZeRO12(ZeRO):
         return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
 
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Value and gradient (n) of this process's part; two empty tensors if no part of the factor is here."""
         mapping, gradient = _mapping(factor), self.zero.single_partition_of_fp32_groups[part.unit].grad
-        if mapping is None:  # the factor is stepped, but no part of it here
+        if mapping is None:  # other processes step all of the factor
             nothing = torch.empty(0, device=factor.offset.device)
             return nothing, nothing
         if gradient is not None:
@@ -162,7 +165,7 @@ class ZeRO12(ZeRO):
 
 
 def _mapping(factor: Factor) -> Any:
-    """DeepSpeed's link from a parameter to the part of its master in this process; None where there is none."""
+    """DeepSpeed's link from a parameter to the part of its master in this process; None if this process has no part."""
     offset: Any = factor.offset
     return offset._hp_mapping
 
@@ -186,6 +189,7 @@ class ZeRO3(ZeRO):
         return min(start, offset.ds_numel), max(0, min(size, offset.ds_numel - start))  # the last part is padded
 
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Value and gradient (n) of this process's part, views of the sub-group's flat tensor."""
         unit, start, _ = self.zero.grad_position[self.zero.get_param_id(factor.offset)]
         flat = self.zero.fp32_partitioned_groups_flat[unit]
         gradient = None if flat.grad is None else flat.grad.narrow(0, start, part.size)
@@ -210,7 +214,7 @@ def is_configured() -> bool:
 
 
 def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
-    """A context in which parameters that ZeRO 3 partitioned are whole; every process enters, and none writes."""
+    """A context in which parameters that ZeRO 3 partitioned are whole. Every process enters, and none writes."""
     apart = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
     if not apart:
         return nullcontext()
@@ -220,10 +224,10 @@ def gathered(parameters: list[Any]) -> AbstractContextManager[Any]:
 
 
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
-    """ZeRO, where the factors are DeepSpeed's and `optimizer` is the one that steps them.
+    """ZeRO, if the factors are DeepSpeed's and `optimizer` is the one that steps them, else None.
 
     Raises:
-        AttachError: DeepSpeed steps them in a way that does not pass the torch optimizer's `step`.
+        AttachError: DeepSpeed steps them in a way that does not go through the torch optimizer's `step`.
     """
     inner = innermost(optimizer)
     if inner is not None and not isinstance(inner, Optimizer):
@@ -242,7 +246,13 @@ def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
 
 
 def _stage12(inner: Optimizer) -> Engine | None:
-    """A torch optimizer does not know who drives it: look for a living DeepSpeed optimizer that does."""
+    """The engine of ZeRO 1 and 2; None if no living DeepSpeed optimizer drives `inner`.
+
+    A torch optimizer does not know what drives it, so this looks through all living objects.
+
+    Raises:
+        AttachError: the DeepSpeed optimizer is not that of ZeRO 1 or 2.
+    """
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
 
     living = (thing for thing in gc.get_objects() if issubclass(type(thing), ZeROOptimizer))
@@ -291,7 +301,7 @@ def _refuse_unlinked_masters(offsets: list[Any], inner: Optimizer) -> None:
 
 
 def _shape(factor: Factor) -> tuple[int, int]:
-    """rows, r.
+    """(rows, r) of a factor.
 
     Raises:
         AttachError: the factor is a stack of matrices.
