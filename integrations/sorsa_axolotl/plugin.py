@@ -31,7 +31,10 @@ class SORSAPlugin(BasePlugin):
     trains = True
 
     def register(self, cfg: Any) -> None:
-        """Note from the unparsed configuration whether the command trains: the schema drops `inference`."""
+        """Note from the unparsed configuration whether the command trains, and prepare the loader to quantise.
+
+        The schema drops `inference`, and nothing tells `load_adapter` about merging.
+        """
         self.trains = not (cfg.get("inference") or cfg.get("merge_lora"))
         quantise_as_for_lora()
 

@@ -19,7 +19,8 @@ def import_plugin() -> Any:
     """The plug-in's class.
 
     Raises:
-        BrokenInstallationError: a package that it imports is missing or too old; the message has the pip command.
+        BrokenInstallationError: a package that it imports is missing, or has another version than expected; the message
+            has the pip command.
     """
     try:
         from .plugin import SORSAPlugin
