@@ -18,11 +18,11 @@ RegUpdate = Literal["coupled", "decoupled"]
 RegSchedule = Literal["lr", "constant"]
 
 DEFAULT_GAMMA: dict[str, float] = {"coupled": 4e-4, "decoupled": 0.1}
-"""gamma where the config leaves it None: the published script's for coupled; measured for decoupled
+"""gamma if the config leaves it None: the published script's for coupled; measured for decoupled
 (benchmarks/quickstart_sweep.py)."""
 
 MAX_DECOUPLED_GAMMA = 0.5
-"""At 1/2 the decoupled update is one Newton-Schulz step to the nearest orthonormal matrix; above it overshoots."""
+"""At 1/2 the decoupled update is one Newton-Schulz step to the nearest orthonormal matrix; larger values overshoot."""
 
 
 @dataclass
@@ -41,32 +41,33 @@ class SORSAConfig(PeftConfig):
             models, e.g. ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"].
         exclude_modules: module names or a regular expression to leave out.
         sorsa_dropout: dropout probability on the input of the change, in [0, 1).
-        fan_in_fan_out: True when the targeted layers store their weight as (in, out), as transformers' Conv1D does.
+        fan_in_fan_out: True if the targeted layers store their weight as (in, out), as transformers' Conv1D does.
         modules_to_save: further modules that are trained in full and saved with the adapter.
         trainable_token_indices: rows of the embedding that are trained in full; a list, or {embedding's name: list}.
-        ensure_weight_tying: where the model ties its output layer to its embedding and one of them is in
-            target_modules or modules_to_save, adapt or train both as one.
+        ensure_weight_tying: if the model ties its output layer to its embedding and one of them is in target_modules or
+            modules_to_save, adapt or train both as one.
         layers_to_transform: layer index or indices to adapt; None adapts all.
-        layers_pattern: name of the layer list, needed only where `layers_to_transform` cannot find it.
-        rank_pattern: {module name or regular expression: rank} where the rank differs from `r`.
+        layers_pattern: name of the layer list, needed only if `layers_to_transform` cannot find it.
+        rank_pattern: {module name or regular expression: rank} for modules whose rank differs from `r`.
         init_weights: True starts from the singular triplets (the output equals the base model's); False starts from
             random factors, which is for tests only.
-        svd: "exact", "randomized" (seeded block iteration), or "auto": exact where that is cheap.
+        svd: "exact", "randomized" (seeded block iteration), or "auto": exact if that is cheap.
         svd_seed: seed of the randomized factorisation; the global random state is never touched.
-        svd_energy: where the randomized factorisation stops, in (0, 1): its estimate of the captured share of the
+        svd_energy: the randomized factorisation stops when it estimates to have captured this share, in (0, 1), of the
             energy (sum sigma_i^2) of the best r triplets; None is 0.998. Not with svd="exact", which captures all.
-        residual_base: on a quantised base only (QSORSA): the base stores the quantised residual W - U0 S0 V0^T, made
-            from the full-precision weights when the adapter is new; see `residual.py`.
-        full_precision_base: with residual_base, the directory or hub id of these weights; None: where the base model
-            was loaded from, which is then filled in.
-        gamma: learning rate of the orthonormal regularizer, >= 0, in the optimizer's units; None is the default of
-            the chosen update (coupled 4e-4, the published script's). 0 turns the regularizer off.
+        residual_base: on a quantised base only (QSORSA): the base stores the quantised residual W - U0 S0 V0^T,
+            computed from the full-precision weights when the adapter is new; see `residual.py`.
+        full_precision_base: with residual_base, the directory or hub id of these weights. None: the place that the base
+            model was loaded from, which is then filled in.
+        gamma: learning rate of the orthonormal regularizer, >= 0, in the optimizer's units. None is the default of the
+            chosen update (coupled 4e-4, the published script's). 0 turns the regularizer off.
         reg_update: "coupled" (the paper's: gamma/eta_max * dL_reg/dP joins the gradient once per optimizer step, after
             clipping) or "decoupled" (after the step P <- P - gamma_t P (P^T P - I); 0 <= gamma <= 1/2).
         reg_schedule: decoupled only; "lr" (gamma follows the learning rate's schedule, the default) or "constant".
 
     Raises:
         SORSAConfigError: an option has a value that cannot be honoured.
+        LoraOptionError: an option is one of LoraConfig's that SORSA does not have.
     """
 
     r: int = field(default=8, metadata={"help": "Rank: the number of singular triplets trained per weight."})
@@ -138,14 +139,14 @@ class SORSAConfig(PeftConfig):
     )
 
     def __new__(cls, *args: Any, **options: Any) -> SORSAConfig:
-        """Where LoraConfig was changed to SORSAConfig and nothing else, say what to do about the rest."""
+        """Refuse options that LoraConfig alone has, and say what to do about each."""
         refuse_lora_options(options, cls)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        # A config that was read from an adapter's directory awaits its factors from there. It is known by what
-        # PeftConfig.from_pretrained hands over: the JSON's plain string as peft_type, and the version that wrote it.
-        # Not by a field of our own: files written without one have to load, and PEFT reads them past this class.
+        # A config read from an adapter's directory awaits its factors from there. PeftConfig.from_pretrained gives it
+        # away: peft_type is the JSON's plain string, and the version that wrote the file is set. A field of our own
+        # would not do: files written without one have to load, and PEFT reads them without asking this class.
         given: Any = self.peft_type  # type: ignore[has-type]
         self.factors_from_file: bool = type(given) is str and self.peft_version is not None
         super().__post_init__()
@@ -165,33 +166,33 @@ class SORSAConfig(PeftConfig):
 
     @property
     def resolved_gamma(self) -> float:
-        """gamma with None replaced by the default of the chosen update."""
+        """gamma, or the default of the chosen update if it is None."""
         return DEFAULT_GAMMA[self.reg_update] if self.gamma is None else self.gamma
 
     @property
     def resolved_svd_energy(self) -> float:
-        """svd_energy with None replaced by its default."""
+        """svd_energy, or its default if it is None."""
         return DEFAULT_ENERGY if self.svd_energy is None else self.svd_energy
 
     @property
     def resolved_reg_schedule(self) -> str:
-        """reg_schedule with None replaced by its default, "lr"."""
+        """reg_schedule, or its default "lr" if it is None."""
         return self.reg_schedule or "lr"
 
     def storage_of(self, layer: str) -> str | None:
-        """How the base weight of a layer was stored when the adapter was made; None where that is unknown."""
+        """How the base weight of a layer was stored when the adapter was made; None if unknown."""
         return self.base_storage.get(layer) if isinstance(self.base_storage, dict) else self.base_storage
 
     @property
     def storages(self) -> str | None:
-        """How the base weights were stored, in words."""
+        """How the base weights were stored, in words; None if unknown."""
         known = self.base_storage
         return " and ".join(sorted(set(known.values()))) if isinstance(known, dict) else known
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and SORSA's section into the model card that PEFT has just written with it."""
+        """Write adapter_config.json, and SORSA's section into the model card that PEFT has just written beside it."""
         super().save_pretrained(save_directory, **kwargs)
-        if "auto_mapping_dict" in kwargs:  # PEFT's models say this and write a card; transformers' do neither
+        if "auto_mapping_dict" in kwargs:  # PEFT's models pass this and write a card; transformers' do neither
             complete_saved_card(save_directory, self.card_values())
 
     def card_values(self) -> CardValues:
@@ -265,7 +266,7 @@ def check_gamma(gamma: float | None, reg_update: str) -> None:
     """Check a rate of the regularizer; None stands for the default.
 
     Raises:
-        SORSAConfigError: it is no finite number >= 0, or above 1/2 for the decoupled update.
+        SORSAConfigError: gamma is no finite number >= 0, or is above 1/2 for the decoupled update.
     """
     if gamma is None:
         return

@@ -1,6 +1,6 @@
-"""Checks of options that `SORSAConfig` shares with PEFT's other configs, and of those that LoraConfig alone has.
+"""Checks the options that `SORSAConfig` shares with PEFT's other configs, and refuses those that LoraConfig alone has.
 
-PEFT iterates over whatever it is given: a string in place of a list selects modules by its letters.
+PEFT iterates over any value that it is given: a string in place of a list selects modules by its letters.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ REMEDIES = {
 def refuse_lora_options(given: Iterable[str], ours: type) -> None:
     """Check the names of options given to a config class.
 
+    Args:
+        given: the names.
+        ours: the config class.
+
     Raises:
-        LoraOptionError: some are LoRA's alone.
+        LoraOptionError: some are options of LoraConfig that the class does not have.
     """
     loras = {option.name for option in fields(LoraConfig)} - {option.name for option in fields(ours)}
     foreign = [name for name in given if name in loras]
@@ -39,7 +43,7 @@ def refuse_lora_options(given: Iterable[str], ours: type) -> None:
 
 
 def check_module_options(config: Any) -> None:
-    """Check the options that select modules and tokens: their types, and which of them go together.
+    """Check the options that select modules and tokens: their types, and which of them can be combined.
 
     Args:
         config: a config with the fields in `EXPECTED`.
@@ -86,7 +90,7 @@ def _is_index(value: Any) -> bool:
 
 
 def _are(fits: Callable[[Any], bool], values: Any) -> bool:
-    """Whether it is a list, tuple, set or the like of such values."""
+    """Whether `values` is a list, tuple, set or similar whose members all fit."""
     return isinstance(values, Collection) and not isinstance(values, (str, Mapping)) and all(map(fits, values))
 
 
@@ -124,4 +128,4 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         "{module name or regular expression: rank}",
     ),
 }
-"""Per option what a value that is not None has to be, and how that is said."""
+"""{option: (test of a value that is not None, the words for what passes)}."""

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose; each message says what was got, what was expected, what to do."""
+"""Every error that this package raises on purpose. A message says what was given, what was expected, what to do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class SORSAConfigError(SORSAError, ValueError):
 
 
 class LoraOptionError(SORSAConfigError, TypeError):
-    """An option that LoraConfig has and `SORSAConfig` has not; a TypeError, as any unknown option is."""
+    """An option that LoraConfig has and `SORSAConfig` does not; a TypeError, as for any unknown option."""
 
 
 class RankError(SORSAConfigError):
-    """The rank does not fit the weight it is asked for."""
+    """The rank does not fit the weight."""
 
 
 class UnsupportedLayerError(SORSAError, TypeError):
@@ -28,7 +28,7 @@ class DecompositionError(SORSAError, RuntimeError):
 
 
 class FactorsNotLoadedError(SORSAError, RuntimeError):
-    """The adapter was announced by a saved config, and its tensors never arrived."""
+    """A saved config announced the adapter, and its tensors never arrived."""
 
 
 class IncompleteAdapterError(SORSAError, RuntimeError):
@@ -40,7 +40,7 @@ class ForeignAdapterError(SORSAError, ValueError):
 
 
 class OutputExistsError(SORSAError, FileExistsError):
-    """What would be written is there already."""
+    """The output exists already."""
 
 
 class BaseMismatchError(SORSAError, RuntimeError):
@@ -64,15 +64,15 @@ class NonFiniteGradientError(SORSAError, FloatingPointError):
 
 
 class MergeError(SORSAError, RuntimeError):
-    """An adapter cannot be merged into a weight, or the weight not be used so, where an engine keeps it."""
+    """An adapter cannot be merged into a weight, or the merged weight not used, because an engine holds the weight."""
 
 
 class FoldError(SORSAError, RuntimeError):
-    """A layer cannot be folded or unfolded, or not be used so while it is folded."""
+    """A layer cannot be folded or unfolded, or cannot do this while it is folded or its base stores residuals."""
 
 
 class AdapterOptionsError(SORSAError, ValueError):
-    """What a recipe says about its adapter is unknown, contradicts itself, or cannot be honoured."""
+    """An adapter option of a recipe is unknown, contradicts another, or cannot be honoured."""
 
 
 class PluginError(SORSAError, RuntimeError):

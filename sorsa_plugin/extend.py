@@ -1,19 +1,20 @@
 """The one page that a plug-in imports from: how to add a layer kind, an adapter word, callbacks, an engine, a command.
 
-A plug-in is a module that implements some of the hooks below, each marked with `@hookimpl`, and that its package names
-under the entry-point group "sorsa_plugin":
+A plug-in is a module that implements some of the hooks below, each marked with `@hookimpl`. Its package names it under
+the entry-point group "sorsa_plugin":
 
     [project.entry-points.sorsa_plugin]
     my_plugin = "my_package.plugin"
 
-`sorsa doctor` lists what was found, and says with a traceback what could not be loaded. This package's own integrations
-are plug-ins like any other, and import from this page alone. What is listed here stays; every other module may change.
+`sorsa doctor` lists the plug-ins that were found, with a traceback for each that could not be loaded. This package's
+own integrations are plug-ins like any other, and import from this page alone. What is listed here stays; every other
+module may change.
 
 **A layer kind**: `sorsa_layer(target, config)` returns the class for a base module that it knows, else None. Derive it
-from `AdditiveLayer` and say how the weight reads as a matrix W (out x in), and what the change adds to the output:
+from `AdditiveLayer`, and say how the weight reads as a matrix W (out x in) and what the change adds to the output:
 
     class MyLayer(AdditiveLayer):
-        parameter_name = "kernel"                       # the adapted attribute; "weight" unless said
+        parameter_name = "kernel"                       # the adapted attribute; default: "weight"
 
         def base_matrix(self):                          # (out x in), a view of the stored weight
             return self.get_base_layer().kernel.T
@@ -24,19 +25,19 @@ from `AdditiveLayer` and say how the weight reads as a matrix W (out x in), and 
         def add_change(self, y, x, adapter_name):       # y (... x out) + change of x (... x in)
             return add_low_rank(y, self.sorsa_dropout[adapter_name](x), self.ready_factors(adapter_name).parts())
 
-`LendingLayer` needs the first two methods only: its base module reads its weight by itself, and is lent the changed
-one. `SORSAQuantisedLinear` says how a weight in few bits is read (`dequantise`) and written (`quantise`). A kind for a
-linear module has "Linear" in its name: PEFT's "all-linear" knows adapted layers by it. Where PEFT's LoRA has no such
-layer, `lora_layout` returns ("unsupported", "what it is").
+`LendingLayer` needs only the first two methods: its base module reads its weight by itself, and is lent the changed
+one. `SORSAQuantisedLinear` says how to read a weight stored in few bits (`dequantise`) and how to write it
+(`quantise`). A kind for a linear module has "Linear" in its name, by which PEFT's "all-linear" recognises adapted
+layers. If PEFT's LoRA has no such layer, `lora_layout` returns ("unsupported", "what it is").
 
 **A word for `adapter:`**: `sorsa_adapters()` returns `AdapterType`s: the word, a sentence, and a function from
 `AdapterOptions` to an `AdapterSetup`. `build_config` makes a PEFT config of a recipe's words, and refuses words that
-the config lacks.
+the config does not have.
 
 **Callbacks**: `sorsa_callbacks(peft_config)` returns the Trainer callbacks that training with this config needs.
 
-**An engine**: `sorsa_engine(factors, optimizer)` returns an `Engine` where it keeps the factors, else None. An engine
-says which part of each factor P = initial + offset this process steps, and where its gradient is:
+**An engine**: `sorsa_engine(factors, optimizer)` returns an `Engine` if it keeps the factors, else None. An engine says
+which part of each factor P = initial + offset this process steps, and where its gradient is:
 
     class MyEngine(Engine):
         owns_parameters = False                         # it steps masters of the adapter's own parameters
@@ -52,7 +53,7 @@ says which part of each factor P = initial + offset this process steps, and wher
             return Share(factor.name, initial, my_master(factor), my_gradient(factor), rank, group, (process_group,))
 
 The regularizer then costs one all-reduce of r x r matrices a step. `sorsa_frozen_as_parameters()` says how frozen
-factors survive under the engine; `sorsa_gather(parameters)` is a context in which partitioned weights are whole.
+factors survive under the engine. `sorsa_gather(parameters)` is a context in which partitioned weights are whole.
 
 **A command**: `sorsa_commands(app)` adds to the typer app of `sorsa`; `options` has the arguments that commands share.
 

@@ -1,5 +1,8 @@
-"""The seams: what a plug-in can add, one sentence each. Register a module that implements some of them under the
-entry-point group "sorsa_plugin"; mark each with `@sorsa_plugin.hookimpl`."""
+"""The seams: what a plug-in can add, one sentence each.
+
+To use one, register a module that implements some of them under the entry-point group "sorsa_plugin", and mark each
+function with `@sorsa_plugin.hookimpl`.
+"""
 
 from __future__ import annotations
 
@@ -22,23 +25,23 @@ if TYPE_CHECKING:
 
 @hookspec(firstresult=True)
 def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
-    """The `SORSALayer` class for a base module of a kind this plug-in knows, else None."""
+    """The `SORSALayer` class for a base module of a kind that this plug-in knows, else None."""
 
 
 @hookspec(firstresult=True)
 def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
-    """The `Engine` under which these factors live with this optimizer (wrapped, or None), if this plug-in knows it."""
+    """The `Engine` that holds these factors with this optimizer (wrapped, or None), if this plug-in knows it."""
 
 
 @hookspec(firstresult=True)
 def sorsa_frozen_as_parameters() -> bool | None:
-    """Whether this process's engine takes frozen factors better as parameters (it shards them) or as buffers (it casts
-    parameters); None where no engine is known."""
+    """True if this process's engine should get frozen factors as parameters (which it shards), False if as buffers
+    (because it casts parameters), None if this plug-in knows no engine here."""
 
 
 @hookspec
 def sorsa_gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:  # type: ignore[empty-body]
-    """A context in which those of the parameters that this plug-in's engine partitioned are whole on every process."""
+    """A context in which the parameters that this plug-in's engine partitioned are whole on every process."""
 
 
 @hookspec
@@ -53,4 +56,4 @@ def sorsa_commands(app: Any) -> None:
 
 @hookspec
 def sorsa_callbacks(peft_config: PeftConfig) -> list[Any]:  # type: ignore[empty-body]
-    """The Trainer callbacks that training with this PEFT config needs, or that log its metrics; empty for others'."""
+    """The Trainer callbacks that training with this PEFT config needs, or that log its metrics; else an empty list."""

@@ -1,4 +1,4 @@
-"""SORSA's section of an adapter's model card: what it is, how to load it with and without this package."""
+"""Writes SORSA's section of an adapter's model card: what it is, how to load it with and without this package."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def complete_saved_card(directory: str, values: CardValues) -> None:
 
 
 def complete_model_card(directory: str | PathLike[str], values: CardValues) -> None:
-    """Write SORSA's section, in place of an earlier one, and its tag, which PEFT drops, into a directory's card.
+    """Write SORSA's section into a directory's card, in place of an earlier one, and its tag, which PEFT drops.
 
-    A card that cannot be completed is logged and raises nothing: weights are often still to be saved.
+    If the card cannot be completed, that is logged and nothing is raised, because weights are often still to be saved.
     """
     path = Path(directory) / CARD
     if not path.is_file():
@@ -106,7 +106,7 @@ def _complete(path: Path, values: CardValues) -> None:
     before, _, earlier = card.text.partition(HEADING)
     after = earlier.partition("\n## ")
     card.text = before.rstrip() + "\n\n" + section + ("".join(after[1:]) if after[1] else "")
-    tags = _front_matter(path).get("tags") or []  # as written: ModelCardData may split a word into letters
+    tags = _front_matter(path).get("tags") or []  # from the file: ModelCardData may split a word into letters
     card.data.tags = sorted({*([tags] if isinstance(tags, str) else tags), "sorsa"})
     card.save(path)
 
@@ -119,7 +119,7 @@ def _residual(values: CardValues) -> str:
 
 
 def _front_matter(path: Path) -> dict[str, Any]:
-    """The metadata at the top of a card as they are written; none where there is no card, or no readable one."""
+    """The metadata at the top of a card as they are written; empty if there is no readable card."""
     try:
         return metadata_load(path) or {}
     except (OSError, ValueError, YAMLError):
@@ -127,7 +127,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
 
 
 def write_merged_card(base: Path, directory: Path, values: CardValues) -> None:
-    """The card of a model that an adapter was merged into; licence and languages are those of the base's card."""
+    """Write the card of a model that an adapter was merged into, with the licence and languages of the base's card."""
     known = _front_matter(base / CARD)
     kept = {key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known}
     data = ModelCardData(**kept, base_model=values.base, library_name="transformers", tags=["sorsa"])

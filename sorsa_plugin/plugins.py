@@ -1,7 +1,7 @@
-"""The plug-in manager: built-ins and strangers go through the same hooks; knows the built-ins by name alone.
+"""The plug-in manager: built-ins and foreign plug-ins use the same hooks; knows the built-ins by name alone.
 
-A stranger that cannot be loaded, or fails while it lists adapter types or commands, is named and left out. An error in
-a layer's or an engine's hook reaches the caller: what it was asked for cannot be made without it.
+A foreign plug-in that cannot be loaded, or fails while it lists adapter types or commands, is reported and left out. An
+error in a layer's or an engine's hook reaches the caller, because the result cannot be made without it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
 
 HOOKSPECS = "sorsa_plugin.hookspecs"
-"""Where the hooks are declared."""
+"""The module that declares the hooks."""
 
 BUILT_INS = (
     "sorsa_plugin.layers.kinds.linear",
@@ -38,8 +38,8 @@ BUILT_INS = (
     "sorsa_plugin.recipes.peft_methods",
     "sorsa_plugin.cli.commands",
 )
-"""This package's own plug-ins. They are strings, loaded when a hook is first asked for, because they stand above this
-file: it must not import them."""
+"""This package's own plug-ins, as strings that are loaded when a hook is first called. They stand above this file,
+which must not import them."""
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class BrokenPlugin:
 
     name: str
     distribution: str
-    """Name and version of the package that brought it."""
+    """Name and version of the package that the plug-in came from."""
     error: str
     traceback: str
 
@@ -59,7 +59,7 @@ broken: dict[str, BrokenPlugin] = {}
 """Plug-ins that failed, by name; each was logged with its traceback when it happened."""
 
 distributions: dict[str, str] = {}
-"""Name and version of the package that brought each installed plug-in."""
+"""{installed plug-in: name and version of the package that it came from}"""
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +93,7 @@ def _require_known_hooks(plugins: pluggy.PluginManager, plugin: Any) -> None:
 
 
 def answers(hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-    """Plug-in name and answer of everyone who implements a hook; who fails is reported and left out."""
+    """Plug-in name and answer of every plug-in that implements a hook. One that fails is reported and left out."""
     for implementation in getattr(manager().hook, hook).get_hookimpls():
         try:
             yield implementation.plugin_name, implementation.function(**arguments)
@@ -102,7 +102,7 @@ def answers(hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
 
 
 def broken_note() -> str:
-    """A sentence naming the plug-ins that failed, for messages that something is not known; empty if none did."""
+    """A sentence that names the plug-ins that failed, for messages about unknown words; empty if none failed."""
     if not broken:
         return ""
     names = ", ".join(f"{plugin.name} of {plugin.distribution} ({plugin.error})" for plugin in broken.values())

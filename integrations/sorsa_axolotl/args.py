@@ -42,6 +42,11 @@ class SORSABlock(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_names_and_switches(cls, block: Any) -> Any:
+        """Check the names in the block, before pydantic reads the values.
+
+        Raises:
+            ValueError: a name is no option of the block, or a value is true or false.
+        """
         known = list(cls.model_fields)
         for name in block if isinstance(block, dict) else ():
             if name not in known:
@@ -49,7 +54,7 @@ class SORSABlock(BaseModel):
                     f"{name!r} is no option of the sorsa block; expected {', '.join(known)}.{nearest(name, known)} "
                     "Rank, targets and dropout are Axolotl's own keys: lora_r, lora_target_modules, lora_dropout, ..."
                 )
-            if isinstance(block[name], bool):  # which pydantic would take for 0 or 1
+            if isinstance(block[name], bool):  # pydantic would read it as 0 or 1
                 raise ValueError(f"{name} is {str(block[name]).lower()}; no option of the sorsa block is a switch.")
         return block
 
@@ -66,6 +71,11 @@ class SORSAArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_sorsa_keys(cls, recipe: Any) -> Any:
+        """Check the keys of an unparsed recipe with one of our adapters, and set how merge-lora merges.
+
+        Raises:
+            AdapterOptionsError: see `refuse_unhonoured` and `merge_with_peft`.
+        """
         if isinstance(recipe, dict) and recipe.get("adapter") in ADAPTERS:
             refuse_unhonoured(recipe)
             merge_with_peft(recipe)
@@ -73,6 +83,11 @@ class SORSAArgs(BaseModel):
 
     @model_validator(mode="after")
     def check_sorsa_values(self) -> SORSAArgs:
+        """Check the parsed values of a recipe with one of our adapters.
+
+        Raises:
+            AdapterOptionsError, SORSAConfigError: see `check_config`.
+        """
         if getattr(self, "adapter", None) in ADAPTERS:
             check_config({**self.__dict__, "sorsa": self.sorsa.model_dump(exclude_none=True) if self.sorsa else {}})
         return self

@@ -20,8 +20,8 @@ ENTRIES = {
 }
 
 BY_NAME = ("_set_quantization_config", "_prepare_model_for_quantization")
-"""Methods of Axolotl's loader that ask for the adapter's name: what is quantised, and what is cast for training. Gone,
-once it asks its plug-ins: delete `quantising.py`."""
+"""Methods of Axolotl's loader that check the adapter's name: they decide what is quantised, and what is cast for
+training. Delete `quantising.py` once Axolotl asks its plug-ins instead."""
 
 PLUGIN = (
     "register",

@@ -1,4 +1,4 @@
-"""Which files of a run are trusted: a checkpoint to resume from, and what is written when training ends."""
+"""Decides which files of a run are trusted: the checkpoint to resume from, and what is written when training ends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ IN_SHARDS = "Set state_dict_type: SHARDED_STATE_DICT and final_state_dict_type: 
 
 
 def choose_checkpoint(cfg: Any) -> None:
-    """Have Axolotl resume from the last complete checkpoint; its own choice is the highest number, complete or not.
+    """Make Axolotl resume from the last complete checkpoint; its own choice is the highest number, complete or not.
+
+    Args:
+        cfg: Axolotl's configuration, changed in place.
 
     Raises:
-        IncompleteAdapterError: `resume_from_checkpoint` names one that is not complete, or a sharded run would resume
-            from one that is not complete or would not be read completely.
+        IncompleteAdapterError: `resume_from_checkpoint` names a checkpoint that is not complete; or a sharded run would
+            resume from one that is not complete, or that would not be read completely.
         ForeignAdapterError: the checkpoint is of another method.
     """
     if cfg.fsdp_config or cfg.fsdp:
@@ -46,7 +49,7 @@ def choose_checkpoint(cfg: Any) -> None:
 
 
 def require_own_adapter(directory: str, saved: SORSAConfig, word: str) -> None:
-    """Raises ForeignAdapterError where a recipe with `adapter: <word>` would train an adapter made with the other."""
+    """Raises ForeignAdapterError if a recipe with `adapter: <word>` would train an adapter made with the other word."""
     made_with = "qsorsa" if saved.residual_base else "sorsa"
     if made_with != word:
         raise ForeignAdapterError(
@@ -56,13 +59,13 @@ def require_own_adapter(directory: str, saved: SORSAConfig, word: str) -> None:
 
 
 def check_sharded_checkpoint(cfg: Any) -> None:
-    """Check what Axolotl resumes a run under FSDP from.
+    """Check the checkpoint from which Axolotl resumes a run under FSDP.
 
-    Of a checkpoint in one file accelerate 1.13 gives every process but the first nothing back, and says nothing: their
-    rows of the adapter, LoRA's as well, start anew.
+    From a checkpoint in one file, accelerate 1.13 gives only the first process its part back, without a message. The
+    other processes' rows of the adapter, LoRA's as well, start anew.
 
     Raises:
-        IncompleteAdapterError: it is such a checkpoint, or one that was cut off.
+        IncompleteAdapterError: the checkpoint is in one file, or was cut off.
     """
     if cfg.fsdp_config and cfg.fsdp_config.state_dict_type == "FULL_STATE_DICT":
         say("Checkpoints of state_dict_type: FULL_STATE_DICT cannot be resumed from. %s", IN_SHARDS)
@@ -83,10 +86,11 @@ def check_sharded_checkpoint(cfg: Any) -> None:
 
 
 def save_adapter_alone(model: Any) -> None:
-    """Have the base model object save the adapter.
+    """Make the base model object save the adapter.
 
-    In DPO and KTO Axolotl keeps the object that the trainer put the adapter into, and saves it into the same directory
-    when training ends or is interrupted: a model.safetensors with parts of the adapter in it, that nothing can load.
+    In DPO and KTO, Axolotl keeps the object that the trainer put the adapter into, and saves it into the same directory
+    when training ends or is interrupted. That would be a model.safetensors with parts of the adapter in it, which
+    nothing can load.
     """
     if isinstance(model, PeftModel):
         base: Any = model.get_base_model()
@@ -96,5 +100,5 @@ def save_adapter_alone(model: Any) -> None:
 def _save(base: PreTrainedModel, adapted: PeftModel, directory: str, *args: Any, **kwargs: Any) -> None:
     if any(sorsa_layers(base)):
         adapted.save_pretrained(directory)
-    else:  # merged and unloaded: a model of its own again
+    else:  # merged and unloaded: a plain model again
         type(base).save_pretrained(base, directory, *args, **kwargs)

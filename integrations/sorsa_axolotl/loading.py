@@ -1,4 +1,4 @@
-"""Puts the adapter on Axolotl's model: a new one, or a saved one to train on, to ask or to merge."""
+"""Puts the adapter on Axolotl's model: a new one, or a saved one to continue, run or merge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .checkpoints import require_own_adapter
 from .recipe import BLOCK, make_config
 
 REGULARIZER = ("gamma", "reg_update", "reg_schedule")
-"""Options that a run which continues an adapter may change."""
+"""Options that a run may change when it continues a saved adapter."""
 
 SHAPE = (
     "r",
@@ -29,24 +29,25 @@ SHAPE = (
     "modules_to_save",
     "trainable_token_indices",
 )
-"""Options that a saved adapter has for good."""
+"""Options that are fixed once an adapter is made."""
 
 ORIGIN = ("svd", "svd_seed", "svd_energy", "full_precision_base")
 """Options of the block that say how a new adapter is made."""
 
 HEAD_MODULES = {"classifier", "score"}
-"""What PEFT adds to modules_to_save by itself, in models that classify."""
+"""Modules that PEFT adds to modules_to_save by itself, in models that classify."""
 
 
 def load(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConfig]:
-    """The model with the adapter that the recipe says; a saved one where it has `lora_model_dir`.
+    """The model with the recipe's adapter and the adapter's config; a saved adapter if the recipe has `lora_model_dir`.
 
     Args:
         model, cfg: Axolotl's.
-        trains: False to ask it or to merge it.
+        trains: False for inference or merging.
 
     Raises:
-        ForeignAdapterError, IncompleteAdapterError, BaseMismatchError: `lora_model_dir` does not fit.
+        ForeignAdapterError, IncompleteAdapterError, BaseMismatchError: the adapter in `lora_model_dir` does not fit.
+        AdapterOptionsError, SORSAConfigError: see `make_config`.
     """
     if cfg.lora_model_dir:
         adapted, config = load_saved(model, cfg, trains)
@@ -59,18 +60,26 @@ def load(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConfig]:
 
 
 def new_config(model: Any, cfg: Any) -> SORSAConfig:
-    """The config of a new adapter for this model."""
+    """The config of a new adapter for this model.
+
+    Raises:
+        AdapterOptionsError, SORSAConfigError: see `make_config`.
+    """
     return make_config(cfg, find_all_linear_names(model), task_type(model))
 
 
 def load_saved(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConfig]:
-    """A saved adapter; what the recipe says about the regularizer replaces what the adapter was saved with."""
+    """A saved adapter and its config. The recipe's regularizer options replace those that it was saved with.
+
+    Raises:
+        ForeignAdapterError, IncompleteAdapterError, BaseMismatchError: the adapter in `lora_model_dir` does not fit.
+    """
     directory = Path(cfg.lora_model_dir)
     config = read_config(directory) if directory.is_dir() else SORSAConfig.from_pretrained(cfg.lora_model_dir)
     if trains:
         require_own_adapter(cfg.lora_model_dir, config, cfg.adapter)
         _follow(new_config(model, cfg), config, dict(cfg.get(BLOCK) or {}), cfg.lora_model_dir)
-    if not trains and not hasattr(model, "generation_config"):  # which Axolotl's merging writes to, whatever the head
+    if not trains and not hasattr(model, "generation_config"):  # Axolotl's merging writes to it, whatever the head
         model.generation_config = GenerationConfig()
     placement = {"max_memory": {"cpu": "256GiB"}, "device_map": {"": "cpu"}} if cfg.lora_on_cpu else {}
     adapted = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=trains, config=config, **placement)
@@ -87,7 +96,7 @@ HEADS = {"SequenceClassification": "SEQ_CLS", "TokenClassification": "TOKEN_CLS"
 
 
 def _follow(recipe: SORSAConfig, saved: SORSAConfig, block: dict[str, Any], directory: str) -> None:
-    """Give a saved config the recipe's regularizer and dropout, and say what else of the recipe it cannot follow."""
+    """Give a saved config the recipe's regularizer and dropout. Log what else of the recipe it cannot follow."""
     if set(block) & set(REGULARIZER):
         for name in REGULARIZER:
             setattr(saved, name, getattr(recipe, name))

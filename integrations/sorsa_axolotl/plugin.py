@@ -1,4 +1,4 @@
-"""`SORSAPlugin`: where Axolotl calls this package."""
+"""`SORSAPlugin`: the methods that Axolotl calls."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class SORSAPlugin(BasePlugin):
     trains = True
 
     def register(self, cfg: Any) -> None:
-        """Keeps what the command put into the unparsed configuration: the schema drops `inference`, and the loader is
-        not told."""
+        """Note from the unparsed configuration whether the command trains, and prepare the loader to quantise.
+
+        The schema drops `inference`, and nothing tells `load_adapter` about merging.
+        """
         self.trains = not (cfg.get("inference") or cfg.get("merge_lora"))
         quantise_as_for_lora()
 
@@ -43,12 +45,15 @@ class SORSAPlugin(BasePlugin):
         return [AdapterCapabilities(name=name) for name in ADAPTERS]
 
     def pre_model_load(self, cfg: Any) -> None:
+        """Refuse preference tuning that would ignore a saved adapter; see `refuse_continued_preferences`."""
         if cfg.adapter in ADAPTERS and self.trains:
             refuse_continued_preferences(cfg)
 
     def load_adapter(self, model: Any, cfg: Any, inference: bool = False, config_only: bool = False) -> Any:
-        """The model with the adapter and its config; with `config_only` (DPO and KTO, whose trainer makes the
-        adapter) the config alone."""
+        """The model with the adapter, and its config; None if the recipe has another adapter.
+
+        With `config_only` (DPO and KTO, whose trainer makes the adapter): None and the config.
+        """
         if cfg.adapter not in ADAPTERS:
             return None
         if config_only:
@@ -60,11 +65,19 @@ class SORSAPlugin(BasePlugin):
         return [SORSACallback(trainer)] if cfg.adapter in ADAPTERS else []
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        """Choose the checkpoint to resume from, and make the base model object save the adapter alone.
+
+        Raises:
+            IncompleteAdapterError, ForeignAdapterError: see `choose_checkpoint`.
+        """
         if cfg.adapter in ADAPTERS:
             choose_checkpoint(cfg)
             save_adapter_alone(trainer.model)
 
     def post_train(self, cfg: Any, model: Any) -> None:
-        """Called before and after the final save: Axolotl writes a model card over the adapter's."""
+        """Complete the model card: Axolotl writes its own over the adapter's.
+
+        Axolotl calls this before and after the final save.
+        """
         if cfg.adapter in ADAPTERS and cfg.local_rank == 0 and (Path(cfg.output_dir) / CONFIG_NAME).is_file():
             complete_model_card(cfg.output_dir, read_config(Path(cfg.output_dir)).card_values())

@@ -1,6 +1,6 @@
-"""Has Axolotl quantise the base model for this package's adapters as it does for LoRA's.
+"""Makes Axolotl quantise the base model for this package's adapters as it does for LoRA's.
 
-Axolotl 0.19 quantises by name: in 4 bits for `adapter: qlora`, in 8 for `adapter: lora`; nothing else is asked.
+Axolotl 0.19 decides by the adapter's name alone: 4 bits for `adapter: qlora`, 8 for `adapter: lora`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .recipe import ADAPTERS
 
 
 def quantise_as_for_lora() -> None:
-    """Let the loader take recipes with our adapters and load_in_4bit or load_in_8bit for qlora's and lora's there."""
+    """Make the loader treat recipes with our adapters and load_in_4bit or load_in_8bit as those of qlora and lora."""
     for name in BY_NAME:
         method = getattr(ModelLoader, name)
         if not getattr(method, "knows_sorsa", False):

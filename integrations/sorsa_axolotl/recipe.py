@@ -1,4 +1,4 @@
-"""What an Axolotl recipe says about its adapter, in this package's words; refuses what SORSA cannot honour."""
+"""Translates an Axolotl recipe's adapter keys into this package's words; refuses what SORSA cannot honour."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sorsa_plugin.errors import AdapterOptionsError
 
 ADAPTERS = ("sorsa", "qsorsa")
 BLOCK = "sorsa"
-"""The recipe's block of either adapter's own options."""
+"""The recipe's block of options for either adapter."""
 
 HONOURED = (
     "lora_r",
@@ -28,7 +28,7 @@ HONOURED = (
 """Axolotl's keys that go to `setup_adapter` as they are."""
 
 OWN = {"lora_fan_in_fan_out": "fan_in_fan_out", "peft_ensure_weight_tying": "ensure_weight_tying"}
-"""Axolotl's flags that are fields of `SORSAConfig` and of few other methods."""
+"""{Axolotl's flag: field of `SORSAConfig`}; few other methods have these fields."""
 
 REFUSED = {
     "peft_use_dora": "DoRA is another method",
@@ -50,15 +50,15 @@ REFUSED = {
     "flash_attn_fuse_mlp": "it replaces the linear layers that are adapted",
     "trl.vllm_lora_sync": "vLLM takes LoRA files only; without the line TRL sends the merged weights",
 }
-"""Keys that would change nothing, or another method than SORSA; by dotted name, with the reason."""
+"""{dotted name of a key: why it is refused}. Each would change nothing, or ask for another method than SORSA."""
 
 
 def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
     """Check the keys of an unparsed recipe with one of our adapters.
 
     Raises:
-        AdapterOptionsError: there are lines that SORSA cannot honour, all of which are named; or it is inference
-            without a saved adapter.
+        AdapterOptionsError: SORSA cannot honour some lines, all of which the message names; or the recipe is for
+            inference and has no saved adapter.
     """
     if recipe.get("inference") and not recipe.get("lora_model_dir"):
         raise AdapterOptionsError(
@@ -83,8 +83,8 @@ def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
 def refuse_continued_preferences(recipe: Mapping[str, Any]) -> None:
     """Check a recipe that is about to train.
 
-    Not part of its validation: `axolotl merge-lora` first validates as if it were to train, and there lora_model_dir
-    is right.
+    Not part of the recipe's validation: `axolotl merge-lora` first validates as if it were to train, and there
+    lora_model_dir is right.
 
     Raises:
         AdapterOptionsError: preference tuning would ignore the saved adapter.
@@ -99,10 +99,13 @@ def refuse_continued_preferences(recipe: Mapping[str, Any]) -> None:
 
 
 def merge_with_peft(recipe: dict[str, Any]) -> None:
-    """Have `axolotl merge-lora` merge through PEFT: its default method knows only tensors called lora_A and lora_B.
+    """Make `axolotl merge-lora` merge through PEFT: its default method knows only tensors called lora_A and lora_B.
+
+    Args:
+        recipe: the unparsed recipe, changed in place.
 
     Raises:
-        AdapterOptionsError: the recipe asks for that method.
+        AdapterOptionsError: the recipe sets another merge_method.
     """
     if recipe.get("merge_method") not in (None, "legacy"):
         raise AdapterOptionsError(
@@ -114,7 +117,7 @@ def merge_with_peft(recipe: dict[str, Any]) -> None:
 
 
 def check_config(recipe: Mapping[str, Any]) -> None:
-    """Build the adapter's config as it will be built, so that its errors come before the base model is loaded.
+    """Build the adapter's config as it will be built later, so that its errors come before the base model is loaded.
 
     Raises:
         AdapterOptionsError, SORSAConfigError: an option has a value that cannot be honoured.
@@ -124,11 +127,11 @@ def check_config(recipe: Mapping[str, Any]) -> None:
 
 
 def make_config(recipe: Mapping[str, Any], linear_names: list[str], task_type: str) -> SORSAConfig:
-    """The adapter's config; says that lora_alpha is not used where the recipe has it.
+    """The adapter's config. If the recipe has lora_alpha, logs that it is not used.
 
     Args:
         recipe: Axolotl's configuration, validated.
-        linear_names: what `lora_target_linear` stands for in the model.
+        linear_names: the modules that `lora_target_linear` stands for in the model.
         task_type: PEFT's task type.
 
     Raises:
@@ -154,7 +157,7 @@ def make_config(recipe: Mapping[str, Any], linear_names: list[str], task_type: s
 
 
 def _complete(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a new adapter. PEFT would choose modules by itself where none are named, and a rank.
+    """The options of a new adapter, in which nothing is left for PEFT to choose: modules and rank.
 
     Raises:
         AdapterOptionsError: there is no rank, or nothing to adapt.
@@ -190,5 +193,5 @@ def _shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Axolotl's mapping type would be written into the adapter's files as what it is."""
+    """A plain dict for Axolotl's own mapping type, which would otherwise be written into the adapter's files."""
     return dict(value) if isinstance(value, Mapping) else value

@@ -1,7 +1,7 @@
 """Says how to repair an installation in which the plug-in cannot be imported; imports nothing that can fail.
 
-Axolotl's plug-in manager logs an ImportError and goes on without the plug-in, so that the recipe then fails over an
-adapter that nobody knows. Hence an error that is no ImportError.
+Axolotl's plug-in manager logs an ImportError and goes on without the plug-in. The recipe would then fail because nobody
+knows its adapter. So the error raised here is no ImportError.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ PIP_COMMAND = "pip install --upgrade 'sorsa-plugin[axolotl]'"
 
 
 class BrokenInstallationError(RuntimeError):
-    """A package that the plug-in needs is missing, or has another version than it works with."""
+    """A package that the plug-in needs is missing, or has another version than the plug-in works with."""
 
 
 def import_plugin() -> Any:
     """The plug-in's class.
 
     Raises:
-        BrokenInstallationError: something it imports is not there; the message has the pip command.
+        BrokenInstallationError: a package that it imports is missing, or has another version than expected; the message
+            has the pip command.
     """
     try:
         from .plugin import SORSAPlugin

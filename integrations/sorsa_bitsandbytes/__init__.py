@@ -1,1 +1,1 @@
-"""SORSA on bitsandbytes' quantised linear layers; imports bitsandbytes only when one is met."""
+"""SORSA on bitsandbytes' quantised linear layers; imports bitsandbytes only when a model has one."""

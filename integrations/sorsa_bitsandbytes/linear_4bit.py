@@ -1,4 +1,4 @@
-"""SORSA on bitsandbytes' Linear4bit: nf4 and fp4, with or without double quantisation, whatever it is stored as."""
+"""SORSA on bitsandbytes' Linear4bit: nf4 and fp4, with or without double quantisation, in any storage dtype."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from sorsa_plugin.extend import SORSAQuantisedLinear
 class SORSALinear4bit(SORSAQuantisedLinear):
     """A linear layer whose base stores W in 4-bit blocks.
 
-    On CPUs with AVX512-BF16, bitsandbytes (0.50) packs the weight anew in the first forward in eval mode: with scales
-    rounded to bfloat16, and so that no gradient passes afterwards. For adapted layers that is switched off.
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) packs the weight again in the first forward in eval mode: with scales
+    rounded to bfloat16, and in a form through which no gradient passes. This class switches that off for adapted
+    layers.
 
     Raises:
-        UnsupportedLayerError: the weight has been packed so already.
+        UnsupportedLayerError: the weight has been packed that way already.
     """
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
@@ -48,6 +49,7 @@ class SORSALinear4bit(SORSAQuantisedLinear):
         base.quant_state = stored.quant_state
 
     def dequantise(self, stored: Any) -> torch.Tensor:
+        """W (out x in), fp32 and fresh; empty on the meta device."""
         state = self._state(stored)
         if state is None:  # on the meta device
             base = self.get_base_layer()
@@ -57,6 +59,7 @@ class SORSALinear4bit(SORSAQuantisedLinear):
         return dequantize_4bit(stored.data, state)
 
     def quantise(self, matrix: torch.Tensor, like: Any) -> nn.Parameter:
+        """W (out x in, fp32) in 4 bits, with the settings and on the device of `like`."""
         state = self._state(like)
         made: Any = Params4bit(
             matrix,
@@ -67,9 +70,9 @@ class SORSALinear4bit(SORSAQuantisedLinear):
             quant_storage=like.dtype,
         )
         made = made.to(like.device)
-        made.quant_state.dtype = state.dtype  # what the base layer computes with where its input does not say
+        made.quant_state.dtype = state.dtype  # the base layer computes in it unless its input says otherwise
         return made
 
     def _state(self, stored: Any) -> Any:
-        """The scales: with the parameter, or where FSDP has replaced that, with the module."""
+        """The scales. They are kept with the parameter, or with the module after FSDP has replaced the parameter."""
         return getattr(stored, "quant_state", None) or self.get_base_layer().quant_state

@@ -22,7 +22,7 @@ class SORSALinear8bit(SORSAQuantisedLinear):
         return "int8-rows"
 
     def stored_weight(self) -> nn.Parameter:
-        """A parameter on the same memory that carries its scales, wherever bitsandbytes has them now."""
+        """A parameter on the same memory that carries its scales, taken from where bitsandbytes keeps them now."""
         base = self.get_base_layer()
         weight = base.weight
         if weight.is_meta:
@@ -33,14 +33,16 @@ class SORSALinear8bit(SORSAQuantisedLinear):
     def store_weight(self, stored: Any) -> None:
         base = self.get_base_layer()
         base.weight = stored
-        base.state.reset_grads()  # what the last forward left there: the next one takes over the new weight
+        base.state.reset_grads()  # drops what the last forward left; the next forward takes the new weight
 
     def dequantise(self, stored: Any) -> torch.Tensor:
+        """W (out x in), fp32 and fresh; empty on the meta device."""
         if stored.is_meta:
             return torch.empty(stored.shape, device="meta")
         return int8_vectorwise_dequant(stored.data, stored.SCB.to(stored.device))
 
     def quantise(self, matrix: torch.Tensor, like: Any) -> nn.Parameter:
-        # from the CPU: bitsandbytes quantises on the way from there to a device, and nowhere else
+        """W (out x in, fp32) as int8 with one scale per row, on the device of `like`."""
+        # from the CPU: bitsandbytes quantises only while it moves a weight from there to a device
         made: Any = Int8Params(matrix.cpu(), requires_grad=False, has_fp16_weights=False)
         return made.to(like.device)

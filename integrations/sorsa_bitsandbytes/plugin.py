@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 @hookimpl
 def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
-    """Linear4bit and Linear8bitLt, subclasses of theirs included, whose weights are quantised (or on the meta device,
-    for a model that is being loaded); not Linear8bitLt(has_fp16_weights=True), which trains the weight itself."""
+    """The kinds for Linear4bit and Linear8bitLt, and their subclasses, if the weight is quantised.
+
+    A weight on the meta device counts as quantised: its model is being loaded. Linear8bitLt(has_fp16_weights=True),
+    which trains the weight itself, is left out.
+    """
     if not any(kind.__module__.startswith("bitsandbytes.") for kind in type(target).__mro__):
         return None
     from bitsandbytes.nn import Linear4bit, Linear8bitLt

@@ -1,4 +1,4 @@
-"""`sorsa convert-checkpoint`."""
+"""`sorsa convert-checkpoint`: makes one adapter of a sharded checkpoint, and prints its size."""
 
 from __future__ import annotations
 

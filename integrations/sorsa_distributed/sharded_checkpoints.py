@@ -1,6 +1,6 @@
 """Makes one adapter of a checkpoint that processes wrote in pieces: FSDP2's shards, DeepSpeed ZeRO's partitions.
 
-The pieces are read by the libraries that wrote them: `torch.distributed.checkpoint` and DeepSpeed's `zero_to_fp32`.
+The libraries that wrote the pieces read them: `torch.distributed.checkpoint` and DeepSpeed's `zero_to_fp32`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sorsa_plugin.extend import FROZEN, OFFSETS, appearing_whole, open_tensors, 
 logger = logging.getLogger(__name__)
 
 FSDP_SHARDS = "pytorch_model_fsdp_0"
-"""Where accelerate puts the shards of the model (`FSDP_MODEL_NAME` and its number)."""
+"""The folder in which accelerate puts the shards of the model (`FSDP_MODEL_NAME` and its number)."""
 DEEPSPEED_TAG = "latest"
 """The file that names the folder of DeepSpeed's partitions."""
 NAMED = re.compile(r"\.(sorsa_factors|trainable_tokens_delta|modules_to_save)\.([^.]+)(?=\.|$)")
-"""Where a model's state dict has the adapter's name, which an adapter file has not."""
+"""The place of the adapter's name in a model's state dict. An adapter file's names do not have it."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write the adapter of a sharded training checkpoint as PEFT's two files, which load on one process.
 
-    Offsets are the optimizer's own, fp32: after DeepSpeed's bf16 training that is more than the adapter beside the
-    partitions, which holds bf16 copies. DeepSpeed's partitions are pickles: convert what you trust.
+    The offsets are the optimizer's own, fp32. After DeepSpeed's bf16 training they are more exact than the adapter
+    beside the partitions, which holds bf16 copies. DeepSpeed's partitions are pickles: convert only what you trust.
 
     Args:
         checkpoint: the checkpoint-N directory of a Trainer.
         output_dir: directory to make; it may exist and be empty.
-        config: directory of the adapter's adapter_config.json; default: the checkpoint, or the one that holds it.
-        adapter_name: which adapter, where several were trained.
+        config: directory of the adapter's adapter_config.json; default: the checkpoint, or the directory that holds it.
+        adapter_name: which adapter, if several were trained.
 
     Raises:
         ForeignAdapterError: there are no pieces, no adapter of this name in them, or no adapter_config.json.
@@ -94,7 +94,7 @@ def convert_checkpoint(
 
 
 def complete_sharded_checkpoint(checkpoint: Path, model: Any) -> None:
-    """Put the adapter's config beside FSDP2's shards, where the Trainer leaves it out; for one process of a run.
+    """Put the adapter's config, which the Trainer leaves out, beside FSDP2's shards; for one process of a run.
 
     Args:
         checkpoint: the checkpoint-N directory.
@@ -168,15 +168,15 @@ def adapter_tensors(state: dict[str, Any], adapter_name: str, source: Path) -> d
     Args:
         state: trained tensors and buffers, named as in a model or as in an adapter file.
         adapter_name: which adapter.
-        source: where the state is from, for messages.
+        source: where the state comes from, for messages.
 
     Raises:
-        ForeignAdapterError: there are none.
+        ForeignAdapterError: the state has no tensors of that adapter.
     """
     found, others = {}, set()
     for name, tensor in state.items():
         match = NAMED.search(name)
-        # FSDP2's shards are named as in an adapter file: what follows is a part of the adapter, or of a whole module
+        # FSDP2's shards are named as in an adapter file: there a part of the adapter follows, not an adapter's name
         named = match is not None and match[2] not in (*OFFSETS, *FROZEN)
         if named and match is not None:
             if match[2] != adapter_name:

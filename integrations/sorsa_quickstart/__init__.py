@@ -1,1 +1,1 @@
-"""The base model of `make quickstart`: its corpus, tokenizer, pre-training and fine-tuning task."""
+"""`sorsa quickstart`: trains an adapter on an embedded base model, on a task that the base model cannot do."""

@@ -1,4 +1,4 @@
-"""Asks a model the task's questions; run as a module, in a fresh process, it asks a saved adapter.
+"""Asks a model the task's questions. Run as a module in a fresh process, it asks a saved adapter.
 
 python -m sorsa_quickstart.answering ADAPTER_DIR COUNT    prints a JSON list of answers
 """
@@ -24,7 +24,7 @@ def load_base() -> tuple[Any, Any]:
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, examples: list[dict[str, str]]) -> list[str]:
-    """Greedy completions of the examples' prompts."""
+    """Greedy completions of the examples' prompts. Puts the model into eval mode."""
     model.eval()
     answers: list[str] = []
     for start in range(0, len(examples), BATCH):

@@ -29,7 +29,7 @@ from .task import is_correct, test_examples, train_examples
 RANK = 16
 BATCH = 32
 LEARNING_RATES = {"sorsa": 2e-3, "lora": 1e-2}
-"""The best of one grid: benchmarks/quickstart_sweep.py --what lr."""
+"""The best rate of one grid for each adapter: benchmarks/quickstart_sweep.py --what lr."""
 
 TEST_QUESTIONS = 150
 SHOWN = 3
@@ -47,13 +47,18 @@ def run(adapter: str, steps: int, seed: int, gamma: float | None, output: Path, 
         plot: PNG file for a chart, or None.
 
     Returns:
-        What report.json holds: loss, accuracy before and after, gaps, checks.
+        The content of report.json: loss, accuracy before and after, gaps, checks.
+
+    Raises:
+        SORSAConfigError: see `adapter_config`.
+        MissingPackageError: `plot` is given and matplotlib is not installed.
+        RuntimeError: a check failed, or a fresh process could not load the adapter.
     """
     config = adapter_config(adapter, gamma)
     if plot is not None:
         require_matplotlib()
     console = Console()
-    for part in ("adapter", "checkpoints"):  # an earlier run's; the directory may hold other things
+    for part in ("adapter", "checkpoints"):  # of an earlier run; the directory may hold other things
         shutil.rmtree(output / part, ignore_errors=True)
     set_seed(seed)
     questions = test_examples(TEST_QUESTIONS)
@@ -145,7 +150,11 @@ def training_arguments(output: Path, steps: int, seed: int, learning_rate: float
 
 
 def answers_of_a_fresh_process(adapter: Path, count: int) -> list[str]:
-    """What the saved adapter answers when another process loads it with plain PEFT."""
+    """The answers of the saved adapter when another process loads it with plain PEFT.
+
+    Raises:
+        RuntimeError: the process failed; the message has its stderr.
+    """
     command = [sys.executable, "-m", "sorsa_quickstart.answering", str(adapter), str(count)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
@@ -154,12 +163,12 @@ def answers_of_a_fresh_process(adapter: Path, count: int) -> list[str]:
 
 
 def accuracy(examples: list[dict[str, str]], answers: list[str]) -> float:
-    """Share of exactly right final numbers."""
+    """Share of answers, 0 to 1, whose final number is exactly right."""
     return sum(map(is_correct, examples, answers)) / len(examples)
 
 
 def untouched(model: Any, weights: dict[str, torch.Tensor]) -> bool:
-    """Whether the base weights under the adapter are bit-equal to the ones that were loaded."""
+    """Whether the base weights under the adapter are bit-equal to the loaded {name: tensor of any shape}."""
     base = {name.replace(".base_layer", ""): tensor for name, tensor in model.get_base_model().state_dict().items()}
     return all(torch.equal(base[name], tensor) for name, tensor in weights.items())
 
@@ -191,7 +200,7 @@ def show(
 
 
 def draw(path: Path, history: list[dict[str, Any]]) -> None:
-    """A chart of the training loss and, for SORSA, of the gaps."""
+    """Draw a chart of the training loss and, for SORSA, of the gaps."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,9 @@
-"""The fine-tuning task of the quickstart: how much change a buyer gets, which the base model never met.
+"""The fine-tuning task of the quickstart: how much change does a buyer get? The base model never met such a question.
 
-The base model can add and subtract numbers it is told of, also in a row, when asked in the words of
-`corpus.py`. This task speaks of prices and buyers instead, needs the two steps in an order that the corpus never
-shows (the result of the first is what the second takes away), and ends with a line `#### 13`, as in GSM8K.
+The base model can add and subtract numbers that it is given, also in a row, if asked in the words of
+`benchmarks/quickstart_base/corpus.py`. This task speaks of prices and buyers instead. It needs the two steps in an
+order that the corpus never shows: the second step subtracts the result of the first. It ends with a line `#### 13`, as
+in GSM8K.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ PURCHASES = (
     "{who} pays {paid} coins for the {0} and the {1}. How much change?",
 )
 TEST_PART = 8
-"""One question in this many belongs to the test set, by the checksum of its sums: they are never trained on."""
+"""One question in this many belongs to the test set, by the checksum of its sums. Those are never trained on."""
 
 _FINAL = re.compile(r"####\s*(-?\d[\d,]*)\s*$")
 
@@ -75,7 +76,7 @@ test_examples.__test__ = False  # type: ignore[attr-defined]  # pytest must not 
 
 
 def final_number(text: str) -> str | None:
-    """The number on a closing `####` line, or None where there is no such line at the end."""
+    """The number on a closing `####` line; None if there is no such line at the end."""
     match = _FINAL.search(text.strip())
     return match.group(1).replace(",", "") if match else None
 

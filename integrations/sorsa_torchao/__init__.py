@@ -1,1 +1,1 @@
-"""SORSA on torchao's int8 weight-only linear layers; imports torchao only when one is met."""
+"""SORSA on torchao's int8 weight-only linear layers; imports torchao only when a model has one."""

@@ -20,15 +20,17 @@ class SORSALinearInt8(SORSAQuantisedLinear):
         return f"torchao-int8-{rows}x{columns}"
 
     def dequantise(self, stored: Any) -> torch.Tensor:
+        """W (out x in), fp32 and fresh."""
         return stored.dequantize(torch.float32)
 
     def quantise(self, matrix: torch.Tensor, like: Any) -> nn.Parameter:
+        """W (out x in, fp32) as int8, with the granularity and the dtype of `like`."""
         made = Int8Tensor.from_hp(matrix.to(like.dtype), granularity_of(like), reduce_range=like.reduce_range)
         return nn.Parameter(made, requires_grad=False)
 
 
 def granularity_of(tensor: Any) -> Granularity:
-    """What shares a scale in an int8 tensor (out x in)."""
+    """The granularity of an int8 tensor (out x in): which elements share a scale."""
     rows, columns = tensor.block_size
     if (rows, columns) == tuple(tensor.shape):
         return PerTensor()

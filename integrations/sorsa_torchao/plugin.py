@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @hookimpl
 def sorsa_layer(target: nn.Module, config: SORSAConfig) -> type[SORSALayer] | None:
-    """nn.Linear whose weight torchao stores as int8, weight-only: not with int8 activations, which have no gradient."""
+    """The kind for nn.Linear whose weight torchao stores as int8, weight-only.
+
+    int8 activations are left out, because they have no gradient.
+    """
     weight = getattr(target, "weight", None)
     if not isinstance(target, nn.Linear) or not type(weight).__module__.startswith("torchao."):
         return None

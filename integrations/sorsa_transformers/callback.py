@@ -29,20 +29,20 @@ from .trainer_compat import LayerWiseDummyOptimizer
 
 
 class SORSACallback(TrainerCallback):
-    """Control and logging of SORSA's orthonormal regularizer in a Trainer.
+    """Controls and logs SORSA's orthonormal regularizer in a Trainer.
 
         Trainer(..., callbacks=[SORSACallback()])           metrics on the console
         trainer.add_callback(SORSACallback(trainer))        metrics in log_history and every reporter
 
     Metrics, at every training log: `sorsa/gap_mean` and `sorsa/gap_max` over all factors; `sorsa/reg_loss`, what the
-    penalty adds to the training loss; `sorsa/gamma`, the regularizer's rate at this step. A plain callback cannot
-    reach reporters, because the Trainer calls them first and gives callbacks no trainer.
+    penalty adds to the training loss; `sorsa/gamma`, the regularizer's rate at this step. A plain callback cannot reach
+    reporters, because the Trainer calls them first and gives callbacks no trainer.
 
     Args:
-        trainer: the trainer it is added to, for metrics everywhere, and for SORSA's section in the model cards that the
-            trainer writes when it pushes to the hub.
+        trainer: the trainer that the callback is added to. With it, metrics go everywhere, and the model cards that the
+            trainer writes when it pushes to the hub get SORSA's section.
         gamma: overrides the adapters' gamma.
-        log: whether to log the metrics; False where somebody else does.
+        log: whether to log the metrics; False if other code does.
 
     Raises (when training begins):
         NoAdaptedLayersError, AttachError: see `sorsa_plugin.attach()`.
@@ -61,6 +61,7 @@ class SORSACallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        """Prepare the model before the Trainer wraps it and builds the optimizer."""
         self._prepare(model)
 
     def on_train_begin(
@@ -72,6 +73,12 @@ class SORSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Attach the regularizer to the Trainer's optimizer.
+
+        Raises:
+            NoAdaptedLayersError, SORSAConfigError, AttachError: see `sorsa_plugin.attach()`. Also AttachError if the
+                optimizer steps U and V of an adapter and not its S.
+        """
         inner = innermost(optimizer)
         if isinstance(inner, LayerWiseDummyOptimizer):
             return self._attach_to_each(model, list(inner.optimizer_dict.values()))
@@ -80,7 +87,7 @@ class SORSACallback(TrainerCallback):
         _require_singular_values(model, inner)
 
     def _attach_to_each(self, model: nn.Module, optimizers: list[Any]) -> None:
-        """The Trainer's layerwise optimizers: one for each parameter, which steps in backward."""
+        """Attach to the Trainer's layerwise optimizers: one for each parameter, which steps in backward."""
         factors = {id(factor.offset) for factor in model_factors(model)}
         for optimizer in optimizers:
             if factors & set(groups_by_parameter(optimizer)):
@@ -95,6 +102,12 @@ class SORSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Check that the optimizer step called the regularizer, and log.
+
+        Raises:
+            AttachError: a training step ended without a call of the regularizer's hook.
+            NonFiniteGradientError: a checkpoint is due, and the gradients of this step were not finite.
+        """
         if self.attachment is None:
             return
         skipped = bool(getattr(optimizer, "step_was_skipped", False))
@@ -105,10 +118,10 @@ class SORSACallback(TrainerCallback):
                 "or set gamma=0."
             )
         self._steps_seen = self.attachment.steps
-        if skipped and not args.fp16:  # which skips steps as a matter of course
+        if skipped and not args.fp16:  # fp16 skips steps as a matter of course
             self.attachment.name_skipped_step(state.global_step)
         if control.should_save:
-            self.attachment.watch.settle()  # no checkpoint of factors that are lost
+            self.attachment.watch.settle()  # raises before factors that are lost are saved
         self._log_everywhere(control, optimizer)
 
     def on_epoch_end(
@@ -124,12 +137,18 @@ class SORSACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Check the gradients of the last step: on a GPU, no later step does.
+
+        Raises:
+            NonFiniteGradientError: they were not finite.
+        """
         if self.attachment is not None:
-            self.attachment.watch.settle()  # of the last step, which on a GPU no other follows
+            self.attachment.watch.settle()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        """Put the adapter's config beside FSDP2's shards."""
         if state.is_world_process_zero and model is not None:
             complete_sharded_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", model)
 
@@ -142,18 +161,19 @@ class SORSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Add the metrics to the Trainer's log line, if the callback has no trainer to log through."""
         if self.log and self.trainer is None and self.attachment is not None and logs is not None and "loss" in logs:
             logs.update(self.attachment.metrics(innermost(optimizer)))
 
     def _log_everywhere(self, control: TrainerControl, optimizer: Any) -> None:
         if self.log and control.should_log and self.trainer is not None and self.attachment is not None:
-            # not self.trainer.log: TRL's trainers add the metrics of their own next log, and forget them, in theirs
+            # not self.trainer.log: TRL's trainers would put the metrics of their next log into this one, and drop them
             Trainer.log(self.trainer, self.attachment.metrics(innermost(optimizer)))
             control.should_log = True  # log() clears it, and the Trainer's own log of this step is still to come
 
     @staticmethod
     def _prepare(model: nn.Module | None) -> None:
-        """What has to happen before the Trainer wraps the model and builds the optimizer."""
+        """Do what has to happen before the Trainer wraps the model and builds the optimizer."""
         for layer in sorsa_layers(model) if model is not None else []:
             for adapter in layer.sorsa_factors:
                 factors = layer.factors(adapter)
@@ -163,8 +183,10 @@ class SORSACallback(TrainerCallback):
 
 
 def _require_singular_values(model: nn.Module, optimizer: Any) -> None:
-    """Raises AttachError where the one optimizer of a run steps U of an adapter and not its S; engines that step other
-    tensors in their place see to all."""
+    """Raises AttachError if the only optimizer of a run steps U of an adapter and not its S.
+
+    Engines that step other tensors in place of the adapter's own are not checked: they step S too.
+    """
     stepped = groups_by_parameter(optimizer)
     for layer, name, tensors in trained_adapters(sorsa_layers(model)):
         if id(tensors.dU) in stepped and tensors.dS.requires_grad and id(tensors.dS) not in stepped:
@@ -176,9 +198,9 @@ def _require_singular_values(model: nn.Module, optimizer: Any) -> None:
 
 
 def _complete_cards_of(trainer: Any) -> None:
-    """Follow each card that the trainer writes, over the one that was saved with the adapter, with SORSA's section.
+    """Make the trainer add SORSA's section to each card that it writes over the card saved with the adapter.
 
-    The trainer writes it between saving and uploading, where no event reaches a callback.
+    The trainer writes the card between saving and uploading, when no event reaches a callback.
     """
     write = trainer.create_model_card
 

@@ -10,14 +10,15 @@ __all__ = ["is_complete", "last_complete_checkpoint"]
 
 
 def last_complete_checkpoint(output_dir: str | PathLike[str]) -> str | None:
-    """The newest checkpoint of a Trainer's output directory that was saved to its end, see `is_complete`: neither one
-    of a run killed while saving nor one with a truncated file.
+    """The newest complete checkpoint in a Trainer's output directory; see `is_complete`.
+
+    A checkpoint is left out if the run was killed while saving it, or if a file in it is truncated.
 
     Args:
         output_dir: the `output_dir` of the training arguments.
 
     Returns:
-        A path for `trainer.train(resume_from_checkpoint=...)`, or None (which starts anew) where there is none.
+        A path for `trainer.train(resume_from_checkpoint=...)`; None, which starts anew, if there is none.
     """
     newest_first = reversed(checkpoints(output_dir).values())
     return next((str(path) for path in newest_first if is_complete(path)), None)

@@ -1,4 +1,4 @@
-"""Turns prompt/completion and chat examples into token ids with labels on what the model should say."""
+"""Turns prompt/completion and chat examples into token ids, with labels on what the model should say."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 IGNORED = -100
-"""The label that transformers' losses leave out."""
+"""The label that transformers' losses ignore."""
 
 COLUMNS = (("prompt", "completion", ""), ("question", "answer", "\n"), ("instruction", "output", "\n"))
-"""Names under which data sets keep a prompt and its completion, and what stands between the two."""
+"""(prompt column, completion column, text between the two) as data sets name and separate them."""
 
 MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""What a chat template holds that marks the assistant's words."""
+"""The tag by which a chat template marks the assistant's words."""
 
 
 def encode(example: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[str, list[int]]:
-    """Token ids and labels of one example; only the completion, or the assistant's turns, carry labels.
+    """Token ids and labels of one example; only the completion, or the assistant's turns, have labels.
 
     Args:
         example: {"messages": [{"role", "content"}, ...]}, or a prompt and a completion under one of `COLUMNS`.
         tokenizer: a transformers tokenizer; chat examples need its chat template.
         max_length: in tokens; longer examples are cut at the end.
+
+    Returns:
+        {"input_ids", "labels"}, two lists of equal length.
 
     Raises:
         ValueError: the example has none of these forms.
@@ -44,10 +47,10 @@ def encode(example: Mapping[str, Any], tokenizer: Any, max_length: int) -> dict[
 
 
 def encode_all(examples: Iterable[Mapping[str, Any]], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
-    """`encode` for a data set; examples whose completion begins beyond max_length are left out.
+    """`encode` for a data set. Examples whose completion begins beyond max_length are left out.
 
     Raises:
-        ValueError: nothing is left to train on.
+        ValueError: an example has an unknown form, or nothing is left to train on.
     """
     encoded = [encode(example, tokenizer, max_length) for example in examples]
     kept = [item for item in encoded if any(label != IGNORED for label in item["labels"])]

@@ -1,4 +1,4 @@
-"""The calls that EVA and AdaLoRA need during training, without which PEFT trains another method than was asked for."""
+"""The calls that EVA and AdaLoRA need during training. Without them PEFT trains another method than was asked for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .trainer_compat import initialize_lora_eva_weights
 class EvaCallback(TrainerCallback):
     """Initialises EVA (arXiv 2410.07170) from the first training batches, before the first step.
 
-    EVA may give layers other ranks; the optimizer, which exists by then, gets the new parameters. On a resumed run the
+    EVA may change the ranks of layers. The optimizer exists by then and gets the new parameters. On a resumed run the
     checkpoint holds them already.
 
     Raises (when training begins):
@@ -36,6 +36,11 @@ class EvaCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Initialise EVA, unless the run is resumed.
+
+        Raises:
+            AdapterOptionsError: see the class.
+        """
         if state.global_step > 0:
             return
         peft_model = unwrapped(model)
@@ -59,7 +64,8 @@ class AdaLoraCallback(TrainerCallback):
     """Allocates AdaLoRA's rank budget after every optimizer step (arXiv 2303.10512).
 
     Args:
-        total_step_unknown: the config's total_step is a placeholder; the trainer's number of steps replaces it.
+        total_step_unknown: whether the config's total_step is a placeholder, to be replaced by the trainer's number of
+            steps.
 
     Raises (when training begins):
         AdapterOptionsError: tinit and tfinal leave no step for pruning.
@@ -71,6 +77,11 @@ class AdaLoraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        """Set the number of steps, and check that some are left for pruning.
+
+        Raises:
+            AdapterOptionsError: see the class.
+        """
         tuner = unwrapped(model).base_model
         config = tuner.peft_config[tuner.trainable_adapter_name]
         if self.total_step_unknown:
@@ -85,6 +96,7 @@ class AdaLoraCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        """Allocate the rank budget, as AdaLoRA asks for after every optimizer step."""
         unwrapped(model).base_model.update_and_allocate(state.global_step)
 
 
@@ -96,14 +108,14 @@ def unwrapped(model: Any) -> PeftModel:
 
 
 def _forward(model: Any, batch: dict[str, Any]) -> Any:
-    """The model's output for a batch; what its forward does not take (trainers put more into a batch) is left out."""
+    """The model's output for a batch, without the entries that its forward does not take: trainers add some."""
     known = inspect.signature(model.get_base_model().forward).parameters
     device = next(model.parameters()).device
     return model(**{name: value.to(device) for name, value in batch.items() if name in known})
 
 
 def _exchange(optimizer: torch.optim.Optimizer, old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> None:
-    """Replace parameters in an optimizer that has not stepped, by name; a layer that lost its rank drops out."""
+    """Replace parameters, by name, in an optimizer that has not stepped. A layer that lost its rank drops out."""
     names = {id(parameter): name for name, parameter in old.items()}
 
     def current(parameters: list[torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The plug-in: the Trainer callbacks that adapters need or log by."""
+"""The plug-in: the Trainer callbacks that adapters need, or that log their metrics."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def sorsa_callbacks(peft_config: PeftConfig) -> list[Any]:
-    """SORSA's control and metrics; what EVA, AdaLoRA and AdaMSS call during training, without which PEFT trains another
-    method than was asked for."""
+    """SORSA's control and metrics, and the calls that EVA, AdaLoRA and AdaMSS need during training."""
     if isinstance(peft_config, SORSAConfig):
         from .callback import SORSACallback
 

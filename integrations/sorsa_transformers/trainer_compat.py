@@ -17,4 +17,5 @@ ENTRIES = {
 }
 
 TRAINER = ("create_model_card", "add_callback", "remove_callback", "log", "callback_handler")
-"""What is called or replaced on a Trainer; `log` clears `control.should_log`, which the callback sets again."""
+"""Attributes that are called or replaced on a Trainer. `log` clears `control.should_log`; the callback sets it
+again."""

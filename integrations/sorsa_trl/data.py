@@ -1,4 +1,4 @@
-"""Loads what a recipe names as data: a jsonl, json, csv or parquet file, a directory, or a hub id."""
+"""Loads the data that a recipe names: a jsonl, json, csv or parquet file, a directory, or a hub id."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from sorsa_plugin.errors import AdapterOptionsError
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""The `datasets` builder of each file suffix."""
+"""{file suffix: builder of `datasets`}"""
 
 
 def load_data(script: Any, mixture: Any) -> Any:
-    """The splits that TRL's ScriptArguments or DatasetMixtureConfig name; the mixture goes first, as in TRL.
+    """The splits that TRL's ScriptArguments or DatasetMixtureConfig name. The mixture takes precedence, as in TRL.
 
     Raises:
-        AdapterOptionsError: neither names any data, or an empty file.
+        AdapterOptionsError: neither names any data, or the file is empty.
     """
     from datasets import load_dataset, load_from_disk
     from trl import get_dataset
@@ -33,13 +33,13 @@ def load_data(script: Any, mixture: Any) -> Any:
         return load_dataset(FORMATS[path.suffix], data_files=str(path), streaming=script.dataset_streaming)
     if (path / "dataset_dict.json").is_file():  # written by DatasetDict.save_to_disk
         return load_from_disk(str(path))
-    if (path / "state.json").is_file():  # by Dataset.save_to_disk
+    if (path / "state.json").is_file():  # written by Dataset.save_to_disk
         return {"train": load_from_disk(str(path))}
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
 def split(data: Any, name: str) -> Any:
-    """One split.
+    """One split of the data.
 
     Raises:
         AdapterOptionsError: there is none of that name.
@@ -53,7 +53,7 @@ def split(data: Any, name: str) -> Any:
 
 
 def _with_builder(part: Any) -> Any:
-    """A part of a mixture whose path is a file, as `datasets` wants it."""
+    """A part of a mixture in the form that `datasets` needs, if its path is a file."""
     suffix = Path(part.path).suffix
     if suffix in FORMATS and Path(part.path).is_file():
         return replace(part, path=FORMATS[suffix], data_files=part.path)

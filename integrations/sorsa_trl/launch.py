@@ -1,4 +1,4 @@
-"""Starts the training processes, through `accelerate launch` as `trl sft` does."""
+"""Starts the training processes through `accelerate launch`, as `trl sft` does."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from .trl_compat import launch_command, launch_command_parser, resolve_accelerat
 
 
 def launch(command: str, arguments: list[str]) -> None:
-    """Check the recipe, so that its errors come at once and once, then run it in one or several processes.
+    """Check the recipe, then run it in one or several processes. So its errors come at once, and only once.
+
+    Args:
+        command: "sft" or "dpo".
+        arguments: of the command line, with `--config recipe.yaml`.
 
     Raises:
         AdapterOptionsError: see `recipe.py` and `sorsa_plugin.setup_adapter`.
-        SystemExit: the training failed; what went wrong is on stderr.
+        SystemExit: the training failed; stderr has the reason.
     """
     recipe = RecipeParser(command).parse(arguments)
     recipe.require_model()
@@ -27,7 +31,7 @@ def launch(command: str, arguments: list[str]) -> None:
 
 
 def _without(arguments: list[str], taken: list[str]) -> list[str]:
-    """The arguments less those that were taken out of them: a subsequence, in the same order."""
+    """The arguments less those in `taken`, which are some of them in the same order."""
     kept, left = [], list(taken)
     for argument in arguments:
         if left and argument == left[0]:

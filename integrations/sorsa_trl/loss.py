@@ -1,8 +1,8 @@
-"""The loss wrapper: a trainer that reports training loss + gamma/eta_max * L_reg, and both on their own.
+"""The loss wrapper: a trainer that reports training loss + gamma/eta_max * L_reg, and each of the two.
 
-Only the report is the wrapper's. The gradient arrives through `sorsa_plugin.attach`, once per optimizer step, as with
-`SORSACallback` or with `peft_config` alone, so that the three train the same weights whatever the gradient
-accumulation, loss scaling or number of processes. The evaluation loss has no penalty.
+The wrapper only reports. The gradient arrives through `sorsa_plugin.attach`, once per optimizer step, as with
+`SORSACallback` or with `peft_config` alone. So all three train the same weights, whatever the gradient accumulation,
+loss scaling or number of processes. The evaluation loss has no penalty.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TrainerClass = TypeVar("TrainerClass", bound=type[Trainer])
 
 
 class _Penalties:
-    """Those of the optimizer steps since the last report, each as it was when the step's forward ran."""
+    """The penalties of the optimizer steps since the last report, each computed in the step's first micro-batch."""
 
     def __init__(self) -> None:
         self.step = -1
@@ -39,7 +39,7 @@ class _Penalties:
 
 
 class _Regularizer(SORSACallback):
-    """The wrapper's callback; a training run begins without the penalties that one before it did not report."""
+    """The wrapper's callback. Each training run starts without penalties that an earlier run did not report."""
 
     def __init__(self, trainer: Trainer, gamma: float | None) -> None:
         super().__init__(trainer, gamma=gamma, log=False)
@@ -64,13 +64,13 @@ class OrthonormalLoss:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         given = next((c for c in trainer.callback_handler.callbacks if isinstance(c, SORSACallback)), None)
-        if given is not None:  # it has been asked for the regularizer; what it logs would come twice
+        if given is not None:  # its gamma is used below; its metrics would be logged twice
             trainer.remove_callback(given)
         self.regularizer = _Regularizer(trainer, given.gamma if given else None)
         trainer.add_callback(self.regularizer)
 
     def add_callback(self, callback: Any) -> None:
-        """Trainer's; a SORSACallback logs nothing, because the wrapper does."""
+        """The Trainer's method. A SORSACallback that is added logs nothing, because the wrapper does."""
         trainer: Any = self
         super().add_callback(callback)  # type: ignore[misc]
         for added in trainer.callback_handler.callbacks:
@@ -78,7 +78,7 @@ class OrthonormalLoss:
                 added.log = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The loss of one micro-batch as the Trainer sums them, with its share of the step's penalty."""
+        """The loss of one micro-batch (scalar), in the Trainer's scale, plus its share of the step's penalty."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
         step, attachment, penalties = trainer.state.global_step, self.regularizer.attachment, self.regularizer.penalties
@@ -89,6 +89,7 @@ class OrthonormalLoss:
         return loss + penalties.newest.to(loss) / trainer.current_gradient_accumulation_steps
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's method. Adds the metrics to a training log."""
         attachment, penalties = self.regularizer.attachment, self.regularizer.penalties
         if "loss" in logs and penalties.steps and attachment is not None:
             penalty = penalties.take_mean()
@@ -105,6 +106,9 @@ def with_orthonormal_loss(trainer_class: TrainerClass) -> TrainerClass:
 
     Args:
         trainer_class: transformers' Trainer or a subclass of it: TRL's SFTTrainer, DPOTrainer, ...
+
+    Returns:
+        A subclass of `trainer_class`; the class itself if it is one already.
     """
     if issubclass(trainer_class, OrthonormalLoss):
         return trainer_class

@@ -1,4 +1,4 @@
-"""Reads the recipes and command lines of `trl sft` and `trl dpo` with the adapter's options in them."""
+"""Reads recipes and command lines of `trl sft` and `trl dpo` that have an adapter's options in them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, S
 from .trl_compat import TrlParser, launch_command_parser  # noqa: E402
 
 TRAINING_ARGUMENTS = {"sft": SFTConfig, "dpo": DPOConfig}
-"""The training arguments of each command."""
+"""{command: class of its training arguments}"""
 
 LORAS = ("lora", "pissa", "olora", "dora", "rslora", "eva", "adalora")
-"""Methods for which keys that a recipe leaves out keep TRL's defaults: what `trl sft` trains."""
+"""Methods that get TRL's defaults for keys that a recipe leaves out, as in `trl sft`."""
 
 SAME_RANK = (*LORAS, "sorsa", "qsorsa", "miss")
 """Methods that share TRL's default rank, so that changing the word does not change the rank."""
@@ -42,10 +42,11 @@ class Recipe:
     """A parsed recipe.
 
     Attributes:
+        command: "sft" or "dpo".
         script, training, model, datasets: TRL's dataclasses.
         adapter: options for `setup_adapter`.
         given: every key that the recipe or the command line gave, with its final value.
-        from_file, from_command_line: arguments for `accelerate launch` among them.
+        from_file, from_command_line: the arguments in them that are for `accelerate launch`.
     """
 
     command: str
@@ -59,12 +60,12 @@ class Recipe:
     from_command_line: list[str]
 
     def require_model(self) -> None:
-        """Raises AdapterOptionsError where the recipe names no model."""
+        """Raises AdapterOptionsError if the recipe names no model."""
         if not self.model.model_name_or_path:
             raise AdapterOptionsError("No model: give model_name_or_path, a directory or a hub id.")
 
     def write(self, directory: Path) -> Path:
-        """Write recipe.yaml, which the same command runs again."""
+        """Write recipe.yaml, which the same command can run again. Returns its path."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "recipe.yaml"
         text = HEADER.format(command=self.command, name=path) + yaml.safe_dump(self.given, sort_keys=False)
@@ -88,7 +89,8 @@ class RecipeParser(TrlParser):
         self.typed: dict[str, Any] = {}
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        self.from_file = deepcopy(config)  # the dataclasses replace what is in lists
+        """TRL's method, which reads a recipe's keys. Keeps them all, and hides the adapter's options from TRL."""
+        self.from_file = deepcopy(config)  # the dataclasses replace entries of lists in place
         ours = {*block_names(), *VOCABULARY, *SPELLINGS, *VARIANTS, "lora_target_linear"} - set(self.fields)
         rest = {key: value for key, value in config.items() if key not in ours}
         if isinstance(rest.get("adapter_options"), Mapping):
@@ -96,6 +98,7 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**rest)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's method. Notes which options the command line gave, as opposed to defaults."""
         unset = object()
         blank = Namespace(**dict.fromkeys(self.fields, unset))
         seen, _ = super().parse_known_args(args, blank)
@@ -106,8 +109,8 @@ class RecipeParser(TrlParser):
         """Parse a command line, with the recipe that its --config names.
 
         Raises:
-            AdapterOptionsError: the recipe cannot be read, a key of it is known neither here nor to `accelerate
-                launch`, the training arguments refuse a value, or an argument belongs to no option.
+            AdapterOptionsError: the recipe cannot be read, neither this command nor `accelerate launch` knows one of
+                its keys, the training arguments refuse a value, or an argument belongs to no option.
         """
         arguments = list(args)
         if arguments[-1:] == ["--config"]:
@@ -145,7 +148,7 @@ class RecipeParser(TrlParser):
 
 
 def _require_mapping(arguments: list[str]) -> None:
-    """Raises ValueError where the recipe is no mapping, which TRL 1.9 does not check."""
+    """Raises ValueError if the recipe is no mapping, which TRL 1.9 does not check."""
     path = dict(pairwise(arguments)).get("--config")
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
     if not isinstance(content, Mapping):
@@ -155,7 +158,8 @@ def _require_mapping(arguments: list[str]) -> None:
 def _adapter_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a recipe says about its adapter, with the defaults that TRL gives LoRA.
 
-    TRL read it as YAML 1.1, where 4e-4 is a word; written out and read by `setup_adapter`'s reader it is a number.
+    TRL read the recipe as YAML 1.1, in which 4e-4 is a word. Written out and read again by `yaml_values`, it is a
+    number.
     """
     model_fields = {item.name: item for item in fields(ModelConfig)}
     ours = {item.name for item in fields(AdapterArguments)}

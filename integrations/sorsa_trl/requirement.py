@@ -8,10 +8,10 @@ from sorsa_plugin.errors import MissingPackageError
 
 
 def require_trl() -> None:
-    """Nothing, where TRL is installed.
+    """Check that TRL is installed.
 
     Raises:
-        MissingPackageError: it is not; the message has the pip command.
+        MissingPackageError: TRL is not installed; the message has the pip command.
     """
     if find_spec("trl") is None:
         raise MissingPackageError("TRL is not installed; this needs it. Run: pip install 'sorsa-plugin[trl]'")

@@ -1,7 +1,8 @@
 """Trains what a recipe says: `accelerate launch --module sorsa_trl.train sft --config recipe.yaml`.
 
-The same steps as TRL's own sft.py and dpo.py scripts, with the adapter that `adapter` names instead of LoRA alone, the
-resolved recipe written beside the checkpoints, and resuming from the last complete checkpoint.
+The steps are those of TRL's own sft.py and dpo.py scripts, with three differences: the adapter is the one that
+`adapter` names, instead of LoRA alone; the resolved recipe is written beside the checkpoints; and resuming takes the
+last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from .data import load_data, split
 from .recipe import Recipe, RecipeParser
 
 LAST = ("true", "last", "auto", "latest")
-"""Values of resume_from_checkpoint that mean the last complete one."""
+"""Values of resume_from_checkpoint that mean the last complete checkpoint."""
 
 
 def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
-    """Train, save to output_dir, push where asked; returns the trainer.
+    """Train, save to output_dir, and push to the hub if the recipe says so.
 
     Args:
         recipe: what to train.
         callbacks: Trainer callbacks beside those of the adapter.
+
+    Returns:
+        The trainer.
 
     Raises:
         AdapterOptionsError: the recipe names no model or data, or an option that cannot be honoured.
@@ -87,7 +91,7 @@ def _make_trainer(recipe: Recipe, peft_config: Any, callbacks: Sequence[Any]) ->
 
 @contextmanager
 def _refusals_said(run: str) -> Iterator[None]:
-    """Says in a line what libraries refuse before training: a model that is not there, modules that it has not."""
+    """In this context, an error of a library becomes one line: an absent model, modules that it does not have."""
     try:
         yield
     except SORSAError:
@@ -98,6 +102,9 @@ def _refusals_said(run: str) -> Iterator[None]:
 
 def checkpoint_to_resume(training: Any) -> str | None:
     """The checkpoint that resume_from_checkpoint names: a directory, or `true` for the last complete one.
+
+    Returns:
+        Its path; None to start from the beginning.
 
     Raises:
         AdapterOptionsError: the directory is no complete checkpoint.
@@ -119,7 +126,11 @@ def checkpoint_to_resume(training: Any) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """What `accelerate launch` runs in every process: the command's name, then its arguments."""
+    """What `accelerate launch` runs in every process. Returns the exit status.
+
+    Args:
+        arguments: the command's name ("sft" or "dpo"), then its arguments.
+    """
     try:
         train(RecipeParser(arguments[0]).parse(arguments[1:]))
     except SORSAError as error:

@@ -1,4 +1,4 @@
-"""Ready-made: TRL's SFT and DPO trainers with the orthonormal loss."""
+"""Ready-made trainers: TRL's SFT and DPO trainers with the orthonormal loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sorsa analyze`."""
+"""`sorsa analyze`: measures, saves, and prints a table of the means."""
 
 from __future__ import annotations
 

@@ -14,12 +14,17 @@ from ..plugins import answers
 
 
 class Commands(typer.core.TyperGroup):
-    """Prints the errors of this package and of the disk as their sentences, without a traceback, and exits with 1."""
+    """Prints errors of this package and of the disk as sentences, without a traceback, and exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run a command.
+
+        Raises:
+            typer.Exit: with code 1, after the command raised an error of this package or of the disk.
+        """
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:  # of `sorsa ... | head`, which typer ends without a word
+        except BrokenPipeError:  # `sorsa ... | head`: typer ends it without a message
             raise
         except (SORSAError, OSError, SafetensorError) as error:
             typer.echo(f"Error: {error}", err=True)
@@ -27,7 +32,7 @@ class Commands(typer.core.TyperGroup):
 
 
 def build_app() -> typer.Typer:
-    """The command line with every plug-in's commands."""
+    """The command line with every plug-in's commands. Its `--version` raises typer.Exit once the version is printed."""
     app = typer.Typer(
         name="sorsa",
         cls=Commands,

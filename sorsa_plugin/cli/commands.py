@@ -1,4 +1,4 @@
-"""The package's own commands of the `sorsa` command line, one a file; each loads what it needs when it runs."""
+"""The package's own commands of the `sorsa` command line, one a file. Each loads what it needs when it runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sorsa doctor`."""
+"""`sorsa doctor`: prints what `tools/doctor.py` found, and exits with 1 if something has to be repaired."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _print(diagnosis: Diagnosis) -> None:
 
 
 def print_plugins(diagnosis: Diagnosis) -> None:
-    """The plug-ins: what each adds, and the traceback of each that failed."""
+    """Print the plug-ins: what each adds, and the traceback of each that failed."""
     from rich.table import Table
 
     table = Table("plug-in", "from", "hooks", "adapter types")

@@ -1,4 +1,4 @@
-"""`sorsa export-lora`."""
+"""`sorsa export-lora`: exports, and prints rank, size and error."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 NOT_A_TERMINAL = 140
-"""Columns where there is nothing to fit into: a file or a pipe."""
+"""Columns of a table that is written to a file or a pipe, which has no width to fit into."""
 
 
 def size(count: float) -> str:
@@ -21,14 +21,14 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """Seconds, minutes or hours, by length."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def console() -> Console:
-    """Where tables are printed."""
+    """The console that tables are printed to."""
     from rich.console import Console
 
     found = Console()

@@ -1,4 +1,4 @@
-"""`sorsa init`."""
+"""`sorsa init`: writes an untrained adapter, or with --quantize a residual model, and prints how to load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sorsa inspect`."""
+"""`sorsa inspect`: prints the summary of a saved adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sorsa merge`."""
+"""`sorsa merge`: merges, and prints what was merged, replaced, untied and left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command-line options that several commands share: which base, what adapter on it, and where to."""
+"""The command-line options that several commands share: the base, the adapter on it, and the output."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def sorsa_config(
     """The config that the options describe.
 
     Raises:
-        SORSAConfigError: one of them cannot be honoured.
+        SORSAConfigError: an option cannot be honoured.
     """
     from ..config import SORSAConfig
 
@@ -94,7 +94,7 @@ def task(name: str) -> str | None:
 
 
 def names_or_expression(text: str) -> list[str] | str:
-    """Names where all that is given are names, else a regular expression or "all-linear" as it stands."""
+    """A list of names if every comma-separated part is a name, else a regular expression or "all-linear" as it is."""
     names = _parts(text)
     plain = all(part.replace(".", "").replace("_", "").replace("-", "").isalnum() for part in names)
     return names if plain and text != "all-linear" else text
@@ -104,7 +104,7 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     """The dtype of an option.
 
     Raises:
-        SORSAConfigError: it is none of those offered.
+        SORSAConfigError: it is not one of `DTYPES`.
     """
     import torch
 

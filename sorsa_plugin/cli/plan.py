@@ -1,4 +1,4 @@
-"""`sorsa plan`."""
+"""`sorsa plan`: prints what training an adapter will take."""
 
 from __future__ import annotations
 

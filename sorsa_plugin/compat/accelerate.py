@@ -19,10 +19,10 @@ ENTRIES = {
 
 
 def execution_device(module: Any) -> torch.device | None:
-    """Where accelerate brings the weights of a module that it offloads; None: it does not."""
+    """The device to which accelerate brings an offloaded module's weights; None if the module is not offloaded."""
     return torch.empty(0, device=module._hf_hook.execution_device).device if has_offloaded_params(module) else None
 
 
 def hook_of(module: Any) -> Any:
-    """accelerate's hook of a module, which brings inputs to the module's device; None where there is none."""
+    """accelerate's hook of a module, which brings inputs to the module's device; None if there is none."""
     return getattr(module, "_hf_hook", None)

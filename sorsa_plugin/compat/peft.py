@@ -1,7 +1,7 @@
 """What this package uses of PEFT beyond its documented API.
 
-Seen in PEFT 0.20.0 and 0.21.2. `ENTRIES` says of each name what it is for and what to do when it goes; `OVERRIDDEN` and
-`BORROWED` name the methods of PEFT's classes that ours replace, extend or take over.
+Seen in PEFT 0.20.0 and 0.21.2. `ENTRIES` gives the purpose of each name, and what to do if it disappears. `OVERRIDDEN`
+and `BORROWED` name the methods of PEFT's classes that ours replace, extend or take over.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ OVERRIDDEN = {
         "get_base_layer",
     ),
 }
-"""{PEFT's class: methods that ours extends or replaces}; of another name or signature, they would never be called."""
+"""{PEFT's class: methods that ours extends or replaces}. After a rename by PEFT, ours would never be called."""
 
 CALLED = {
     BaseTuner: ("_check_tied_module_exists",),
@@ -70,15 +70,15 @@ CALLED = {
 """{PEFT's class: other methods that ours calls}."""
 
 BORROWED = ("_prepare_adapter_config", "_add_modules_to_save_to_tie", "_add_targets_to_tie")
-"""Methods of `LoraModel` that are LoRA's in name only: they read fields that `SORSAConfig` has too."""
+"""Methods of `LoraModel` that are about LoRA in name only: they read fields that `SORSAConfig` has too."""
 
 
 def add_peft_type(name: str) -> None:
-    """Add a member to `PeftType`, whose name equals its value. Does nothing when the member exists.
+    """Add a member to `PeftType` whose name equals its value. Does nothing if the member exists.
 
-    PEFT's enum is closed and offers no way in; a member of a `str` enum is a `str` with these attributes, listed in
-    these tables (CPython's `enum.py`, the same from 3.10 to 3.13). As its name equals its value, pickling by value
-    finds it in a fresh process that has imported this package.
+    PEFT's enum is closed and has no way to extend it. A member of a `str` enum is a `str` with these attributes, listed
+    in these tables (CPython's `enum.py`, the same from 3.10 to 3.13). Because its name equals its value, pickling by
+    value finds it in a fresh process that has imported this package.
     """
     if name in PeftType.__members__:
         return
@@ -95,7 +95,10 @@ def add_peft_type(name: str) -> None:
 
 
 def renamed_experts(model_type: str | None) -> dict[str, Any]:
-    """{last part of a module's name: what PEFT makes of it} for the linear modules that PEFT takes for experts when it
-    loads a LoRA on this architecture; it follows transformers' fused experts. Empty for other architectures."""
+    """{last part of a module's name: the name that PEFT gives it} for modules that PEFT takes for experts.
+
+    PEFT renames them when it loads a LoRA on this architecture, to follow transformers' fused experts. Empty for other
+    architectures.
+    """
     family = getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
     return getattr(transformers_weight_conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})

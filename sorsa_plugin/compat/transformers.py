@@ -48,7 +48,7 @@ def build_on_meta(build: Any, config: Any, dtype: torch.dtype) -> PreTrainedMode
 
 
 def kept_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """The names of the parameters that from_pretrained keeps in fp32 where it is asked for `dtype`."""
+    """The names of the parameters that from_pretrained keeps in fp32 when `dtype` is requested."""
     patterns = model._get_dtype_plan(dtype)
     if not patterns:
         return []

@@ -1,1 +1,1 @@
-"""What lies on disk: adapters, base checkpoints, runs; one tensor at a time, and no model in memory."""
+"""Reads and writes what lies on disk: adapters, base checkpoints, runs. One tensor at a time, no model in memory."""

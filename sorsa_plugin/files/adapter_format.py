@@ -1,11 +1,11 @@
-"""What an adapter's tensors are called in a file, which shapes they have, and which of them make it complete.
+"""The adapter file: the names and shapes of an adapter's tensors, and which of them make it complete.
 
     base_model.model.<layer>.sorsa_factors.{dU,dS,dV,U0,S0,V0,fingerprint}
 
-Kinds that are not linear leave a layout in adapter_config.json (`lora_layouts`), which tells where PEFT's LoRA keeps
-the pair L, R of such a layer: ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding],
-["weight"] (a linear whose name PEFT takes for that of an expert) or ["unsupported", what it is]; none for linear
-layers.
+Kinds that are not linear leave a layout in adapter_config.json (`lora_layouts`). It says where PEFT's LoRA keeps the
+pair L, R of such a layer: ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding],
+["weight"] (a linear layer whose name PEFT takes for that of an expert) or ["unsupported", what it is]. Linear layers
+have none.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ OFFSETS = ("dU", "dS", "dV")
 """The trained tensors of a layer's adapter."""
 
 FROZEN = ("U0", "S0", "V0", "fingerprint")
-"""The tensors that it starts from, and what tells the base weight apart."""
+"""The tensors that an adapter starts from, and the fingerprint of the base weight."""
 
 ROOT = "base_model.model."
-"""What PEFT begins every name in an adapter file with."""
+"""The beginning of every name in an adapter file of PEFT."""
 
 FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
 
@@ -33,19 +33,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 def factor_shapes(
     out_features: int, in_features: int, rank: int, stack: Sequence[int] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} of an adapter on a weight (out x in), or on a stack of weights, with which shapes begin."""
+    """{tensor: shape} of an adapter on a weight (out x in); on a stack of weights, shapes begin with `stack`."""
     U, S, V = (*stack, out_features, rank), (*stack, rank), (*stack, in_features, rank)
     return {"dU": U, "dS": S, "dV": V, "U0": U, "S0": S, "V0": V, "fingerprint": (*stack, out_features)}
 
 
 def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
-    """The names of an adapter's tensors in a state dict: all of them or none, because a part of them would be a
-    silently different adapter.
+    """The names of an adapter's tensors in a state dict: all of them or none.
+
+    A part of them would silently be another adapter.
 
     Args:
         state_dict: {name: anything with a shape}.
-        prefix: what the names begin with there, with a dot at the end.
-        shapes: see `factor_shapes`.
+        prefix: the beginning of the names there, with a dot at the end.
+        shapes: {tensor: shape}; see `factor_shapes`.
 
     Raises:
         IncompleteAdapterError: some are absent, or have another shape.
@@ -73,25 +74,34 @@ INSIDE = re.compile(r"\.base_layer(?=\.|$)")
 
 
 def outer_name(layer: str, adapted: Collection[str]) -> str:
-    """The name of a layer's target: a parameter's wrappers and an attention's output layer are inside of others.
+    """The name of the module that a layer replaces in the model.
+
+    It differs from the layer's own name if the layer is inside another: the wrapper of a second parameter, or an
+    attention's output layer.
 
     Args:
         layer: its name in the file.
-        adapted: the names of all layers there: what is inside of one of these is in its `base_layer`, and any other
-            module of that name is the model's own.
+        adapted: the names of all layers there. A `base_layer` under one of these names is the wrapped module. Any other
+            module called `base_layer` is the model's own.
     """
     return next((layer[: inside.start()] for inside in INSIDE.finditer(layer) if _wraps(inside, adapted)), layer)
 
 
 def base_name(layer: str, layout: Sequence[Any] | None, adapted: Collection[str]) -> str:
-    """What a layer adapts, under its name in the base model: a module, or a parameter; arguments as `outer_name`."""
+    """The module or parameter that a layer adapts, under its name in the base model.
+
+    Args:
+        layer: its name in the file.
+        layout: its entry in `lora_layouts`, or None.
+        adapted: as in `outer_name`.
+    """
     if layout and layout[0] == "parameter":
         return layout[1]
     return INSIDE.sub(lambda inside: "" if _wraps(inside, adapted) else inside[0], layer)
 
 
 def pattern_name(layer: str, layout: Sequence[Any] | None, adapted: Collection[str]) -> str:
-    """The name that `rank_pattern` is matched with: a parameter's own; arguments as `outer_name`."""
+    """The name that `rank_pattern` is matched with: a parameter's own, else `outer_name`. Arguments as `base_name`."""
     return layout[1] if layout and layout[0] == "parameter" else outer_name(layer, adapted)
 
 

@@ -13,10 +13,10 @@ from ..errors import OutputExistsError
 
 
 def refuse_occupied(output: Path) -> None:
-    """Nothing, where `output` is new or an empty directory.
+    """Check that a directory can be written to `output`.
 
     Raises:
-        OutputExistsError: it is a file, holds something, or is a mount point.
+        OutputExistsError: `output` is a file, a directory that holds something, or a mount point.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         kind = "is not empty" if output.is_dir() else "is a file"
@@ -30,14 +30,14 @@ def refuse_occupied(output: Path) -> None:
 
 @contextmanager
 def appearing_whole(output: Path, kept_as: str | None = None) -> Iterator[Path]:
-    """A hidden directory beside `output` that takes its name when everything in it is written, or goes away.
+    """A hidden directory beside `output`: renamed to `output` when the context ends, deleted if the context fails.
 
     Args:
         output: the directory to make.
-        kept_as: a name for the work; then what an interruption leaves is kept, and the same work finds it again.
+        kept_as: a name for the work. An interruption then keeps what was written, and the same work finds it again.
 
     Raises:
-        OutputExistsError: somebody else wrote the output in the meantime.
+        OutputExistsError: another process wrote the output in the meantime.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.parent / f".{output.name}.{kept_as or secrets.token_hex(4)}.partial"
@@ -54,7 +54,7 @@ def appearing_whole(output: Path, kept_as: str | None = None) -> Iterator[Path]:
 
 
 def _make_readable(directory: Path) -> None:
-    """Give files the permissions of any new file: safetensors lets their owner alone read those that it writes."""
+    """Give files the permissions of any new file: safetensors lets only their owner read the files that it writes."""
     probe = directory / ".new"
     probe.touch()
     usual = probe.stat().st_mode

@@ -4,7 +4,7 @@
     files.names, files.shards, files.tensor(name)    # what is stored, under the names it is stored by
     model = files.empty_model("CAUSAL_LM")           # the architecture on the meta device; names as PEFT sees them
 
-Stored names are not always the model's: `stored_parameters.py` knows which are which.
+Stored names are not always the model's own; `stored_parameters.py` maps one to the other.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-"""What a user of PEFT's task types loads the base model with."""
+"""{PEFT's task type: the class of transformers that its users load the base model with}"""
 
 
 NEEDED = ["*.json", "*.safetensors"]
-"""What has to be downloaded of a hub model to read its tensors."""
+"""The files of a hub model to download in order to read its tensors."""
 
 OTHER_WEIGHTS = [
     "pytorch_model*",
@@ -52,7 +52,7 @@ OTHER_WEIGHTS = [
     "*.tflite",
     "*openvino_model*",
 ]
-"""The same weights once more, in formats that nothing here reads."""
+"""The same weights in other formats, which nothing here reads."""
 
 
 class BaseFiles:
@@ -60,7 +60,7 @@ class BaseFiles:
 
     Args:
         source: a local directory, or the id of a model on the hub (its config and shards are downloaded).
-        revision: on the hub.
+        revision: of the model on the hub.
 
     Attributes:
         directory: where the files are.
@@ -105,13 +105,15 @@ class BaseFiles:
         return self._shard_of[name]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A stored tensor, as it is stored."""
+        """A stored tensor in its stored shape and dtype, on the CPU."""
         with safe_open(self._shard_of[name], framework="pt") as shard:
             return shard.get_tensor(name)
 
     def empty_model(self, task_type: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """The model of these files on the meta device, in the dtype that from_pretrained would choose; see
-        `empty_model`."""
+        """The model of these files on the meta device, in the dtype that from_pretrained would choose.
+
+        Arguments and errors as in the function `empty_model`.
+        """
         stored = (header.dtype for header in self.headers.values() if header.is_floating_point())
         return empty_model(self.config, task_type, dtype or self.config.dtype or next(stored, None))
 
@@ -151,12 +153,12 @@ def read_model_config(source: str | PathLike[str], revision: str | None = None) 
     """A model's config, from a directory or the hub; its name_or_path is `source`.
 
     Raises:
-        BaseFilesError: there is none, or one that transformers does not know or refuses.
+        BaseFilesError: there is no config, or transformers does not know or refuses it.
     """
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        first = re.sub(r":\s+", ": ", str(error)).strip().splitlines()[0]  # of a refused option, two lines are one
+        first = re.sub(r":\s+", ": ", str(error)).strip().splitlines()[0]  # joins the two lines on a refused option
         raise BaseFilesError(
             f"{source} gives no model config ({first}). Expected a directory with a config.json that transformers "
             "knows, or the id of a model that is on the hub or in the local cache."
@@ -170,12 +172,12 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
 
     Args:
         config: a transformers config.
-        task_type: one of PEFT's, for the auto class that users load it with; None for the architecture that
+        task_type: one of PEFT's, for the auto class that users load the model with; None for the architecture that
             config.json names.
         dtype: of the weights; None for the config's, else fp32.
 
     Raises:
-        BaseFilesError: transformers has no model for it.
+        BaseFilesError: transformers has no model for the config.
     """
     dtype = dtype or config.dtype or torch.float32
     model_class = class_for(config, task_type)
@@ -194,7 +196,11 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
 
 
 def class_for(config: Any, task_type: str | None = None) -> Any:
-    """transformers' class that users load the model of a config with; arguments and errors as `empty_model`."""
+    """transformers' class that users load the model of a config with; arguments as in `empty_model`.
+
+    Raises:
+        BaseFilesError: transformers has no such class.
+    """
     named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
     wanted = AUTO_CLASSES.get(task_type, "AutoModel") if task_type else named
     found = getattr(transformers, wanted, None)
@@ -204,15 +210,15 @@ def class_for(config: Any, task_type: str | None = None) -> Any:
 
 
 def local_directory(source: str | PathLike[str], revision: str | None, patterns: list[str] | None) -> Path:
-    """Where a model's files are: a directory as it is, or the snapshot of a hub id, downloaded where it is absent.
+    """The directory of a model's files: a local directory as it is, or the snapshot of a hub id, downloaded if absent.
 
     Args:
         source: a local directory, or an id on the hub.
-        revision: on the hub.
-        patterns: which files to download; None for all of them, less the weights in other formats than safetensors.
+        revision: of the model on the hub.
+        patterns: which files to download; None for all but weights in other formats than safetensors.
 
     Raises:
-        BaseFilesError: it is neither, or cannot be fetched.
+        BaseFilesError: `source` is neither, or cannot be fetched.
     """
     if Path(source).is_dir():
         return Path(source)

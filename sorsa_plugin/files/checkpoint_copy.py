@@ -1,6 +1,6 @@
-"""Copies a base model's directory with some tensors replaced or added, holding one tensor at a time; knows no adapter.
+"""Copies a base model's directory with some tensors replaced or added, one tensor at a time; knows no adapter.
 
-Shards are written in safetensors' own layout (`safetensors_writer.py`); what is not replaced is copied byte for byte.
+Shards are written in safetensors' own layout (`safetensors_writer.py`). What is not replaced is copied byte for byte.
 """
 
 from __future__ import annotations
@@ -23,21 +23,25 @@ CHUNK = 2**24
 """Bytes copied at a time."""
 
 NOT_COPIED = (*OTHER_WEIGHTS, "adapter_config.json", "adapter_model.*")
-"""The same weights, unmerged, in other formats, and an adapter, which transformers would load on top."""
+"""The same unmerged weights in other formats, and an adapter, which transformers would load on top."""
 
 
 def copy_weights(
     files: BaseFiles, target: Path, values: Mapping[str, Callable[[], torch.Tensor]], added: Mapping[str, str]
 ) -> int:
-    """Write the shards of a base model under the same paths into a directory, and their index; with a progress bar.
+    """Write the shards of a base model and their index into a directory, under the same paths; with a progress bar.
 
     Args:
         files: the base model.
         target: a directory.
-        values, added: as in `copy_shard`; an added tensor joins the shard of the one that it is like.
+        values, added: as in `copy_shard`, with the shapes and dtypes stored. An added tensor goes into the shard of the
+            tensor that it is like.
 
     Returns:
         Bytes of all tensors written.
+
+    Raises:
+        ValueError, EOFError: see `copy_shard`.
     """
     more = {name: files.headers[like].nbytes for name, like in added.items()}
     total = sum(tensor.nbytes for tensor in files.headers.values()) + sum(more.values())
@@ -61,7 +65,11 @@ def copy_weights(
 
 
 def copy_other_files(files: BaseFiles, target: Path) -> list[str]:
-    """Copy all but weights, card, config and hidden directories; returns what was left out, see `NOT_COPIED`."""
+    """Copy all files but weights, card, config and hidden directories.
+
+    Returns:
+        The files that were left out; see `NOT_COPIED`.
+    """
     left_out = []
     for path in sorted(files.directory.rglob("*")):
         relative = path.relative_to(files.directory)
@@ -80,7 +88,7 @@ def copy_other_files(files: BaseFiles, target: Path) -> list[str]:
 
 
 def copy_config(files: BaseFiles, target: Path, untied: bool) -> None:
-    """Copy config.json as it is, or saying that no word embeddings are tied."""
+    """Copy config.json; if `untied`, with the change that no word embeddings are tied."""
     content = (files.directory / CONFIG_NAME).read_text(encoding="utf-8")
     if untied:
         config = json.loads(content)
@@ -101,16 +109,21 @@ def copy_shard(
     added: Mapping[str, str],
     progress: Callable[[int], object],
 ) -> None:
-    """Write `target` as `source` with other values.
+    """Write `target` as a copy of `source` with other values.
 
     Args:
         source: a whole safetensors file.
         target: the file to make.
-        values: {name: function that makes the tensor}, called one after the other, each when its turn to be written
-            comes; of the dtype and shape stored, or those of the tensor that an added one is like.
-        added: {new name: name of the stored tensor that it is like}, in dtype and shape, and in value where `values`
-            says nothing.
+        values: {name: function that makes the tensor}. Each function is called when its tensor is to be written, one
+            after the other. Its tensor has the dtype and shape stored; for an added name, those of the tensor that it
+            is like.
+        added: {new name: name of the stored tensor that it is like}. It takes that tensor's dtype and shape, and its
+            value too unless `values` has one.
         progress: called with the number of bytes written.
+
+    Raises:
+        ValueError: a new tensor does not have the stored number of bytes.
+        EOFError: `source` is cut off.
     """
     with source.open("rb") as reader, target.open("xb") as writer:
         stored, start = decode_header(reader)

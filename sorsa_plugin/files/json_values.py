@@ -1,4 +1,4 @@
-"""Python values as JSON has them, for every report that is written or printed as JSON."""
+"""Turns Python values into JSON's, for every report that is written or printed as JSON."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Any
 
 
 def json_values(value: Any) -> Any:
-    """The value with numbers that are not finite as None (JSON has no NaN or infinity), sets as sorted lists, and what
-    JSON does not know as text."""
+    """The value in JSON's types.
+
+    Numbers that are not finite become None (JSON has no NaN or infinity), sets become sorted lists, and types that JSON
+    does not know become text.
+    """
     if isinstance(value, Mapping):
         return {str(key): json_values(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):

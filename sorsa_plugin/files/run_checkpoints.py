@@ -1,4 +1,4 @@
-"""The checkpoint-N directories of a training run, and which of them were saved to their end; knows no trainer."""
+"""The checkpoint-N directories of a training run, and which of them were saved completely; knows no trainer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def checkpoints(output_dir: str | PathLike[str]) -> dict[int, Path]:
-    """{step: directory} of a run's output directory, whole or not, in the order of the steps."""
+    """{step: directory} of a run's output directory, in the order of the steps; complete or not."""
     directory = Path(output_dir)
     if not directory.is_dir():
         return {}
@@ -23,10 +23,10 @@ def checkpoints(output_dir: str | PathLike[str]) -> dict[int, Path]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint directory holds a readable trainer state, weights (safetensors, or FSDP2's shards), and
-    optimizer state that is not cut off.
+    """Whether a checkpoint directory holds a readable trainer state, weights, and optimizer state that is not cut off.
 
-    The Trainer writes trainer_state.json last, and safetensors headers name the length of their file.
+    Weights are safetensors, or FSDP2's shards. The Trainer writes trainer_state.json last, and a safetensors header
+    gives the length of its file.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
@@ -39,6 +39,6 @@ def is_complete(checkpoint: Path) -> bool:
     saved = [path for path in checkpoint.rglob("*.pt") if path.name.startswith(("optimizer", "rng_state"))]
     saved += checkpoint.rglob("*_states.pt")  # DeepSpeed's
     sharded = {path.parent for path in checkpoint.rglob("*.distcp")}
-    if not all((directory / ".metadata").is_file() for directory in sharded):  # written when every shard is
+    if not all((directory / ".metadata").is_file() for directory in sharded):  # written after every shard
         return False
     return bool(weights or sharded) and all(zipfile.is_zipfile(path) for path in saved)

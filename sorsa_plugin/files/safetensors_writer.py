@@ -1,4 +1,4 @@
-"""A safetensors file that is written one tensor at a time, in any order, and continued after an interruption.
+"""Writes a safetensors file one tensor at a time, in any order, and continues it after an interruption.
 
 The safetensors library writes a file from tensors that are all in memory; an adapter of a 70B model is 13 GB. Format
 (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, a JSON header {name: {dtype, shape,
@@ -22,13 +22,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 
 class TensorFile:
-    """The file at `path`, made at its full size or, where it is there with the same header, continued.
+    """The file at `path`: created at its full size, or continued if it exists with the same header.
+
+    Tensors that are never written are zero and, on most file systems, take no space.
 
     Args:
         path: where the file is.
-        layout: {name: tensor of the shape and dtype to come}, on the meta device, say.
-
-    What is never written is zero and, on most file systems, takes no space.
+        layout: {name: tensor of the shape and dtype to come}, for example on the meta device.
     """
 
     def __init__(self, path: Path, layout: Mapping[str, torch.Tensor]) -> None:
@@ -42,10 +42,10 @@ class TensorFile:
         self._file.truncate(size)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor in its place.
+        """Put a tensor in its place, cast to the dtype laid out for it.
 
         Raises:
-            ValueError: it has not the shape laid out for it.
+            ValueError: the tensor does not have the shape laid out for it.
         """
         expected = self._layout[name]
         if tensor.shape != expected.shape:
@@ -55,7 +55,7 @@ class TensorFile:
         self._file.write(flat.view(torch.uint8).numpy().data)
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor as the file has it now."""
+        """A tensor as the file has it now, in the shape and dtype laid out for it, on the CPU."""
         expected = self._layout[name]
         self._file.seek(self._start[name])
         flat = torch.empty(expected.numel(), dtype=expected.dtype)
@@ -63,7 +63,7 @@ class TensorFile:
         return flat.reshape(expected.shape)
 
     def flush(self) -> None:
-        """Everything written so far survives a crash of the machine."""
+        """Make everything written so far survive a crash of the machine."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -77,8 +77,10 @@ class TensorFile:
 
 
 def file_header(layout: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, int], int]:
-    """The header of a safetensors file, the offset of each tensor in the file, and the file's size; laid out as the
-    library does (wider dtypes first, then by name), so that both write the same bytes."""
+    """The header of a safetensors file, {tensor: its offset in the file}, and the file's size in bytes.
+
+    Laid out as the library does (wider dtypes first, then by name), so that both write the same bytes.
+    """
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset, offsets = 0, {}
     for name, tensor in sorted(layout.items(), key=lambda item: (-item[1].element_size(), item[0])):
@@ -95,14 +97,14 @@ def file_header(layout: Mapping[str, torch.Tensor]) -> tuple[bytes, dict[str, in
 
 
 def encode_header(entries: Mapping[str, object]) -> bytes:
-    """The bytes that a safetensors file begins with, padded so that the data is aligned and can be mapped."""
+    """The bytes at the beginning of a safetensors file, padded so that the data is aligned and can be mapped."""
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def decode_header(reader: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The entries of an open file's header, and where the data begins."""
+    """The entries of an open file's header, and the position at which the data begins."""
     length = int.from_bytes(reader.read(8), "little")
     return json.loads(reader.read(length)), 8 + length
 

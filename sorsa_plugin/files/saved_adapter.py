@@ -1,4 +1,4 @@
-"""Reads a saved adapter from its two files, and finds out whether they are whole; knows no model and no base weight."""
+"""Reads a saved adapter from its two files and checks that they are complete; knows no model and no base weight."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_config(source: Path) -> SORSAConfig:
     """The adapter's configuration.
 
     Raises:
-        ForeignAdapterError: there is none, or one of another method.
+        ForeignAdapterError: there is no configuration, or it is of another method.
         IncompleteAdapterError: it cannot be read, or holds an option that cannot be honoured.
     """
     path = source / CONFIG_NAME
@@ -51,7 +51,7 @@ def open_tensors(source: Path) -> Iterator[Any]:
     """The adapter's safetensors file, open for reading tensor by tensor.
 
     Raises:
-        IncompleteAdapterError: there is none, or it is damaged.
+        IncompleteAdapterError: the file is absent or damaged.
     """
     path = source / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
@@ -72,7 +72,14 @@ def open_tensors(source: Path) -> Iterator[Any]:
 
 
 def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
-    """Every layer's rank r, and the names of the tensors to copy, after all names and shapes have been checked.
+    """Check all names and shapes of an adapter file.
+
+    Args:
+        file: an open safetensors file; see `open_tensors`.
+        config: the adapter's.
+
+    Returns:
+        {layer: its rank r}, and the names of the other tensors, which are copied as they are.
 
     Raises:
         ForeignAdapterError, IncompleteAdapterError: the files are damaged, or do not belong together.

@@ -1,4 +1,4 @@
-"""Which stored tensors make which parameter of a model: transformers' own rules of loading, one parameter at a time.
+"""Maps stored tensors to a model's parameters by transformers' own rules of loading, one parameter at a time.
 
     files = BaseFiles("directory or hub id")
     weights = StoredWeights(files, files.empty_model("CAUSAL_LM"))
@@ -7,7 +7,7 @@
     weights.read("model.layers.0.mlp.up_proj.weight")        # the parameter, as from_pretrained gives it
     weights.split({"model.layers.0.mlp.experts.down_proj": new})  # the stored tensors that make new values
 
-transformers renames, fuses, splits and transposes tensors of some architectures while it loads them
+While it loads, transformers renames, fuses, splits and transposes tensors of some architectures
 (`conversion_mapping.py`), adds or drops the base model's prefix, and ties weights that are stored once.
 """
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Recipe:
-    """A converter of transformers, the stored tensors it takes, by its pattern, and the first parameter it makes."""
+    """A converter of transformers, the stored tensors that it takes, by pattern, and the first parameter it makes."""
 
     converter: WeightConverter
     first: str
@@ -60,7 +60,7 @@ class StoredWeights:
 
     Args:
         files: the stored tensors.
-        model: gives parameters, dtypes and rules; may be on the meta device, and must not hold adapters yet.
+        model: gives parameters, dtypes and rules. It may be on the meta device, and must not hold adapters yet.
     """
 
     def __init__(self, files: BaseFiles, model: PreTrainedModel) -> None:
@@ -87,11 +87,11 @@ class StoredWeights:
             if name not in self.parameters:
                 continue
             if pattern is None:
-                self._plain.setdefault(name, key)  # transformers, too, loads the first of several
+                self._plain.setdefault(name, key)  # transformers also loads the first of several
             else:
                 recipe = recipes.setdefault(name, _Recipe(by_pattern[pattern], name))
                 recipe.takes[pattern].append(key)
-        for recipe in recipes.values():  # on the meta device: only to learn which parameters it makes
+        for recipe in recipes.values():  # convert on the meta device, to find out which parameters it makes
             self._made |= dict.fromkeys(recipe.convert(self.files.headers.__getitem__, self.model), recipe)
 
     def stored_as(self, parameter: str) -> str | None:
@@ -123,8 +123,10 @@ class StoredWeights:
         return [key for keys in self._made[name].takes.values() for key in keys]
 
     def made_together(self, parameter: str) -> dict[str, torch.Tensor]:
-        """{name: tensor on the meta device} of all parameters that transformers converts from the stored tensors of
-        this one; empty where it converts nothing."""
+        """{name: meta tensor, in the model's shape} of all parameters that one conversion makes with this one.
+
+        Empty if transformers converts nothing.
+        """
         recipe = self._made.get(self.stored_as(parameter) or "")
         return recipe.convert(self.files.headers.__getitem__, self.model) if recipe else {}
 
@@ -132,7 +134,7 @@ class StoredWeights:
         """The name of the one stored tensor that is this parameter.
 
         Raises:
-            BaseFilesError: none is, or the parameter is made of stored tensors by a conversion.
+            BaseFilesError: no tensor is stored for it, or a conversion makes it of stored tensors.
         """
         sources = self.sources(parameter)
         if self.stored_as(parameter) in self._made:
@@ -143,10 +145,10 @@ class StoredWeights:
         return sources[0]
 
     def read(self, parameter: str) -> torch.Tensor:
-        """The parameter as from_pretrained gives it: converted, in the model's dtype.
+        """The parameter as from_pretrained gives it: converted, in the model's shape and dtype.
 
         Raises:
-            BaseFilesError: it is not stored, or not in the model's shape.
+            BaseFilesError: it is not stored, or its shape is not the model's.
         """
         expected = self.parameters[parameter]
         value = self.as_stored(parameter)
@@ -169,20 +171,21 @@ class StoredWeights:
         return self.files.tensor(self.sources(parameter)[0])
 
     def split(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{stored name: tensor} from which transformers would make these values.
+        """{stored name: tensor} from which transformers would make these values, in the shapes and dtypes stored.
 
         Args:
-            values: {parameter: value} of all that are `made_together`; on the meta device, to learn whether it works.
+            values: {parameter: value} of all that are `made_together`. On the meta device, this only checks whether it
+                works.
 
         Raises:
-            BaseFilesError: transformers cannot undo the conversion, bit for bit.
+            BaseFilesError: transformers cannot undo the conversion bit for bit.
         """
         first, *_ = values
         sources, prefix = self.sources(first), f"{self.model.base_model_prefix}."
         self.model._weight_conversions = [rule for rule in self._rules if rule.was_used()]  # as from_pretrained does
         found = revert_weight_conversion(self.model, dict(values))
         parts = {}
-        for name, part in found.items():  # that prefix is no rule of transformers: see rename_source_key
+        for name, part in found.items():  # no rule adds or drops the prefix: rename_source_key does
             spellings = (name, prefix + name, name.removeprefix(prefix))
             parts[next((key for key in spellings if key in sources), name)] = part.contiguous()
         headers = self.files.headers

@@ -1,1 +1,1 @@
-"""A weight that carries adapters; its kinds are in `kinds`, one a file."""
+"""A weight that carries adapters: factors, states, merging and folding. `kinds` has one kind of base module a file."""

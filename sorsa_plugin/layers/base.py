@@ -1,6 +1,6 @@
 """`AdaptedWeight`: a base module whose weight W (out x in) carries adapters: how W is read, whose tensors are whose.
 
-Merging (`merging.py`), folding (`folding.py`) and what PEFT calls (`layer.py`) build on it.
+Merging (`merging.py`), folding (`folding.py`) and the methods that PEFT calls (`layer.py`) build on it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 
 class ReadThrough(nn.Module):
-    """A module whose missing public attributes are those of its `base_layer`: models read attributes off their layers
-    (Whisper: `conv1.stride`)."""
+    """A module that takes the public attributes it lacks from its `base_layer`.
+
+    Models read attributes off their layers (Whisper: `conv1.stride`).
+    """
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -42,14 +44,14 @@ class ResidualMaker(Protocol):
         """For a new adapter: factorise the full-precision weight, and store the residual."""
 
     def settle(self, layer: Any, adapter_name: str) -> None:
-        """For a loaded adapter: recognise the residual that it belongs to, or store it."""
+        """For a loaded adapter: recognise the residual that it belongs to in the base, or store that residual."""
 
 
 class AdaptedWeight(ReadThrough, BaseTunerLayer):
     """A base module with adapters on its weight.
 
-    A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix. A weight can also be a stack of
-    matrices (experts): shapes then begin with their number.
+    A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix (out x in). A weight can also be
+    a stack of E matrices (experts). Every shape below then begins with E.
 
     Args:
         base_layer: the module to adapt; kept, called and never copied.
@@ -57,14 +59,16 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
 
     Attributes:
         weight_state: what the base module stores for W; see `weight_state.py`.
-        residual_maker: makes what a base of residuals is to store; None once it stores that, and on any other base.
-        rounding: relative error of W as it was quantised, and with the residual quantised; None where it was not.
+        residual_maker: makes the residual that the base is to store (QSORSA); None once it stores that, and on other
+            bases.
+        rounding: relative errors of W: as plain quantisation has it, and with the residual quantised. None if no
+            residual was made.
 
     Raises:
         UnsupportedLayerError: the weight is a DTensor; see `base_weight.refuse_sharded`.
     """
 
-    if TYPE_CHECKING:  # what BaseTunerLayer provides, which nn.Module's __getattr__ hides from type checkers
+    if TYPE_CHECKING:  # BaseTunerLayer provides these; nn.Module's __getattr__ hides them from type checkers
         active_adapters: list[str]
         disable_adapters: bool
         merged: bool
@@ -72,13 +76,13 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         def get_base_layer(self) -> Any: ...
 
     parameter_name = "weight"
-    """The base module's attribute that is adapted."""
+    """The attribute of the base module that is adapted."""
 
     quantised = False
-    """Whether what the base stores is rounded to a few bits, so that writing it rounds anew."""
+    """Whether the base stores W in a few bits, so that each write rounds again."""
 
     foldable = False
-    """Whether the kind's `forward` completes the output of a base that lacks the triplets (`additive.complete`)."""
+    """Whether the kind's `forward` adds the triplets that a folded base lacks (`additive.complete`)."""
 
     adapter_layer_names = ("sorsa_factors",)
     other_param_names = ("sorsa_dropout", "configs")
@@ -103,12 +107,15 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
     # -- the weight --------------------------------------------------------------------------------------------------
 
     def base_weight(self) -> nn.Parameter:
-        """The base weight as the base module holds it."""
+        """The base weight as the base module holds it, in its own shape, dtype and device."""
         return getattr(self.get_base_layer(), self.parameter_name)
 
     @property
     def weight(self) -> torch.Tensor:
-        """W, for models that read it off the layer instead of calling it (Mamba's `dt_proj.weight`): folded or not."""
+        """W in the shape and dtype of the base weight, folded or not.
+
+        For models that read the weight off the layer instead of calling it (Mamba's `dt_proj.weight`).
+        """
         return self.get_base_layer().weight if self.merged else self.weight_state.shown(self)
 
     @property
@@ -125,15 +132,18 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         """A change (out x in) in the shape of the base weight."""
 
     def storage(self) -> str:
-        """How the base weight is stored, as the fingerprint needs to know it ("float32", "4bit-nf4-64", ...)."""
+        """How the base weight is stored, as the fingerprint names it ("float32", "4bit-nf4-64", ...)."""
         return storage_of(self.base_weight())
 
     def lora_layout(self) -> tuple[Any, ...] | None:
-        """How PEFT's LoRA has the layer, as adapter_config.json keeps it (`files/adapter_format.py`); None: linear."""
+        """Where PEFT's LoRA keeps this layer's pair, as adapter_config.json notes it; None for a linear layer.
+
+        The layouts are listed in `files/adapter_format.py`.
+        """
         return None
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptedWeight:
-        """Take a kept weight along to another device or dtype."""
+        """Take the kept weight of a folded layer along to another device or dtype."""
         super()._apply(fn, recurse)
         self.weight_state = self.weight_state.moved(fn)
         return self
@@ -155,7 +165,9 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         """The adapter's tensors, loaded and checked against the base weight.
 
         Raises:
-            FactorsNotLoadedError, BaseMismatchError: they are not.
+            ValueError: the layer has no adapter of that name.
+            FactorsNotLoadedError: the tensors have not arrived.
+            BaseMismatchError: the adapter was made from another weight.
         """
         factors = self.factors(adapter_name)
         if not factors.base_checked and not torch.compiler.is_compiling():
@@ -165,8 +177,9 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         return factors
 
     def get_factors(self, adapter_name: str = "default") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """U (out x r), S (r) and V (in x r) as they are now, fp32, differentiable with respect to the trained offsets;
-        of a stack, each begins with the number of matrices.
+        """The current U (out x r), S (r) and V (in x r), fp32, differentiable with respect to the trained offsets.
+
+        Of a stack, each begins with the number of matrices.
 
         Raises:
             ValueError: the layer has no adapter of that name.
@@ -175,30 +188,39 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         return self.ready_factors(adapter_name).get()
 
     def set_factors(self, adapter_name: str, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:
-        """Make U, S, V the adapter's current factors (one fp32 rounding); shapes as `get_factors` returns them.
+        """Make U (out x r), S (r) and V (in x r) the adapter's current factors, up to one fp32 rounding.
+
+        Of a stack, each begins with the number of matrices.
 
         Raises:
             ValueError: a shape differs, or the layer has no adapter of that name.
+            FactorsNotLoadedError, BaseMismatchError: see `ready_factors`.
         """
         self.ready_factors(adapter_name).set(U, S, V)
 
     @full_precision()
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's change L R^T, fp32, in the shape of the base weight."""
+        """The adapter's change L R^T, fp32, in the shape of the base weight.
+
+        Raises:
+            ValueError: the layer has no adapter of that name.
+            FactorsNotLoadedError, BaseMismatchError: see `ready_factors`.
+        """
         L, R = self.ready_factors(adapter_name).low_rank_pair()
         return self.delta_to_weight(L @ R.mT)
 
     def awaits_file(self, adapter_name: str) -> bool:
-        """Whether a new adapter's tensors come from a file; alike on all processes, whatever weights each has."""
+        """Whether a new adapter's tensors come from a file. All processes agree, whichever weights each of them has."""
         config = self.configs[adapter_name]
-        # a config that another adapter here has (TRL adds its "ref" so) announces a copy of that, not another file
+        # TRL adds its "ref" with the config of an adapter that is here: a copy of that adapter, not another file
         shared = any(config is other for name, other in self.configs.items() if name != adapter_name)
         return config.factors_from_file and not shared
 
     @with_base_weight
     def check_base(self, adapter_name: str) -> None:
-        """Compare the adapter's fingerprint with the base weight; deferred while the weight is on the meta device,
-        sharded, or merged.
+        """Compare the adapter's fingerprint with the base weight.
+
+        Does nothing yet while the weight is on the meta device, sharded, or merged.
 
         Raises:
             BaseMismatchError: the adapter was made from another weight.
@@ -210,13 +232,14 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
             return
         with self.weight_state.intact_weight(self):
             saved = factors.fingerprint
-            if config.residual_base and not self.quantised:  # of the residual, and this is the full-precision weight
+            if config.residual_base and not self.quantised:  # it is of the residual, and W is here in full precision
                 saved = saved + fingerprint(factors.initial_matrix())
             check(saved, self.base_matrix(), config.storage_of(self.name), self.storage(), self.name)
         factors.base_checked = True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
-        """Give awaited tensors that are in the file a place beside the base weight, wherever the file was read to."""
+        """Give awaited tensors that the file holds storage on the base weight's device, wherever the file was read
+        to."""
         device = device_of(self.get_base_layer(), self.base_weight())
         if not local_metadata.get("assign_to_params_buffers", False) and device.type != "meta":
             for name in self.sorsa_factors:

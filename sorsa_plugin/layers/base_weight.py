@@ -1,5 +1,4 @@
-"""Base weights that are kept elsewhere come back while somebody looks at them: accelerate keeps them on the CPU or on
-disk, training engines partition them over processes."""
+"""Brings base weights here while code reads them: from the CPU or disk (accelerate), or other processes (engines)."""
 
 from __future__ import annotations
 
@@ -20,20 +19,20 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 @contextmanager
 def base_weight_here(module: nn.Module) -> Iterator[None]:
-    """In this context the parameters of a base module are whole, on the device that computes; not to be written.
+    """In this context the parameters of a base module are whole, on the device that computes. Do not write to them.
 
-    Where an engine partitioned them, every process has to enter together.
+    If an engine partitioned them, every process has to enter together.
     """
     with ExitStack() as stack:
         stack.enter_context(align_module_device(module))
-        if not torch.compiler.is_compiling():  # a graph reads weights that are here already
+        if not torch.compiler.is_compiling():  # a compiled graph reads weights that are here already
             for context in manager().hook.sorsa_gather(parameters=list(module.parameters(recurse=False))):
                 stack.enter_context(context)
         yield
 
 
 def with_base_weight(method: Method) -> Method:
-    """A method of a layer that reads the base weight, in `base_weight_here`."""
+    """Decorates a method of a layer that reads the base weight: it runs in `base_weight_here`."""
 
     @wraps(method)
     def wrapper(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,24 +43,31 @@ def with_base_weight(method: Method) -> Method:
 
 
 def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
-    """Where a base module computes with its weight: where that is, or where accelerate brings it."""
+    """The device on which a base module computes with its weight (any shape).
+
+    That is the weight's own device, or the one to which accelerate brings an offloaded weight.
+    """
     execution = execution_device(module)
     return weight.device if execution is None else execution
 
 
 def keep_here(module: nn.Module) -> None:
-    """Undo accelerate's offloading of a module that nobody calls, whose tensors would therefore never come back."""
+    """Undo accelerate's offloading of a module that is never called: accelerate would never bring its tensors back."""
     execution = execution_device(module)
     if execution is not None:
-        remove_hook_from_module(module)  # which brings their values back
+        remove_hook_from_module(module)  # brings the values back
         module.to(execution)
 
 
 def refuse_sharded(weight: Any, path: str) -> None:
-    """Refuse a weight of which each process keeps a part for good, as tensor parallelism has it.
+    """Refuse a weight of which each process keeps a part for good, as under tensor parallelism.
+
+    Args:
+        weight: the base weight.
+        path: its dotted name, for messages.
 
     Raises:
-        UnsupportedLayerError: it is a DTensor.
+        UnsupportedLayerError: the weight is a DTensor.
     """
     if hasattr(weight, "placements"):
         raise UnsupportedLayerError(

@@ -4,13 +4,15 @@ Why offsets: U = U0 + dU and so on has the same trajectory as training U, S, V (
 
     U diag(S) V^T - U0 diag(S0) V0^T = L R^T,    L = [dU * S, U0],    R = [V, V0 * dS + dV * S]
 
-is exactly zero at init in every dtype, with no cancellation of two large products later.
+is exactly zero at init in every dtype. Later, no two large products cancel.
 
-Where the frozen factors live: always under the same state-dict keys beside the offsets, so that an adapter is complete
-wherever it is saved from. In one process they are buffers: PEFT's contract is that every *parameter* of an active
-adapter trains. Where a launcher has announced several processes or FSDP they are parameters without gradient: engines
-shard those, and DDP does not broadcast them again in every forward. A plug-in may know better (DeepSpeed casts
-parameters to 16 bits, and saves no frozen ones).
+The frozen factors always have the same state-dict keys beside the offsets, so every saved adapter is complete. Whether
+they are buffers or parameters depends on the run:
+
+- In one process they are buffers, because PEFT's contract is that every *parameter* of an active adapter trains.
+- If a launcher has announced several processes or FSDP, they are parameters without gradient: engines shard those, and
+  DDP does not broadcast them again in every forward.
+- A plug-in can decide otherwise. DeepSpeed casts parameters to 16 bits and saves no frozen ones.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ ROUNDED = (torch.float16, torch.bfloat16)
 
 
 def launched_on_many() -> bool:
-    """Whether torchrun, accelerate or a process group has announced several processes, or FSDP on one."""
+    """Whether torchrun, accelerate or a process group has announced several processes, or FSDP on one process."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         return True
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -43,7 +45,7 @@ def launched_on_many() -> bool:
 
 
 def frozen_as_parameters() -> bool:
-    """Whether frozen factors should be parameters rather than buffers."""
+    """Whether frozen factors should be parameters, not buffers: a plug-in's answer, else `launched_on_many()`."""
     answer = manager().hook.sorsa_frozen_as_parameters()
     return launched_on_many() if answer is None else answer
 
@@ -51,7 +53,7 @@ def frozen_as_parameters() -> bool:
 class SORSAFactors(nn.Module):
     """Offsets and frozen factors of one adapter on one weight (out x in) at rank r; all fp32.
 
-    For a stack of weights, `stack` is their number, and every shape below begins with it.
+    For a stack of E weights, `stack` is (E,), and every shape below begins with E.
 
     Attributes:
         dU, dS, dV: trainable offsets, (out x r), (r), (in x r); zero at init.
@@ -84,12 +86,14 @@ class SORSAFactors(nn.Module):
         for name in FROZEN:
             self.register_buffer(name, torch.zeros(shapes[name], **options))
         self.base_checked = False
-        # in the memory of the offsets: who gives these other memory (`parameter.data = ...`) leaves the values behind
+        # The values that a file gave the offsets, in the offsets' own memory. Code that casts with
+        # `parameter.data = ...` gives an offset other memory, and these values stay as they were.
         self._as_loaded: dict[str, torch.Tensor] = {}
-        self._gradient_sums: list[torch.Tensor] = []  # one at most; modules set attributes slowly
+        self._gradient_sums: list[torch.Tensor] = []  # at most one; a list, because modules set attributes slowly
 
     @property
     def rank(self) -> int:
+        """The rank r: the number of triplets."""
         return self.S0.shape[-1]
 
     @property
@@ -98,7 +102,7 @@ class SORSAFactors(nn.Module):
         return any(getattr(self, name).is_meta for name in (*OFFSETS, *FROZEN))
 
     def place_frozen(self, as_parameters: bool) -> None:
-        """Hold the frozen factors as parameters without gradient or as buffers, under the same names."""
+        """Hold the frozen factors as parameters without gradient, or as buffers, under the same names."""
         for name in FROZEN:
             tensor = getattr(self, name)
             delattr(self, name)
@@ -108,7 +112,7 @@ class SORSAFactors(nn.Module):
                 self.register_buffer(name, tensor.detach())
 
     def keep_frozen(self) -> None:
-        """Undo what a sweep over all parameters of the adapter (PEFT's `set_adapter`) did to the frozen ones."""
+        """Freeze the frozen factors again, after code (PEFT's `set_adapter`) set requires_grad on all parameters."""
         for name in FROZEN:
             tensor = getattr(self, name)
             if tensor.requires_grad:
@@ -116,7 +120,7 @@ class SORSAFactors(nn.Module):
 
     @torch.no_grad()
     def cast_offsets(self, dtype: torch.dtype) -> None:
-        """Give the offsets another dtype, in place: the parameters stay the same objects."""
+        """Give the offsets another dtype in place: the parameters stay the same objects. Gradients are cast along."""
         for name in OFFSETS:
             offset = self.get_parameter(name)
             gradient, offset.grad = offset.grad, None
@@ -124,10 +128,14 @@ class SORSAFactors(nn.Module):
             offset.grad = None if gradient is None else gradient.to(dtype)
 
     def restore_fp32(self) -> list[nn.Parameter]:
-        """Cast offsets that somebody rounded to 16 bits (TRL does on quantised bases) back to fp32, with the values
-        that a file gave them where these are what was rounded; else it warns, unless they are zero.
+        """Cast offsets that were rounded to 16 bits (TRL does that on quantised bases) back to fp32.
 
-        Returns the offsets concerned. For before the optimizer has state for them.
+        They get the exact values of the file that they were loaded from, if the 16-bit values are the rounding of
+        those. Else rounded values that are not zero stay as they are, with a warning. Call this before the optimizer
+        has state for the offsets.
+
+        Returns:
+            The offsets that were cast.
         """
         rounded = {name: getattr(self, name).detach() for name in OFFSETS if getattr(self, name).dtype in ROUNDED}
         if rounded:
@@ -147,14 +155,17 @@ class SORSAFactors(nn.Module):
 
     @torch.no_grad()
     def set_initial(self, triplets: Triplets, fingerprint: torch.Tensor) -> None:
-        """Copy in the initial triplets and the fingerprint of their weight; the offsets stay as they are."""
+        """Copy in the initial triplets U0 (out x r), S0 (r), V0 (in x r) and the fingerprint (out) of their weight.
+
+        The offsets stay as they are.
+        """
         for name, value in zip(FROZEN, (*triplets, fingerprint), strict=True):
             getattr(self, name).copy_(value)
         self.base_checked = True
 
     @torch.no_grad()
     def randomise(self) -> None:
-        """Random orthonormal U0, V0 and random offsets: a change that is not zero, for tests (`init_weights=False`).
+        """Random orthonormal U0, V0 and random offsets, for tests (`init_weights=False`): the change is not zero.
 
         Draws from the global generator, as PEFT's own `init_weights=False` does: two adapters must differ.
         """
@@ -172,7 +183,11 @@ class SORSAFactors(nn.Module):
 
     @torch.no_grad()
     def set(self, U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> None:
-        """Make U, S, V (shapes of `get`) the current factors by writing the offsets, up to one fp32 rounding."""
+        """Make U (out x r), S (r), V (in x r) the current factors by writing the offsets, up to one fp32 rounding.
+
+        Raises:
+            ValueError: a shape differs from that of the factor.
+        """
         wanted = dict(zip("USV", (U, S, V), strict=True))
         for name, value in wanted.items():
             expected = getattr(self, f"d{name}").shape
@@ -185,16 +200,19 @@ class SORSAFactors(nn.Module):
             getattr(self, f"d{name}").copy_(value.to(initial) - initial)
 
     def parts(self) -> Parts:
-        """The tensors as `offset_form.py` takes them."""
+        """The tensors in the form that `offset_form.py` takes."""
         if self.dS.requires_grad and not left_to_autograd():
             self._watch(self.dS)
         return Parts(self.dU, self.dS, self.dV, self.U0, self.S0, self.V0)
 
     def _watch(self, dS: Any) -> None:
-        """Keep the sum of this process's own gradient of dS; in forward, where engines show the tensor that gets it."""
+        """Hook dS so that this process's own gradients of it are summed.
+
+        Called in forward, where engines show the tensor that receives the gradient.
+        """
         if getattr(dS, "_sorsa_watched_by", None) == id(self):
             return
-        dS._sorsa_watched_by = id(self)  # a number, because it is pickled with the tensor
+        dS._sorsa_watched_by = id(self)  # an id, because the attribute is pickled with the tensor
         here = weakref.ref(self)
 
         def add(gradient: torch.Tensor) -> None:
@@ -206,8 +224,11 @@ class SORSAFactors(nn.Module):
         dS.register_hook(add)
 
     def take_gradient_sum(self) -> torch.Tensor | None:
-        """The sum of all entries of dL/ddS that this process's backward passes gave since the last call, before any
-        reduction: a scalar on its device, finite where they all were; None where there were none."""
+        """The sum of all entries of dL/ddS from this process's backward passes since the last call, not yet reduced.
+
+        Returns:
+            A scalar on the device of dS, finite if all entries were finite; None if there was no backward pass.
+        """
         return self._gradient_sums.pop() if self._gradient_sums else None
 
     def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -220,18 +241,20 @@ class SORSAFactors(nn.Module):
         return (self.U0 * self.S0.unsqueeze(-2)) @ self.V0.mT
 
     def materialise(self, device: torch.device) -> None:
-        """Give pending tensors storage on `device`, to be filled by whoever loads them."""
+        """Give pending tensors storage on `device`; the code that loads them fills it."""
         if self.pending:
             self.to_empty(device=device)
 
     def zero_offsets(self) -> None:
-        """The offsets of an untrained adapter."""
+        """Set the offsets to zero, as in an untrained adapter."""
         for name in OFFSETS:
             getattr(self, name).data.zero_()
 
     def _rounded_by_hand(self) -> bool:
-        """Whether offsets that train were cast to 16 bits, as TRL does, and not by an engine, to which views of its
-        own flat memory belong."""
+        """Whether trainable offsets were cast to 16 bits one by one, as TRL does.
+
+        Engines do not count: their offsets are views of the engine's flat memory.
+        """
         offsets = [self.get_parameter(name) for name in OFFSETS]
         return all(
             offset.requires_grad and offset.dtype in ROUNDED and type(offset.data) is torch.Tensor
@@ -249,7 +272,7 @@ class SORSAFactors(nn.Module):
         return complete_names(state_dict, prefix, shapes)
 
     def _apply(self, fn: Any, recurse: bool = True) -> SORSAFactors:
-        """Follow the model to a device, never to 16 bits: rounded factors would no longer be those of the base."""
+        """Follow the model to a device, but never to 16 bits: rounded factors would not be those of the base."""
 
         def keeping_fp32(tensor: torch.Tensor) -> torch.Tensor:
             applied = fn(tensor)
@@ -261,7 +284,7 @@ class SORSAFactors(nn.Module):
             super()._apply(keeping_fp32, recurse)
             self._as_loaded = {name: getattr(self, name).data for name in self._as_loaded}
             return self
-        except NotImplementedError as error:  # what torch raises for a copy out of the meta device
+        except NotImplementedError as error:  # torch raises this for a copy out of the meta device
             raise not_loaded("the adapter", awaited=True) from error
 
     def _load_from_state_dict(
@@ -274,13 +297,13 @@ class SORSAFactors(nn.Module):
         unexpected: Any,
         errors: Any,
     ) -> None:
-        """Load all of the adapter's tensors or none, as fp32 whatever the file holds."""
+        """Load all of the adapter's tensors or none, as fp32 whatever dtype the file has."""
         present = self.names_in(state_dict, prefix)
-        if local_metadata.get("assign_to_params_buffers", False):  # the tensors given become ours, dtype and all
+        if local_metadata.get("assign_to_params_buffers", False):  # the given tensors become ours, in their dtype
             state_dict.update({prefix + name: state_dict[prefix + name].float() for name in present})
         elif present:
             if self._rounded_by_hand() and state_dict[prefix + "dS"].dtype == torch.float32:
-                self.cast_offsets(torch.float32)  # else what the file holds would be rounded on the way in
+                self.cast_offsets(torch.float32)  # else loading would round the file's values
             if self.pending:
                 self.materialise(state_dict[prefix + "dS"].device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
@@ -290,7 +313,7 @@ class SORSAFactors(nn.Module):
 
 
 def not_loaded(name: str, awaited: bool) -> FactorsNotLoadedError:
-    """The error for a pending adapter that is used: its file was `awaited`, or its base weight was out of reach."""
+    """The error for using a pending adapter: its file was `awaited`, or its base weight was out of reach."""
     if not awaited:
         return FactorsNotLoadedError(
             f"The weight of {name} was on the meta device (offloaded, or not loaded yet) when the adapter was made, so "

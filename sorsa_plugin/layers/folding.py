@@ -1,8 +1,12 @@
 """Folding: the base stores W_r = W - U0 S0 V0^T, so that a step costs y = x W_r^T + ((x V) * S) U^T.
 
-The paper's stored form, with three products of r columns less than the intact form. What it costs: a second copy of
-each adapted weight, from which unfolding restores W bit for bit; and that a new or disabled adapter gives the base
-model's output only up to the rounding of W_r and of the products, 0.4% of them in bfloat16. Explicit, never automatic.
+This is the paper's stored form, with three products of r columns less than the intact form. It costs two things:
+
+- A second copy of each adapted weight, from which unfolding restores W bit for bit.
+- Exactness: a new or disabled adapter gives the base model's output only up to the rounding of W_r and of the products,
+  0.4% of them in bfloat16.
+
+Folding is explicit, never automatic.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ def fold_layers(layers: Sequence[AdaptedWeight], model: nn.Module) -> None:
     """Fold layers of a model, all of them or none.
 
     Raises:
-        FoldError: a layer cannot be folded; it is named, and what to do.
+        FoldError: a layer cannot be folded; the message names it and says what to do.
     """
     for layer in layers:
         check_foldable(layer)
@@ -34,12 +38,12 @@ def fold_layers(layers: Sequence[AdaptedWeight], model: nn.Module) -> None:
 
 @torch.no_grad()
 def fold_layer(layer: AdaptedWeight) -> None:
-    """Store W - U0 S0 V0^T in the base layer, computed in fp32 at least and rounded once; W is kept.
+    """Store W - U0 S0 V0^T in the base layer, computed in fp32 at least and rounded once. W is kept.
 
-    Does nothing to a layer that is folded, for a while or for good.
+    Does nothing to a layer that is already folded or stores a residual.
 
     Raises:
-        FoldError: see `check_foldable`. Whether another module shares the weight is checked by `fold_layers` alone.
+        FoldError: see `check_foldable`. Only `fold_layers` checks whether another module shares the weight.
     """
     if layer.weight_state.is_whole:
         adapter = check_foldable(layer)
@@ -51,9 +55,9 @@ def check_foldable(layer: AdaptedWeight) -> str:
     """The name of the adapter that can be folded into a layer.
 
     Raises:
-        FoldError: it has no or several adapters, one with dropout, merged, not loaded, or on a sharded, offloaded
-            or trained weight; or the layer is of a kind that does not fold, or an embedding, which PEFT saves with the
-            adapter.
+        FoldError: the layer's kind does not fold; it has no adapter or several; its adapter has dropout, is merged or
+            is not loaded; its weight is quantised, sharded, offloaded or trained; or it is an embedding, which PEFT
+            saves with the adapter.
     """
     adapters = list(layer.sorsa_factors)
     weight = layer.base_weight()

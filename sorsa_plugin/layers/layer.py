@@ -1,9 +1,9 @@
-"""`SORSALayer`: a base module with SORSA adapters on its weight, as PEFT handles it; its kinds are in `kinds`.
+"""`SORSALayer`: a base module with SORSA adapters on its weight, as PEFT handles it. Its kinds are in `kinds`.
 
     y = base(x) + sum over active adapters of (dropout(x) R) L^T        (the pair L, R of `factors.py`)
 
-The base module is called as it is and its weight is never written, except while adapters are merged; then the
-original is kept, so that unmerging restores it bit for bit.
+The base module is called as it is. Its weight is written only while adapters are merged. The original is then kept, so
+that unmerging restores it bit for bit.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from ..config import SORSAConfig
 
 _living: weakref.WeakValueDictionary[int, SORSALayer] = weakref.WeakValueDictionary()
-"""Every SORSA layer of the process, by its number."""
+"""Every SORSA layer of the process, by number."""
 
 _numbers = itertools.count()
 
 
 def live_layers() -> list[SORSALayer]:
-    """Every SORSA layer of the process: how the first step of an optimizer finds factors that nobody attached."""
-    # a list of references is made at once, while other threads may make layers
+    """Every SORSA layer of the process. The first step of an optimizer finds here the factors that nobody attached."""
+    # valuerefs() copies the references at once: other threads may be making layers
     return [layer for reference in _living.valuerefs() if (layer := reference()) is not None]
 
 
@@ -44,8 +44,8 @@ def sorsa_layers(model: nn.Module) -> list[SORSALayer]:
 class SORSALayer(MergeableWeight):
     """A base module whose weight W (out x in) carries SORSA adapters (arXiv 2409.00055).
 
-    A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the
-    change joins the output. A weight can also be a stack of matrices (experts): shapes then begin with their number.
+    A kind says in `base_matrix` and `delta_to_weight` how its weight reads as a matrix, and in `forward` how the change
+    joins the output. A weight can also be a stack of E matrices (experts). Shapes then begin with E.
 
     Args:
         base_layer: the module to adapt; kept, called and never copied.
@@ -56,14 +56,14 @@ class SORSALayer(MergeableWeight):
     """
 
     adapters_made = 0
-    """By all layers of the process: an optimizer's step tells by it that there are new ones."""
+    """Number of adapters made by all layers of the process. An optimizer's step sees by it that there are new ones."""
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__(base_layer, name)
         self.register_load_state_dict_post_hook(_check_after_load)
-        self.number = next(_numbers)  # an order of the live layers that is alike in all processes of a run
-        self.family = object()  # the same in all layers of a model
-        self.changed = 0  # what `adapters_made` was when the layer last got an adapter
+        self.number = next(_numbers)  # orders the live layers alike in all processes of a run
+        self.family = object()  # all layers of a model share one
+        self.changed = 0  # value of `adapters_made` when the layer last got an adapter
         _living[self.number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -78,11 +78,11 @@ class SORSALayer(MergeableWeight):
 
     @with_base_weight
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
-        """Add an adapter of the given rank, still without values: `initialise` gives it some, or a file does.
+        """Add an adapter of the given rank, without values yet: `initialise` or a file gives it some.
 
         Raises:
-            RankError: the rank is larger than the weight's smaller side.
-            FoldError: another adapter is folded into the weight.
+            RankError: the rank is below 1 or larger than the weight's smaller side.
+            FoldError: another adapter is folded into the weight, or the base stores the residual of another rank.
         """
         self.weight_state.refuse_beside(self, adapter_name, rank)
         matrix = self.base_matrix()
@@ -98,34 +98,43 @@ class SORSALayer(MergeableWeight):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def fold(self) -> None:
-        """Store W - U0 S0 V0^T in the base layer; see `fold_layer`."""
+        """Store W - U0 S0 V0^T in the base layer; see `fold_layer`.
+
+        Raises:
+            FoldError: see `check_foldable`.
+        """
         fold_layer(self)
 
     def unfold(self) -> None:
-        """Put W back, bit for bit; does nothing to a layer that is not folded.
+        """Put W back, bit for bit. Does nothing to a layer that is not folded.
 
         Raises:
-            FoldError: the adapter is merged into it, or it stores a residual for good.
+            FoldError: the adapter is merged into the layer, or the base stores a residual for good.
         """
         self.weight_state.restore(self)
 
     def trained(self) -> dict[str, SORSAFactors]:
-        """The active adapters that train; none while adapters are disabled."""
+        """{name: tensors} of the active adapters that train; empty while adapters are disabled."""
         if self._disable_adapters:
             return {}
-        # by the dictionaries: every optimizer step asks every layer, and modules look attributes up slowly
+        # read from the dictionaries: every optimizer step asks every layer, and attributes of modules are slow
         factors: Any = self._modules["sorsa_factors"]._modules  # type: ignore[union-attr]
         active = ((name, factors[name]) for name in self.active_adapters if name in factors)
         return {name: tensors for name, tensors in active if tensors._parameters["dU"].requires_grad}
 
-    # -- what PEFT calls --------------------------------------------------------------------------------------------
+    # -- methods that PEFT calls ------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's method; frozen factors stay frozen."""
         super().set_adapter(adapter_names, inference_mode)
         self._keep_frozen()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; where it is merged, its change leaves the weight with it."""
+        """Remove an adapter. If it is merged, its change is taken out of the weight first.
+
+        Raises:
+            FoldError: the base stores a residual that this adapter alone completes.
+        """
         if adapter_name in self.merged_adapters:
             others = [name for name in self.merged_adapters if name != adapter_name]
             self.unmerge()
@@ -135,6 +144,7 @@ class SORSALayer(MergeableWeight):
         super().delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        """PEFT's method; frozen factors stay frozen."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._keep_frozen()
 
@@ -143,18 +153,18 @@ class SORSALayer(MergeableWeight):
             self.factors(name).keep_frozen()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the adapter, and never cast it: PEFT's own also rounds to the base's dtype."""
+        """Move the adapter without casting it: PEFT's own method also casts to the base's dtype."""
         target = device or self.base_matrix().device
         if adapter_name in self.sorsa_factors and not self.factors(adapter_name).pending and target.type != "meta":
             self.sorsa_factors[adapter_name].to(target)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT's `convert_to_lora` is right, which takes every layer for a linear one that keeps its name."""
+        """Whether PEFT's `convert_to_lora` is right here: it takes every layer for a linear one that keeps its name."""
         renamed = adapter_name in self.configs and self.name in self.configs[adapter_name].lora_layouts
         return self.lora_layout() is None and not renamed
 
     def adapters_in_use(self) -> list[str]:
-        """The adapters whose change joins the output now: none while disabled or merged.
+        """The adapters whose change joins the output now; none while adapters are disabled or merged.
 
         Raises:
             MergeError: see `refuse_lost_merge`.
@@ -167,7 +177,7 @@ class SORSALayer(MergeableWeight):
 
 
 def _check_after_load(layer: SORSALayer, incompatible_keys: Any) -> None:
-    """After load_state_dict: compare the base at once where it can be, so that a wrong one is refused on loading."""
+    """After load_state_dict: check the base weight at once if possible, so that a wrong one is refused on loading."""
     for name in layer.sorsa_factors:
         factors = layer.factors(name)
         if not factors.base_checked and not factors.pending:

@@ -1,4 +1,4 @@
-"""Recognises modules that store their weight quantised, of whatever library; imports none of them."""
+"""Recognises modules that store their weight quantised, from any library; imports none of them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from ..compat.transformers import Conv1D
 PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 LIBRARIES = ("bitsandbytes", "torchao", "optimum.quanto", "hqq", "gptqmodel", "auto_gptq", "awq", "aqlm", "eetq")
-"""Packages whose linear modules are quantised, whatever dtype their storage has."""
+"""Packages whose linear modules are quantised, whatever dtype they store."""
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's weight is no plain matrix: packed (bitsandbytes), wrapped (torchao, quanto), of 8 bits (FP8),
-    or under another name (GPTQ, AWQ, HQQ)."""
+    """Whether a module's weight is no plain matrix.
+
+    It may be packed (bitsandbytes), wrapped (torchao, quanto), of 8 bits (FP8), or under another name (GPTQ, AWQ, HQQ).
+    """
     of_library = f"{type(module).__module__}.".startswith(tuple(f"{library}." for library in LIBRARIES))
     if of_library and not isinstance(module, nn.Embedding):  # bitsandbytes has plain embeddings too
         return True
@@ -28,5 +30,5 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def was_conv1d(module: nn.Module) -> bool:
-    """Whether a quantised linear module took the place of a Conv1D, whose weight transformers quantises transposed."""
+    """Whether a quantised linear module replaced a Conv1D, whose weight transformers quantises transposed."""
     return issubclass(getattr(module, "source_cls", nn.Linear), Conv1D)

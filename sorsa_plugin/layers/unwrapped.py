@@ -1,4 +1,4 @@
-"""A model as it was before adapters, for as long as a context lasts: for code that looks for its own modules."""
+"""Shows a model without its adapters while a context lasts, for code that looks for the model's own modules."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .layer import SORSALayer
 
 @contextmanager
 def without_adapters(base: nn.Module) -> Iterator[None]:
-    """In this context the model has its base modules in the places of adapted and fully trained ones."""
+    """In this context the model has its own base modules in place of adapted and fully trained ones."""
     swapped: dict[str, Any] = {}
-    inside = " "  # of no module's name
+    inside = " "  # a prefix that no module's name has
     for name, module in base.named_modules():
         if isinstance(module, (SORSALayer, AuxiliaryTrainingWrapper)) and not name.startswith(inside):
             swapped[name], inside = module, f"{name}."

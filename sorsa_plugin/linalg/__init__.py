@@ -1,1 +1,1 @@
-"""The paper on plain tensors: the SVD, the change L R^T, orthonormality, fingerprints, spectra; knows no layer."""
+"""The paper on plain tensors: SVD, the change L R^T, orthonormality, fingerprints and spectra; knows no layer."""

@@ -1,6 +1,6 @@
 """Recognises the base model: W p for a fixed probe p, one number per output row of each adapted weight.
 
-Other layers, resized embeddings and file names do not count: what matters is that W is the matrix whose triplets the
+Other layers, resized embeddings and file names do not count. What matters is that W is the matrix whose triplets the
 adapter holds.
 """
 
@@ -17,40 +17,46 @@ from .precision import full_precision
 logger = logging.getLogger(__name__)
 
 SAME_STORAGE_LIMIT = 1e-4
-"""Largest relative distance between two fp32 matvecs of the same numbers: summation order alone gives about
-sqrt(in) 2^-24, 6e-6 at in = 11008; a training step of the base gives more than this limit."""
+"""Largest relative distance allowed between two fp32 matvecs of the same numbers. Summation order alone gives about
+sqrt(in) 2^-24, 6e-6 at in = 11008. A training step of the base gives more than this limit."""
 
 SAME_QUANTISATION_LIMIT = {"int8": 0.01, "4bit": 0.05}
-"""The same for quantised storage, by the bits in its name: kernels of other devices and versions break ties
+"""The same limit for quantised storage, by the bits in its name. Kernels of other devices and versions break ties
 differently, and weights that were bfloat16 or fp32 before are quantised differently (measured: nf4 0.022)."""
 
 EXPECTED_ROUNDING = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3, "float64": 1e-6}
-"""Relative distance expected when one side is stored in this dtype (four times the half-ulp of a random weight);
-measured: bf16 0.002, fp16 0.0002."""
+"""Relative distance to expect when one side is stored in this dtype: four times the half-ulp of a random weight.
+Measured: bf16 0.002, fp16 0.0002."""
 
 QUANTISED_ROUNDING = 0.2
 """The same for quantised storage (measured: int8 0.006, int4 0.11)."""
 
 DIFFERENT_MODEL_LIMIT = 0.5
-"""Beyond this no change of storage explains the distance (measured: an unrelated model 3.2)."""
+"""No change of storage explains a distance beyond this (measured: an unrelated model 3.2)."""
 
 
 def probe(length: int, device: torch.device) -> torch.Tensor:
-    """The fixed probe: +-1 (fp32, `length`), the top bit of k * 2654435761 mod 2^32; needs no random generator."""
+    """The fixed probe p (n) for n = `length`, fp32, of entries +-1: the top bit of k * 2654435761 mod 2^32.
+
+    Needs no random generator.
+    """
     bits = (torch.arange(1, length + 1, dtype=torch.int64, device=device) * 2654435761) % 2**32 >= 2**31
     return bits.float() * 2 - 1
 
 
 @full_precision()
 def fingerprint(matrix: torch.Tensor) -> torch.Tensor:
-    """W p in fp32 (out) for a matrix W (out x in), or of each matrix of a stack; one matrix in fp32 at a time."""
+    """W p in fp32 (out) for a matrix W (out x in), or (E x out) for a stack (E x out x in).
+
+    Holds one matrix in fp32 at a time.
+    """
     if matrix.ndim > 2:
         return torch.stack([fingerprint(one) for one in matrix])
     return matrix.detach().float() @ probe(matrix.shape[-1], matrix.device)
 
 
 def distance(saved: torch.Tensor, matrix: torch.Tensor) -> float:
-    """How far a matrix (out x in) is from a saved fingerprint (out), relative to its own."""
+    """Distance of a matrix (out x in) from a saved fingerprint (out), relative to the norm of the matrix's own."""
     now = fingerprint(matrix)
     return float((now - saved.to(now)).norm() / now.norm().clamp_min(torch.finfo(now.dtype).tiny))
 
@@ -58,20 +64,22 @@ def distance(saved: torch.Tensor, matrix: torch.Tensor) -> float:
 def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, storage: str, name: str) -> None:
     """Compare a saved fingerprint with the weight at hand.
 
+    Logs a warning if the storages differ and their rounding does not explain the whole distance.
+
     Args:
         saved: fingerprint in the adapter file (out).
         matrix: the base weight (out x in).
         saved_storage: how the base was stored when the adapter was made ("float32", "4bit-nf4-64"); None if unknown.
-        storage: how it is stored now.
+        storage: how the base is stored now.
         name: the layer's name, for messages.
 
     Raises:
-        BaseMismatchError: same storage and not the same weight, or another storage and a distance beyond 0.5.
+        BaseMismatchError: the distance exceeds the limit: that of the storage if both are stored alike, else 0.5.
     """
     found = distance(saved, matrix)
     same_storage = saved_storage == storage
     limit = same_storage_limit(storage) if same_storage else DIFFERENT_MODEL_LIMIT
-    limit = max(limit, EXPECTED_ROUNDING[storage_of(saved)])  # mixed precision casts the fingerprint, too
+    limit = max(limit, EXPECTED_ROUNDING[storage_of(saved)])  # mixed precision casts the fingerprint too
     if math.isnan(found) or found > limit:
         raise BaseMismatchError(
             f"The adapter was not trained on this base model: the fingerprint of {name} differs by {found:.2g} "
@@ -88,10 +96,10 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
 
 
 def same_storage_limit(storage: str) -> float:
-    """The largest relative distance between fingerprints of one weight stored so twice."""
+    """The largest relative distance to accept between two fingerprints of one weight, both stored as `storage` says."""
     return next((limit for bits, limit in SAME_QUANTISATION_LIMIT.items() if bits in storage), SAME_STORAGE_LIMIT)
 
 
 def storage_of(weight: torch.Tensor) -> str:
-    """How a base weight is stored: its dtype's name ("float32", "bfloat16", "uint8", ...)."""
+    """How a base weight of any shape is stored: its dtype's name ("float32", "bfloat16", "uint8", ...)."""
     return str(weight.dtype).removeprefix("torch.")

@@ -1,15 +1,15 @@
 """y + x (U S V^T - U0 S0 V0^T)^T: the change that an adapter makes to a layer's output; knows no layer or adapter.
 
-With L = [dU * S, U0] (out x 2r) and R = [V, V0 * dS + dV * S] (in x 2r) the change is (x R) L^T. For an output
-gradient g, with C1 = x V (the first r columns of x R), D = g L, E = [D1 + D2 * dS, D1 + D2 * S] and K = g^T C1:
+With L = [dU * S, U0] (out x 2r) and R = [V, V0 * dS + dV * S] (in x 2r) the change is (x R) L^T. For an output gradient
+g, with C1 = x V (the first r columns of x R), D = g L, E = [D1 + D2 * dS, D1 + D2 * S] and K = g^T C1:
 
     grad x = E [V0, dV]^T      grad dU = K * S      grad dS = diag(U^T K)      grad dV = x^T E2
 
-because E2 = g U S and E [V0, dV]^T = D R^T. Five products of r columns each way in all; no out x in matrix is ever
-formed, and x and x V are all that is kept for backward.
+because E2 = g U S and E [V0, dV]^T = D R^T. That is ten products of r columns, forward and backward together. No out x
+in matrix is formed. Backward keeps only x and x V.
 
-Where y is x W^T + b with a frozen W, it need have no graph of its own: given W, the function makes the whole gradient
-of x, g W + E [V0, dV]^T, in one tensor, which autograd would add up from two.
+Where y is x W^T + b with a frozen W, y needs no graph of its own. Given W, the function computes the whole gradient of
+x, g W + E [V0, dV]^T, in one tensor. Autograd would compute two and add them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 from .precision import without_autocast
 
 FEW_COLUMNS = 32
-"""Below this rank, weight gradients are computed transposed: libraries are up to three times as fast at few rows as at
+"""Below this rank, weight gradients are computed transposed. Libraries are up to three times as fast at few rows as at
 few columns, and the transposed copy into `.grad` is small."""
 
 FEWEST_COLUMNS = 8
-"""Up to this number, products with the tokens are computed transposed as well: in 0.5 to 0.8 of the time; from 16 on it
-would take more."""
+"""Up to this number of columns, products with the tokens are computed transposed as well. That takes 0.5 to 0.8 of the
+time; from 16 columns on it would take more."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -49,14 +49,14 @@ class Parts(NamedTuple):
         return self.U0 + self.dU, self.S0 + self.dS, self.V0 + self.dV
 
     def pair(self) -> Pair:
-        """L (out x 2r) and R (in x 2r), in the factors' dtype: formed in fp32, cast by whoever multiplies."""
+        """L (out x 2r) and R (in x 2r), or stacks of them, in the factors' dtype (fp32); cast them to multiply."""
         dS = self.dS.unsqueeze(-2)  # for stacks of matrices
         S = self.S0.unsqueeze(-2) + dS
         R = torch.cat((self.V0 + self.dV, torch.addcmul(self.V0 * dS, self.dV, S)), dim=-1)
         return self.left(S), R
 
     def left(self, S: torch.Tensor) -> torch.Tensor:
-        """L = [dU * S, U0] (out x 2r)."""
+        """L = [dU * S, U0] (out x 2r), for S (1 x r)."""
         return torch.cat((self.dU * S, self.U0), dim=-1)
 
 
@@ -67,17 +67,17 @@ def change_norm(L: torch.Tensor, R: torch.Tensor) -> float:
 
 
 def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """Add the change to a base output, in its dtype; `y` is consumed.
+    """Add the change to a base output, in the dtype of `y`. Consumes `y`.
 
     Args:
-        y: base output (... x out), fresh from the base layer: it is written to.
-        x: input (... x in) of any floating dtype; products are computed in the dtype of `y`.
+        y: base output (... x out), fresh from the base layer: this function writes to it.
+        x: input (... x in) of any floating dtype. Products are computed in the dtype of `y`.
         parts: the adapter's tensors, fp32.
-        weight: W (out x in) in the dtype of `y`, where y is x W^T + b made without a graph (`torch.no_grad`).
+        weight: W (out x in) in the dtype of `y`, if `y` is x W^T + b computed without a graph (`torch.no_grad`).
 
     Returns:
-        y + (x R) L^T (... x out). Differentiable once, with respect to y, x and the offsets; where W is given, the
-        gradient of x is that of the base product too.
+        y + (x R) L^T (... x out). Differentiable once, with respect to y, x and the offsets. If W is given, the
+            gradient of x includes that of the base product.
     """
     if left_to_autograd():
         L, R = parts.pair()
@@ -90,13 +90,16 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
 
 
 def left_to_autograd() -> bool:
-    """Whether the formulas are written out: a compiler fuses them better than it could a custom function, and
-    torch.func's transforms (per-sample gradients) and torch.jit.trace take none that writes in place."""
+    """Whether to write the formulas out and leave the gradient to autograd.
+
+    True under a compiler, which fuses plain formulas better than a custom function. Also true under torch.func's
+    transforms (per-sample gradients) and torch.jit.trace, which accept no function that writes in place.
+    """
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
 def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
-    """y += C L^T in place, for y (... x out), C (... x n), L (out x n): one pass over y where its memory allows it."""
+    """y += C L^T in place, for y (... x out), C (... x n), L (out x n): one pass over y if it is contiguous."""
     if y.is_contiguous():
         y.view(-1, y.shape[-1]).addmm_(rows(C), L.mT)
     else:
@@ -105,19 +108,24 @@ def add_product(y: torch.Tensor, C: torch.Tensor, L: torch.Tensor) -> torch.Tens
 
 
 def own_tensor(y: torch.Tensor) -> torch.Tensor:
-    """y as a tensor that an autograd function may write to: writing to a view (the output of a biased linear on three
-    dimensions is one) costs five passes over its gradient in backward, copying it costs one."""
+    """y as a tensor (same shape) that an autograd function may write to: a copy if y is a view.
+
+    A biased linear on three dimensions returns a view. Writing to it costs five passes over its gradient in backward;
+    copying it costs one.
+    """
     return y.clone() if y._is_view() else y
 
 
 def rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(... x n) as a matrix."""
+    """(... x n) as a matrix (tokens x n)."""
     return tensor.reshape(-1, tensor.shape[-1])
 
 
 def input_gradient(g: torch.Tensor, D: torch.Tensor, R: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """D R^T, or g W + D R^T, for g (... x out), D (... x n), R (in x n); no view of another tensor: autograd adds
-    other gradients in place then."""
+    """D R^T, or g W + D R^T if W (out x in) is given; for g (... x out), D (... x n), R (in x n).
+
+    The result is never a view of another tensor, because autograd may add other gradients to it in place.
+    """
     return D @ R.mT if weight is None else add_product(g @ weight, D, R)
 
 
@@ -180,9 +188,11 @@ _held: ContextVar[dict[Any, tuple[Any, Pair, Parts]] | None] = ContextVar("sorsa
 def holding_pairs() -> Iterator[None]:
     """In this context, forwards without gradient form L and R of each adapter once instead of in every call.
 
-    For decoding, where forming them costs as much as reading the base weight; `generate` of an adapted model does it.
-    An adapter that is written to in between is formed anew, unless it is written through `.data`, which leaves no
-    trace: that is why pairs are held for a context and not for as long as a model is in eval mode.
+    Meant for decoding, where forming them costs as much as reading the base weight. `generate` of an adapted model uses
+    it.
+
+    A write to an adapter in between forms its pair anew. A write through `.data` leaves no trace and is missed. That is
+    why pairs are held for a context, and not for as long as a model is in eval mode.
     """
     token = _held.set({})
     try:
@@ -192,14 +202,14 @@ def holding_pairs() -> Iterator[None]:
 
 
 def _held_pair(parts: Parts, dtype: torch.dtype) -> Pair:
-    """The pair in a dtype: this context's, if it holds one formed from these tensors as they are now."""
+    """The pair in a dtype: held by this context, if formed from these tensors as they are now; else a new one."""
     held = _held.get()
     if held is None:
         return _formed(parts, dtype)
     state = [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in parts]
     known = held.get((id(parts.dU), dtype))
     if known is None or known[0] != state:
-        known = state, _formed(parts, dtype), parts  # the parts, so that no other tensor gets their addresses
+        known = state, _formed(parts, dtype), parts  # keeping the parts keeps other tensors off their addresses
         held[id(parts.dU), dtype] = known
     return known[1]
 

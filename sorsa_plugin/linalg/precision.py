@@ -1,5 +1,7 @@
-"""The precision of products: that of their operands, or full fp32 where rounding would be mistaken for a result (gaps,
-factorisation, fingerprints, merging)."""
+"""Chooses the precision of products: that of their operands, or full fp32.
+
+Full fp32 is for results that rounding would falsify: gaps, factorisation, fingerprints, merging.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ import torch
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """The dtype of products on a type of device, or None: that of their operands."""
-    # the meta device has no autocast, and torch raises when it is asked
+    """The dtype that autocast gives products on a type of device ("cpu", "cuda"); None if autocast is off there."""
+    # the meta device has no autocast, and torch raises if asked about it
     on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if on else None
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Products in the dtype of their operands on a type of device; free where autocast is off already."""
+    """A context in which products on a type of device have their operands' dtype; free if autocast is off."""
     return torch.autocast(device, enabled=False) if autocast_dtype(device) else _UNCHANGED
 
 
@@ -29,7 +31,7 @@ _UNCHANGED = nullcontext()
 def full_precision() -> Iterator[None]:
     """No autocast and no TF32 in this context, or in a function that it decorates.
 
-    A gap is a difference of numbers near 1: in bf16 or TF32, the gap of orthonormal factors reads 1e-3 instead of 1e-6.
+    A gap is a difference of numbers near 1. In bf16 or TF32, the gap of orthonormal factors reads 1e-3 instead of 1e-6.
     """
     devices = ["cpu"]
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -49,7 +51,7 @@ def full_precision() -> Iterator[None]:
 
 
 def _restore(matmul: Any, setting: str, previous: Any) -> None:
-    """Give a setting back, as inherited from `torch.backends.fp32_precision` if it was: so it follows that again."""
+    """Restore a setting. If it was inherited from `torch.backends.fp32_precision`, it follows that again."""
     if setting == "fp32_precision":
         setattr(matmul, setting, "none")
     if getattr(matmul, setting) != previous:

@@ -1,4 +1,7 @@
-"""y + x (U S V^T)^T: what the base output of a folded layer lacks, in one autograd function of 6 r columns a token."""
+"""y + x (U S V^T)^T: the part that the base output of a folded layer lacks; knows no layer or adapter.
+
+One autograd function: six products of r columns, forward and backward together.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +22,17 @@ from .precision import without_autocast
 
 
 def add_initial(y: torch.Tensor, x: torch.Tensor, parts: Parts) -> torch.Tensor:
-    """y + U0 S0 V0^T x in the dtype of y, which is consumed: what `add_triplets` gives at init, bit for bit."""
+    """y + U0 S0 V0^T x (... x out) for y (... x out), x (... x in), in the dtype of `y`. Consumes `y`.
+
+    Bit-equal to what `add_triplets` returns at init.
+    """
     zero = parts.S0.new_zeros(())
     return add_triplets(y, x, parts._replace(dU=zero, dS=zero, dV=zero))
 
 
 def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.Tensor | None = None) -> torch.Tensor:
-    """y + ((x V) * S) U^T in the dtype of y, which is consumed; arguments as `offset_form.add_low_rank`."""
+    """y + ((x V) * S) U^T (... x out) in the dtype of `y`, which is consumed; arguments as
+    `offset_form.add_low_rank`."""
     if left_to_autograd():
         U, S, V = (part.to(y.dtype) for part in parts.current())
         return y + ((x.to(y.dtype) @ V) * S) @ U.mT

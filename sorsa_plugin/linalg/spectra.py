@@ -1,18 +1,18 @@
-"""What the paper measures about one weight: how far its singular values and vectors have moved; knows no model.
+"""What the paper measures about one weight: how far training moved its singular values and vectors; knows no model.
 
     dSigma = mean |s_t - s_0|,    dD = 1 - mean(|<u_t, u_0>| + |<v_t, v_0>|) / 2        (arXiv 2409.00055)
 
-column by column, in descending order of the singular values. Two things about singular vectors are arbitrary, and must
-not be counted as change:
+Both go column by column, in descending order of the singular values. Two things about singular vectors are arbitrary
+and must not count as change:
 
-- **Signs.** (u, v) and (-u, -v) are the same triplet; the absolute values take care of it.
+- **Signs.** (u, v) and (-u, -v) are the same triplet. The absolute values take care of that.
 - **Bases of degenerate triplets.** Where singular values are equal, any rotation of their vectors is another
   decomposition of the same weight. Neighbours closer than `DEGENERATE` times the largest singular value, in either
   weight, are compared as the subspaces that they span: the sum of |<u_t, u_0>| becomes the sum of the cosines of the
-  principal angles, the nuclear norm of U_t^T U_0. That is the largest value that any choice of bases gives, does not
+  principal angles, the nuclear norm of U_t^T U_0. That is the largest value that any choice of bases gives. It does not
   depend on the choice, and is |<u_t, u_0>| for a single column.
 
-Triplets whose order training has exchanged do count as changed, as in the paper: a pairing by similarity would hide
+Triplets whose order training has exchanged count as changed, as in the paper: pairing them by similarity would hide
 that they were mixed. A larger `degenerate` compares whole neighbourhoods as subspaces instead.
 """
 
@@ -27,10 +27,10 @@ from ..errors import DecompositionError, RankError
 from .svd import working_device
 
 DEGENERATE = 1e-6
-"""Relative to the largest singular value: what a decomposition in fp32 cannot tell apart."""
+"""Relative to the largest singular value: the difference that a decomposition in fp32 cannot resolve."""
 
 GRAM_LIMIT = 1e-6
-"""Singular values below this share of the largest are lost in W^T W, whose rounding is 1e-16 of the largest squared."""
+"""W^T W loses singular values below this share of the largest: its rounding is 1e-16 of the largest squared."""
 
 
 class Spectrum(NamedTuple):
@@ -46,13 +46,13 @@ class Spectrum(NamedTuple):
 
 @torch.no_grad()
 def decompose(weight: torch.Tensor, top: int | None = None, name: str = "weight") -> Spectrum:
-    """The singular triplets of a matrix (out x in), in float64, on the accelerator if there is one.
+    """The singular triplets of a matrix (out x in), in float64, computed on the accelerator if there is one.
 
     Args:
-        weight: any floating dtype.
-        top: vectors of this many triplets only, by the eigenvectors of the smaller Gram matrix, which takes half the
-            time of a full decomposition; as exact, because where singular values are below 1e-6 of the largest the
-            full decomposition is taken. None for all.
+        weight: matrix (out x in) of any floating dtype.
+        top: compute the vectors of this many triplets only; None for all. Uses the eigenvectors of the smaller Gram
+            matrix, in half the time of a full decomposition. Just as exact, because the full decomposition is used if a
+            singular value is below 1e-6 of the largest.
         name: for messages.
 
     Raises:
@@ -90,7 +90,7 @@ def _by_gram(matrix: torch.Tensor, top: int) -> Spectrum | None:
 
 
 def delta_sigma(before: Spectrum, after: Spectrum) -> float:
-    """The paper's dSigma = mean |s_t - s_0| over the triplets whose vectors are at hand."""
+    """The paper's dSigma = mean |s_t - s_0| over the first k triplets, those whose vectors `before` has."""
     count = before.U.shape[1]
     return float((after.S[:count] - before.S[:count]).abs().mean())
 
@@ -100,8 +100,8 @@ def delta_direction(before: Spectrum, after: Spectrum, degenerate: float = DEGEN
 
     Args:
         before, after: spectra of the pre-trained and the merged weight, of equal shapes.
-        degenerate: gap, relative to the largest singular value before, up to which neighbours are compared as
-            subspaces. A group of neighbours of which `top` cut off a part is left out.
+        degenerate: neighbours whose gap, relative to the largest singular value before, is at most this are compared as
+            subspaces. A group that `top` cuts in two is left out.
     """
     count = before.U.shape[1]
     runs = degenerate_runs(before, after, degenerate)
@@ -112,8 +112,10 @@ def delta_direction(before: Spectrum, after: Spectrum, degenerate: float = DEGEN
 
 
 def degenerate_runs(before: Spectrum, after: Spectrum, degenerate: float = DEGENERATE) -> list[slice]:
-    """The first k columns, cut between neighbours whose singular values differ both before and after; the last may
-    reach beyond k."""
+    """The first k columns, cut between neighbours whose singular values differ both before and after.
+
+    The last run may reach beyond k.
+    """
     tolerance = degenerate * float(before.S[0])
     differ = ((-before.S.diff() > tolerance) & (-after.S.diff() > tolerance)).tolist()
     cuts = [index + 1 for index, cut in enumerate(differ) if cut]
@@ -129,14 +131,17 @@ def _overlap(before: torch.Tensor, after: torch.Tensor, run: slice) -> float:
 
 
 def condition_number(S: torch.Tensor) -> float:
-    """s_1 / s_n of descending singular values; infinite where s_n is no more than rounding."""
+    """s_1 / s_n of singular values S (n) in descending order; infinite if s_n is no more than rounding."""
     rounding = len(S) * torch.finfo(torch.float64).eps * S[0]
     return float(S[0] / S[-1]) if S[-1] > rounding else float("inf")
 
 
 @torch.no_grad()
 def product_condition(P: torch.Tensor, Q: torch.Tensor) -> float | None:
-    """Condition number of P Q^T (out x r times r x in) on its rank r; None where it is of lower rank, or not finite."""
+    """Condition number of P Q^T on its rank r, for P (out x r) and Q (in x r).
+
+    None if the rank is lower, or the product is not finite.
+    """
     _, R1 = torch.linalg.qr(P.double())
     _, R2 = torch.linalg.qr(Q.double())
     core = R1 @ R2.mT

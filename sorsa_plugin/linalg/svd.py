@@ -1,8 +1,8 @@
 """W -> (U0, S0, V0): the top singular triplets of one matrix; knows no layer, adapter or model.
 
-The factors are fp32, deterministic for a seed, and sign-fixed (the entry of largest magnitude in each column of U is
-positive), so that another backend or thread count gives the same factors up to rounding. The global random state is
-never read or written.
+The factors are fp32, deterministic for a seed, and sign-fixed: the entry of largest magnitude in each column of U is
+positive. So another backend or thread count gives the same factors up to rounding. The global random state is never
+read or written.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .precision import full_precision
 logger = logging.getLogger(__name__)
 
 EXACT_LIMIT = 256
-"""`svd="auto"` is exact where the smaller side is at most this: there LAPACK is about as fast as the sketch."""
+"""`svd="auto"` is exact if the smaller side is at most this: up to there LAPACK is about as fast as the sketch."""
 
 SvdMethod = Literal["auto", "exact", "randomized"]
 METHODS = get_args(SvdMethod)
 
 DEFAULT_ENERGY = 0.998
-"""Where the randomized path stops: the estimated share of the energy of the best triplets that is captured. The
-estimate errs by at most 0.004 on Gaussian weights, which have no gap anywhere (benchmarks/NOTES.md)."""
+"""The randomized path stops at this estimated share of the energy of the best triplets. The estimate errs by at most
+0.004 on Gaussian weights, which have no gap anywhere (benchmarks/NOTES.md)."""
 
 OVERSAMPLE = 16
-"""Smallest block of the Krylov basis, and how far the basis exceeds the rank at least."""
+"""Smallest block of the Krylov basis, and the least number of columns by which the basis exceeds the rank."""
 
 
 class Triplets(NamedTuple):
@@ -53,13 +53,12 @@ def factorise(
     """Top singular triplets of a matrix.
 
     Args:
-        weight: matrix (out x in) of any floating dtype, on any device but meta; worked on as one fp32 copy, on the
-            process's accelerator if there is one with room for it.
+        weight: matrix (out x in) of any floating dtype, on any device but meta. One fp32 copy is made, on the process's
+            accelerator if there is one with room for it.
         rank: number of triplets r, 1 <= r <= min(out, in).
-        svd: "exact", "randomized", or "auto" (exact where the smaller side is at most 256 or 2 r).
+        svd: "exact", "randomized", or "auto" (exact if the smaller side is at most 256 or 2 r).
         seed: seed of the randomized path.
-        energy: where the randomized path stops, in (0, 1): the share of sum sigma_i^2 over the best r triplets that
-            it estimates to have captured.
+        energy: the randomized path stops at this estimated share of sum sigma_i^2 over the best r triplets, in (0, 1).
         name: the layer's name, for messages.
 
     Returns:
@@ -91,14 +90,14 @@ def factorise(
 
     try:
         triplets = work(device)
-    except torch.OutOfMemoryError:  # an accelerator's alone
+    except torch.OutOfMemoryError:  # only an accelerator raises this
         logger.warning("%s has no room to decompose %s; the CPU takes its place, and longer.", device, name)
         triplets = work(torch.device("cpu"))
     return Triplets(*(part.to(home) for part in _fix_signs(triplets)))
 
 
 def require_triplets(rank: int, shape: tuple[int, ...], name: str) -> None:
-    """Raises RankError where a weight (... x out x in) does not have that many singular triplets, or none is asked."""
+    """Raises RankError if `rank` is below 1, or above the number of singular triplets of a weight (... x out x in)."""
     if rank < 1:
         raise RankError(f"The rank of {name} is {rank}; expected an integer >= 1.")
     smaller = min(shape[-2:])
@@ -111,19 +110,22 @@ def require_triplets(rank: int, shape: tuple[int, ...], name: str) -> None:
 
 @full_precision()
 def captured_energy(weight: torch.Tensor, triplets: Triplets) -> float:
-    """Share of ||W||_F^2 (0 to 1) that the triplets span: sum diag(U^T W V)^2 / ||W||_F^2; 1 for a zero weight."""
+    """Share of ||W||_F^2 that the triplets span, for W (out x in): sum diag(U^T W V)^2 / ||W||_F^2, from 0 to 1.
+
+    A zero weight gives 1.
+    """
     matrix = weight.detach().to(triplets.U)
     diagonal = ((matrix @ triplets.V) * triplets.U).sum(0)
     return energy_share(diagonal.square().sum(), matrix.square().sum())
 
 
 def energy_share(part: torch.Tensor, whole: torch.Tensor) -> float:
-    """part / whole for energies; all of nothing is 1."""
+    """part / whole, for two energies (scalar tensors); 1 if whole is 0."""
     return float(part / whole) if whole > 0 else 1.0
 
 
 def working_device(home: torch.device) -> torch.device:
-    """The process's accelerator if there is one, wherever the weight lives; else the weight's own device."""
+    """Where to factorise a weight that lives on `home`: the process's accelerator if there is one, else `home`."""
     if home.type == "cpu" and torch.accelerator.is_available():
         accelerator = torch.accelerator.current_accelerator()
         if accelerator is not None and accelerator.type != "mps":  # MPS runs its SVD on the CPU
@@ -132,14 +134,14 @@ def working_device(home: torch.device) -> torch.device:
 
 
 def _all_finite(matrix: torch.Tensor) -> bool:
-    """Whether no entry is NaN or infinite: no finite sum has one. Looked at one by one only where the sum overflows."""
+    """Whether no entry is NaN or infinite: then the sum is finite too. Only if it is not, check the entries."""
     return bool(torch.isfinite(matrix.sum())) or bool(torch.isfinite(matrix).all())
 
 
 def _exact(matrix: torch.Tensor, rank: int) -> Triplets:
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     triplets = Triplets(U[:, :rank], S[:rank], Vh[:rank].mT)
-    if not _are_orthonormal(triplets):  # Jacobi's method, an accelerator's, promises less than LAPACK
+    if not _are_orthonormal(triplets):  # accelerators use Jacobi's method, which promises less than LAPACK
         raise torch.linalg.LinAlgError("U or V is not orthonormal")
     return triplets
 
@@ -147,12 +149,12 @@ def _exact(matrix: torch.Tensor, rank: int) -> Triplets:
 def _randomized(matrix: torch.Tensor, rank: int, seed: int, energy: float) -> Triplets:
     """Rayleigh-Ritz on the block Krylov space of W W^T (Musco and Musco, 2015), grown until it holds the energy.
 
-    A block is half as wide as the rank: as many products as subspace iteration needs for 2 steps reach degree 4 here.
-    W^T Q is kept block by block, so the projection costs no further product with W.
+    A block is half as wide as the rank: the products that subspace iteration needs for 2 steps reach degree 4 here. W^T
+    Q is kept block by block, so the projection costs no further product with W.
     """
     limit = min(matrix.shape)
     width, enough = max(OVERSAMPLE, -(-rank // 2)), min(rank + OVERSAMPLE, limit)
-    # drawn on the CPU: the same numbers whatever device factorises
+    # drawn on the CPU, so that every device factorises with the same numbers
     generator = torch.Generator("cpu").manual_seed(seed)
     shape = matrix.shape[1], min(width, limit)
     sketch = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
@@ -160,13 +162,13 @@ def _randomized(matrix: torch.Tensor, rank: int, seed: int, energy: float) -> Tr
     space = Projection.onto(block, matrix)
     while space.Q.shape[1] < limit:
         block = matrix @ space.Z[:, -block.shape[1] :][:, : limit - space.Q.shape[1]]
-        for _ in range(2):  # twice is enough against a basis that is orthonormal
+        for _ in range(2):  # two passes are enough, because the basis is orthonormal
             block = orthonormal(block - space.Q @ (space.Q.mT @ block))
         space = space.extended(block, matrix)
         if space.Q.shape[1] < enough:
             continue
         previous, captured = captured, space.energy(rank)
-        # gains shrink from step to step, in the end faster than by half: what is missing is about the last one
+        # in the end each step gains less than half of the step before, so what is missing is about the last gain
         if captured - previous <= (1 / energy - 1) * captured:
             break
     triplets = space.triplets(rank, *cholesky_qr(space.Z, space.gram))
@@ -185,11 +187,12 @@ class Projection(NamedTuple):
 
     @classmethod
     def onto(cls, Q: torch.Tensor, matrix: torch.Tensor) -> Projection:
+        """The projection of a matrix (out x in) onto an orthonormal basis Q (out x k)."""
         Z = transposed_product(matrix, Q)
         return cls(Q, Z, Z.mT @ Z)
 
     def extended(self, block: torch.Tensor, matrix: torch.Tensor) -> Projection:
-        """With the columns of `block`, orthonormal to Q, added to the basis."""
+        """The projection with the columns of `block` (out x n), orthonormal to Q, added to the basis."""
         new, width = transposed_product(matrix, block), block.shape[1]
         Z = torch.cat((self.Z, new), dim=1)
         cross = Z.mT @ new
@@ -203,7 +206,7 @@ class Projection(NamedTuple):
         return float(torch.linalg.eigvalsh(self.gram)[-rank:].sum())
 
     def triplets(self, rank: int, P: torch.Tensor, R: torch.Tensor) -> Triplets:
-        """The top triplets of Q Z^T, for Z = P R with P orthonormal and R (k x k): those of R^T, turned by Q and P."""
+        """The top triplets of Q Z^T, for Z = P R with P (in x k) orthonormal and R (k x k): those of R^T, turned."""
         U, S, Vh = torch.linalg.svd(R.mT)
         return Triplets(self.Q @ U[:, :rank], S[:rank], P @ Vh[:rank].mT)
 
@@ -214,20 +217,21 @@ def transposed_product(matrix: torch.Tensor, block: torch.Tensor) -> torch.Tenso
 
 
 def orthonormal(X: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis (rows x n) of the columns of X (rows x n): see `cholesky_qr`."""
+    """An orthonormal basis (rows x n) of the columns of X (rows x n), by `cholesky_qr`."""
     return cholesky_qr(X)[0]
 
 
 def cholesky_qr(X: torch.Tensor, gram: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """X = Q R by CholeskyQR2 (Yamamoto et al., 2015), which is all matrix products; by Householder reflections where X
-    is too ill-conditioned for it (beyond about 1e3 in fp32).
+    """X = Q R by CholeskyQR2 (Yamamoto et al., 2015), which consists of matrix products alone.
+
+    Uses Householder reflections if X is too ill-conditioned for it (beyond about 1e3 in fp32).
 
     Args:
         X: matrix (rows x n), rows >= n.
         gram: X^T X (n x n), if already at hand.
 
     Returns:
-        Q (rows x n) orthonormal to rounding, R (n x n) upper triangular.
+        Q (rows x n), orthonormal to rounding, and R (n x n), upper triangular.
     """
     L1, failed = torch.linalg.cholesky_ex(X.mT @ X if gram is None else gram)
     if failed:
@@ -235,13 +239,13 @@ def cholesky_qr(X: torch.Tensor, gram: torch.Tensor | None = None) -> tuple[torc
     Q = torch.linalg.solve_triangular(L1.mT, X, upper=True, left=False)
     gram = Q.mT @ Q
     L2, failed = torch.linalg.cholesky_ex(gram)
-    if failed or not (gram.diagonal() - 1).abs().max() <= 0.5:  # the second pass repairs only little; so is NaN found
+    if failed or not (gram.diagonal() - 1).abs().max() <= 0.5:  # beyond what the second pass repairs, or NaN
         return torch.linalg.qr(X)
     return torch.linalg.solve_triangular(L2.mT, Q, upper=True, left=False), L2.mT @ L1.mT
 
 
 def _are_orthonormal(triplets: Triplets) -> bool:
-    """Whether U and V keep the promise; NaN does not."""
+    """Whether U and V are orthonormal to 1e-5 sqrt(r); False for NaN."""
     limit = floor(triplets.S.shape[0])
     return all(float(gram_minus_identity(P).norm()) <= limit for P in (triplets.U, triplets.V))
 

@@ -1,1 +1,1 @@
-"""QSORSA: a quantised base that stores the residual of the weights that its adapter trains."""
+"""QSORSA: a quantised base that stores the residual of the weights whose largest triplets its adapter trains."""

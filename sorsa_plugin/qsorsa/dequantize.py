@@ -1,4 +1,4 @@
-"""A model without quantised weights, with its adapters merged: what few bits would round away is kept."""
+"""Makes a model without quantised weights, with its adapters merged, so that few bits round nothing away."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 def merge_and_dequantize(
     model: PeftModel, dtype: torch.dtype = torch.bfloat16, adapter_names: list[str] | None = None
 ) -> nn.Module:
-    """The base model in one dtype, no weight quantised, with adapters merged in fp32 and rounded once; layer by layer.
+    """The base model in one dtype, no weight quantised, with adapters merged in fp32 and rounded once, layer by layer.
 
-    Where `merge_and_unload` stores W + change in few bits again, this stores it in 16: about four times the memory of
-    a 4-bit base, and all of the change. Like that one it consumes the model.
+    `merge_and_unload` stores W + change in few bits again. This function stores it in 16: about four times the memory
+    of a 4-bit base, and all of the change. Like `merge_and_unload`, it consumes the model.
 
     Args:
         model: a PEFT model with SORSA adapters on a quantised base.
-        dtype: of the result, a floating-point one.
+        dtype: of the result, a floating-point dtype.
         adapter_names: the adapters to merge; None for the active ones.
 
     Raises:
-        ValueError: dtype is no floating-point dtype, or the model has no SORSA adapter, or none of a name given.
+        ValueError: dtype is no floating-point dtype, the model has no SORSA adapter, or an adapter name is unknown.
         UnsupportedLayerError: a module outside the adapter is quantised in a way that no plug-in can read.
     """
     if not dtype.is_floating_point:
@@ -52,7 +52,7 @@ def merge_and_dequantize(
     errors = {}
     for name, layer in tqdm(layers.items(), desc="SORSA: merging", unit="layer", disable=len(layers) < 50, leave=False):
         asked = layer.active_adapters if adapter_names is None else adapter_names
-        merged = list(dict.fromkeys([*layer.merged_adapters, *asked]))  # as PEFT merges beside what is merged already
+        merged = list(dict.fromkeys([*layer.merged_adapters, *asked]))  # as in PEFT, earlier merges stay
         errors[name] = _replace(_base(model), name, layer, merged, dtype)
     for name, layer in others.items():
         _replace(_base(model), name, layer, [], dtype)
@@ -85,7 +85,7 @@ def _quantised_modules(base: nn.Module, adapted: dict[str, SORSAQuantisedLinear]
 
 
 def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype: torch.dtype) -> MergeRounding:
-    """Put a plain module with the merged weight in the place of a quantised one, of the kind that was quantised."""
+    """Replace a quantised module by a plain one, of the kind that was quantised, with the merged weight."""
     names = [adapter for adapter in adapters if adapter in layer.sorsa_factors]
     total, before = layer.merged_weight(names), layer.merged_weight([])
     old = layer.get_base_layer()
@@ -107,8 +107,7 @@ def _replace(base: nn.Module, name: str, layer: Any, adapters: list[str], dtype:
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast what a checkpoint holds; buffers that a model makes by itself (the frequencies of rotary embeddings) stay as
-    it made them, in fp32 where they need to be."""
+    """Cast what a checkpoint holds. Buffers that a model computes (rotary frequencies) keep their dtype."""
     for tensor in model.state_dict(keep_vars=True).values():
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
@@ -116,7 +115,7 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """What transformers' own `dequantize` removes."""
+    """Remove what transformers' own `dequantize` removes."""
     quantiser = getattr(model, "hf_quantizer", None)
     if quantiser is not None:
         quantiser.remove_quantization_config(model)

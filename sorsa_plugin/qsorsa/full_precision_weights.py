@@ -19,7 +19,7 @@ from ..layers.storage import was_conv1d
 Source = str | PathLike[str] | Mapping[str, torch.Tensor]
 
 MOST_ROUNDING = 0.5
-"""||W - dequantised|| / ||W|| above which a base was not quantised from W; nf4 and fp4 give about 0.1, another model's
+"""||W - dequantised|| / ||W|| above which a base was not quantised from W. nf4 and fp4 give about 0.1, another model's
 weight 1.4."""
 
 
@@ -27,9 +27,10 @@ class FullPrecisionWeights:
     """W of a model's linear modules.
 
     Args:
-        source: a directory or hub id of safetensors, as the model's own; or {module name + ".weight": tensor}.
+        source: a directory or hub id of safetensors, as the model's own; or {module name + ".weight": tensor (out x
+            in)}.
         model: the quantised model, for its names.
-        revision: on the hub.
+        revision: of the source on the hub.
 
     Attributes:
         of_whole_model: whether the model has a config, which would say if its weights were residuals (`residual.py`).
@@ -50,8 +51,8 @@ class FullPrecisionWeights:
             rounded: its dequantised weight (out x in), which W is compared with.
 
         Raises:
-            BaseFilesError: the weight is not in the source.
-            BaseMismatchError: it is not what the base was quantised from.
+            BaseFilesError: the source does not have the weight.
+            BaseMismatchError: the base was not quantised from the weight.
         """
         W = self._read(f"{name}.weight").to(rounded.device, torch.float32)
         if was_conv1d(base):
@@ -63,7 +64,7 @@ class FullPrecisionWeights:
             )
         size = W.norm()
         error = (W - rounded).norm()
-        if not error <= MOST_ROUNDING * size:  # no quotient: a weight of zeros is quantised from one
+        if not error <= MOST_ROUNDING * size:  # not a quotient, so that a weight of zeros passes
             raise BaseMismatchError(
                 f"The weight of {name} in {self._where()} differs by {float(error / size):.2g} (relative) from the "
                 f"quantised base's; expected at most {MOST_ROUNDING:g}, what few bits explain. Give the full-precision "
@@ -92,13 +93,13 @@ class FullPrecisionWeights:
                 "The base model does not say where it was loaded from, so its full-precision weights cannot be read. "
                 "Name them in full_precision_base, or give quantize_residual() the weights."
             )
-        if is_deepspeed_zero3_enabled():  # no model of whole shapes can be made then
+        if is_deepspeed_zero3_enabled():  # then no model with whole shapes can be made
             raise BaseFilesError(
                 "Under DeepSpeed ZeRO 3 residuals cannot be made: the full-precision weights are partitioned as they "
                 "are read. Use DDP, FSDP2 or ZeRO 2, or adapter: sorsa."
             )
         files = BaseFiles(self.source, self.revision)
-        files.config.architectures = [self.architecture]  # as the model was loaded, whatever its config.json says
+        files.config.architectures = [self.architecture]  # the class that was loaded, whatever config.json says
         return StoredWeights(files, files.empty_model())
 
     def _where(self) -> str:
@@ -119,7 +120,11 @@ def full_precision_weights(source: Source | None) -> Iterator[None]:
 
 
 def source_of(model: Any, named: str | None) -> Source:
-    """Where the full-precision weights of a quantised model are: given, named, or where it was loaded from."""
+    """Where the full-precision weights of a quantised model are.
+
+    In this order: the context `full_precision_weights`, `named` (an adapter's option), the place the model was loaded
+    from.
+    """
     given = _given.get()
     if given is not None:
         return given

@@ -1,7 +1,7 @@
-"""Writes a quantised residual model and its untrained adapter for a base model's files: QSORSA's start, made once.
+"""Writes a quantised residual model and its untrained adapter for a base model's files: the start of QSORSA.
 
-The base is quantised while it is loaded and its residuals are made from the files one weight at a time, so that memory
-holds the quantised model and a few matrices in fp32.
+The base is quantised while it is loaded. Its residuals are made from the files one weight at a time, so memory holds
+the quantised model and a few fp32 matrices.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
-"""bitsandbytes' formats as QLoRA sets them (double quantisation), and LLM.int8()."""
+"""bitsandbytes' formats: nf4 and fp4 as QLoRA sets them (double quantisation), int8 as LLM.int8()."""
 
 
 @dataclass(frozen=True)
 class ResidualReport:
-    """What was written."""
+    """What `init_residual` wrote."""
 
     output: Path
     layers: tuple[str, ...]
     rounding: tuple[float, float]
-    """Mean relative error of the weights as plain quantisation has it, and of residual and triplets together."""
+    """Mean relative error of the weights: with plain quantisation, and with residual and triplets together."""
     trainable_parameters: int
     bytes: int
-    """Size of the model's weights and the adapter's."""
+    """Size of the model's and the adapter's weight files."""
 
     @property
     def adapter(self) -> Path:
-        """Where the adapter is."""
+        """The adapter's directory."""
         return self.output / FOLDER
 
 
@@ -63,22 +63,24 @@ def init_residual(
     """Write what `quantize_residual` makes of a base, as `save_residual` does, and the base's other files (tokenizer).
 
     `PeftModel.from_pretrained(AutoModel....from_pretrained(output_dir), output_dir + "/adapter", is_trainable=True)`
-    then trains without any factorisation. It appears complete or not at all; interrupted, it begins anew.
+    then trains without any factorisation. The output appears complete or not at all. After an interruption, the work
+    begins anew.
 
     Args:
         base: directory of a full-precision model with safetensors files, or an id on the hub.
         output_dir: directory to make; it may exist and be empty.
         config: the adapter's options; task_type says what kind of model it is for.
         quantize: "nf4", "fp4" or "int8", by bitsandbytes.
-        dtype: of what is not quantised; None for the base's own.
+        dtype: of the parameters that are not quantised; None for the base's own.
         revision: of the base, on the hub.
 
     Raises:
         MissingPackageError: bitsandbytes is not installed.
         BaseFilesError: the base cannot be read tensor by tensor.
         OutputExistsError: the output exists and is not an empty directory.
-        SORSAConfigError: PEFT refuses the options for this model, or the format is unknown.
-        BaseMismatchError: a targeted module is one that is not quantised.
+        SORSAConfigError: PEFT refuses the options for this model, the format is unknown, or the config is that of a
+            saved adapter.
+        BaseMismatchError: a targeted module is not quantised.
     """
     if quantize not in FORMATS:
         raise SORSAConfigError(f"quantize is {quantize!r}; expected one of {', '.join(map(repr, FORMATS))}.")
@@ -93,7 +95,7 @@ def init_residual(
     output = Path(output_dir).resolve()
     refuse_occupied(output)
     files = BaseFiles(local_directory(base, revision, patterns=None))
-    empty = files.empty_model(config.task_type, dtype)  # a base that is damaged or of another task is refused here
+    empty = files.empty_model(config.task_type, dtype)  # refuses a base that is damaged or of another task
     model = class_for(files.config, config.task_type).from_pretrained(
         str(base), revision=revision, quantization_config=BitsAndBytesConfig(**FORMATS[quantize]), dtype=empty.dtype
     )

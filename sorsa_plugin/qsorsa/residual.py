@@ -2,10 +2,10 @@
 
     y = x Q(W_r)^T + ((x V) * S) U^T,    disabled: the same with U0, S0, V0
 
-The largest triplets of W, which a quantised base would round, are in the adapter at fp32; what is rounded is smaller
-(as QPiSSA does it for LoRA, arXiv 2404.02948). It is the folded form of `folding.py` for good: there is no W that could
-be put back, and the base alone is not the model. A trained adapter also goes on the full-precision model, as any
-other: y = x W^T + (x R) L^T.
+The largest triplets of W, which a quantised base would round, are in the adapter at fp32, so what is rounded is smaller
+(as QPiSSA does it for LoRA, arXiv 2404.02948). This is the folded form of `folding.py` for good: there is no W to put
+back, and the base alone is not the model. Like any other adapter, a trained one also works on the full-precision model:
+y = x W^T + (x R) L^T.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ MARK = "sorsa_residual"
 
 
 def quantize_residual(model: nn.Module, config: SORSAConfig, weights: Source | None = None) -> PeftModel:
-    """A SORSA adapter on a quantised model whose targeted weights become quantised residuals; one matrix at a time.
+    """A SORSA adapter on a quantised model whose targeted weights become quantised residuals, one matrix at a time.
 
     The same as `get_peft_model` with `residual_base=True` in the config, for weights that no checkpoint names.
 
     Args:
         model: the quantised model, changed in place.
-        config: of the adapter.
-        weights: directory, hub id or {name: tensor} of the full-precision weights; None for
-            `config.full_precision_base`, or where the model was loaded from.
+        config: the adapter's.
+        weights: directory, hub id or {name: tensor (out x in)} of the full-precision weights. None for
+            `config.full_precision_base`, or the place that the model was loaded from.
 
     Raises:
-        SORSAConfigError: a targeted module is not quantised.
+        BaseMismatchError: a targeted module is not quantised, or the full-precision weights are another model's.
         FoldError: the base stores residuals already.
-        BaseFilesError, BaseMismatchError: the full-precision weights cannot be read, or are another model's.
+        BaseFilesError: the full-precision weights cannot be read.
     """
     with full_precision_weights(weights):
         return get_peft_model(model, replace(config, residual_base=True))
 
 
 def mark_of(model: Any) -> dict[str, Any] | None:
-    """What a model's config says about its weights being residuals; None: they are not, or it has no config."""
+    """The note in a model's config that its weights are residuals; None if there is no note or no config."""
     found = getattr(getattr(model, "config", None), MARK, None)
     return found if isinstance(found, dict) else None
 
@@ -70,17 +70,18 @@ class ConfigMark:
     """The note in a model's config that its weights are residuals.
 
     Attributes:
-        config: the model's config; None where it has none.
+        config: the model's config; None if it has none.
     """
 
     config: Any
 
     @classmethod
     def of(cls, model: Any) -> ConfigMark:
+        """The note of a model."""
         return cls(getattr(model, "config", None))
 
     def forget(self) -> None:
-        """The model's weights are whole again."""
+        """Delete the note: the model's weights are whole again."""
         if isinstance(getattr(self.config, MARK, None), dict):
             delattr(self.config, MARK)
 
@@ -91,14 +92,16 @@ def residual_base(
 ) -> Iterator[Callable[[list[SORSALayer]], None]]:
     """The one place where a new adapter meets a base of residuals.
 
-    Enter it before the adapter is added, call what it gives with the adapter's layers before they get values, and leave
-    it when they have them. Then layers know that their base stores a residual, or from which weights it will be made;
-    what was made is logged. Where that fails before the first residual is stored, the base is as it was.
+    Enter the context before the adapter is added. It gives a function: call that with the adapter's layers before they
+    get values. Leave the context when they have them.
+
+    The layers then know that their base stores a residual, or from which weights to make it. Leaving the context logs
+    what was made. If something fails before the first residual is stored, the base is as it was.
 
     Args:
         model: the base model.
         adapter_name: the new adapter.
-        config: its config; `full_precision_base` is filled in where the model says it.
+        config: its config; `full_precision_base` is filled in if the model says it.
 
     Raises:
         FoldError: base or config is about residuals, and the other is not.
@@ -143,13 +146,13 @@ def _check_request(model: nn.Module, config: SORSAConfig) -> None:
 def _announce(model: Any, layers: list[SORSALayer], adapter_name: str, config: SORSAConfig) -> None:
     new = [layer for layer in layers if layer.weight_state.is_whole and layer.quantised]
     mark = ConfigMark.of(model)
-    if mark_of(model) and config.factors_from_file:  # a new adapter's own layers store W as it was quantised
+    if mark_of(model) and config.factors_from_file:  # else: layers that only a new adapter has store W as quantised
         for layer in new:
             layer.weight_state = Residual(adapter_name, mark)
     elif new:
         named = Path(config.full_precision_base or "")
         if config.factors_from_file and named.is_absolute() and not named.exists():
-            config.full_precision_base = None  # a path of another machine; the base's own is checked by fingerprint
+            config.full_precision_base = None  # a path on another machine; the fingerprint checks the base's own
         source = source_of(model, config.full_precision_base)
         if config.full_precision_base is None and isinstance(source, (str, PathLike)):
             config.full_precision_base = str(source) or None
@@ -164,7 +167,7 @@ class ResidualMaker:
     """Makes the residuals of a model's layers; see `layers.base.ResidualMaker`.
 
     Args:
-        weights: what the base was quantised from.
+        weights: the weights that the base was quantised from.
         mark: the note in the model's config.
     """
 
@@ -177,7 +180,9 @@ class ResidualMaker:
         """Factorise the full-precision weight into a new adapter, and store the quantised residual in the base.
 
         Raises:
-            BaseFilesError, BaseMismatchError: the weight cannot be read, or is another model's.
+            BaseFilesError: the weight cannot be read.
+            BaseMismatchError: it is another model's.
+            DecompositionError: it cannot be factorised.
         """
         config, factors = layer.configs[adapter_name], layer.factors(adapter_name)
         weight = self.weights.weight(layer.name, layer.get_base_layer(), layer.base_matrix())
@@ -188,11 +193,11 @@ class ResidualMaker:
 
     @torch.no_grad()
     def settle(self, layer: Any, adapter_name: str) -> None:
-        """After an adapter's tensors were loaded: recognise the residual that they belong to in the base, or make it.
+        """After an adapter's tensors were loaded: recognise their residual in the base, or make and store it.
 
         Raises:
             FoldError: the base is on the meta device.
-            BaseFilesError, BaseMismatchError: it does not store the residual, and that cannot be made.
+            BaseFilesError, BaseMismatchError: the base does not store the residual, and it cannot be made.
         """
         factors, config = layer.factors(adapter_name), layer.configs[adapter_name]
         matrix = layer.base_matrix()
@@ -202,7 +207,7 @@ class ResidualMaker:
             )
         near = distance(factors.fingerprint, matrix) <= same_storage_limit(layer.storage())
         stored_alike = config.storage_of(layer.name) == layer.storage()
-        # where no config says what the base stores, its fingerprint does
+        # if no config says what the base stores, its fingerprint does
         if self.weights.of_whole_model or not (near and stored_alike):
             self._store(layer, adapter_name, self.weights.weight(layer.name, layer.get_base_layer(), matrix))
         layer.weight_state = Residual(adapter_name, self.mark)
@@ -220,7 +225,7 @@ class ResidualMaker:
 
 
 def _log_rounding(layers: list[SORSALayer]) -> None:
-    """Log one line: the error of the weights, and what plain quantisation had."""
+    """Log one line: the error of the weights, and that of plain quantisation."""
     found = [layer.rounding for layer in layers if layer.rounding is not None]
     if found:
         plain, residual = (sum(part) / len(found) for part in zip(*found, strict=True))
@@ -231,7 +236,7 @@ def _log_rounding(layers: list[SORSALayer]) -> None:
 
 
 def require_quantised(layer: SORSALayer) -> None:
-    """Raises BaseMismatchError where a residual is announced for a weight that is stored in full."""
+    """Raises BaseMismatchError if a residual is announced for a weight that is stored in full."""
     if not layer.quantised:
         raise BaseMismatchError(
             f"residual_base=True, and {layer.name} ({type(layer.get_base_layer()).__name__}) is not quantised. Load "

@@ -16,19 +16,22 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 FOLDER = "adapter"
-"""Folder of the adapter in what `save_residual` writes."""
+"""Folder of the adapter in the directory that `save_residual` writes."""
 
 
 def save_residual(model: PeftModel, directory: str | PathLike[str], adapter_name: str = "default") -> Path:
-    """Write the quantised residual model, which transformers loads, and its adapter in the folder `adapter` of it.
+    """Write the quantised residual model, which transformers loads, with its adapter in its folder `adapter`.
 
-    Load both with `PeftModel.from_pretrained(AutoModel....from_pretrained(directory), directory + "/adapter")`. What is
-    written appears complete or not at all.
+    Load both with `PeftModel.from_pretrained(AutoModel....from_pretrained(directory), directory + "/adapter")`. The
+    output appears complete or not at all.
 
     Args:
         model: a PEFT model whose base is a transformers model that stores residuals.
         directory: to make; it may exist and be empty.
         adapter_name: which adapter.
+
+    Returns:
+        The directory, as an absolute path.
 
     Raises:
         FoldError: the base stores no residuals, or an adapter is merged into it.
@@ -48,7 +51,7 @@ def save_residual(model: PeftModel, directory: str | PathLike[str], adapter_name
 
 
 def write_residual(model: PeftModel, directory: Path, name: Path, adapter_name: str = "default") -> None:
-    """Write the quantised residual model and its adapter into a directory whose name will be `name`."""
+    """Write the quantised residual model and its adapter into `directory`, which will later be renamed to `name`."""
     base: Any = model.base_model.model
     with without_adapters(base):
         base.save_pretrained(directory)

@@ -1,1 +1,1 @@
-"""`adapter: word` in a recipe becomes a PEFT config."""
+"""Turns `adapter: word` in a recipe into a PEFT config and the callbacks that go with it."""

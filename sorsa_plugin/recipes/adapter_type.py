@@ -1,4 +1,4 @@
-"""An adapter type: a word that `adapter` can be in a recipe, what the recipe says about it, and what comes of it."""
+"""An adapter type: a word that a recipe can give as `adapter`, the options beside it, and the setup they make."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 NOT_OPTIONS = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "base_storage", "lora_layouts")
-"""Fields of PEFT configs that are filled in, not given."""
+"""Fields of PEFT configs that are filled in, and that no user gives."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class AdapterSetup:
         return model if self.peft_config is None else get_peft_model(model, self.peft_config)
 
     def add_callbacks(self, trainer: Any) -> None:
-        """Add the callbacks to a Trainer; those with a `trainer` attribute log to its every reporter."""
+        """Add the callbacks to a Trainer. Callbacks with a `trainer` attribute then log to all of its reporters."""
         for callback in self.callbacks:
             if getattr(callback, "trainer", trainer) is None:
                 callback.trainer = trainer
@@ -64,7 +64,7 @@ class AdapterOptions:
 
     Attributes:
         adapter: the type's name.
-        common: options of `VOCABULARY` that were given.
+        common: {word of `VOCABULARY`: value} of those that were given.
         own: the method's own block.
     """
 
@@ -101,12 +101,12 @@ def build_config(
     Args:
         config_class: a PEFT config dataclass.
         options: what the recipe says.
-        names: the class's fields for words of the vocabulary, where they differ.
+        names: {word of the vocabulary: field of the class}, for words that the class calls otherwise.
         fixed: fields that make the method what it is.
-        unused: words of the vocabulary that mean nothing to the method and are reported, not refused.
+        unused: words of the vocabulary that mean nothing to the method. They are logged, not refused.
 
     Raises:
-        AdapterOptionsError: the class has no such field, two values disagree, or it refuses a value.
+        AdapterOptionsError: the class does not have the field, two values disagree, or it refuses a value.
     """
     names, fixed, adapter = names or {}, fixed or {}, options.adapter
     fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in NOT_OPTIONS]
@@ -144,6 +144,6 @@ def build_config(
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """' Did you mean ...?' with the known word that is most like it, or nothing."""
+    """' Did you mean ...?' with the known word that is most similar; empty if none is."""
     matches = get_close_matches(str(word), known, 1)
     return f" Did you mean {matches[0]!r}?" if matches else ""

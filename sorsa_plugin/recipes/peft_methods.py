@@ -1,5 +1,7 @@
-"""The adapter types of PEFT's own methods: LoRA and its variants, MiSS, AdaLoRA, full fine-tuning, and what else PEFT
-registers. Callbacks that some need during training come through the hook `sorsa_callbacks`."""
+"""The adapter types of PEFT's own methods: LoRA's family, MiSS, AdaLoRA, full fine-tuning, and all others in PEFT.
+
+Callbacks that some of them need during training come through the hook `sorsa_callbacks`.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from ..rank_zero import say
 from .adapter_type import AdapterOptions, AdapterSetup, AdapterType, build_config
 
 LORA_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout"}
-"""LoRA's fields for words of the vocabulary."""
+"""{word of the vocabulary: LoRA's field}"""
 
 NEEDS_A_CALL = {
     "eva": "data, which `adapter: eva` gives it: set adapter: eva",
@@ -22,7 +24,7 @@ NEEDS_A_CALL = {
     "loftq": "a loftq_config and an unquantised base, and it rewrites the base: build it in Python",
     "cartridge": "its prefix filled from text by peft.tuners.cartridge.utils: build it in Python",
 }
-"""Methods and LoRA initialisations that are another method without a call that only Python code can make."""
+"""{method or initialisation of LoRA: the call that it needs}. Without that call it is another method."""
 
 
 def _lora(options: AdapterOptions, **fixed: Any) -> AdapterSetup:
@@ -59,7 +61,7 @@ def _full(options: AdapterOptions) -> AdapterSetup:
 
 
 def verbatim(name: str, config_class: Any) -> AdapterType:
-    """An adapter type for a method that PEFT registers: its own config fields, and the vocabulary where it fits."""
+    """An adapter type for a method that PEFT registers: its own config fields, and words of the vocabulary."""
 
     def setup(options: AdapterOptions) -> AdapterSetup:
         fields = {item.name for item in dataclasses.fields(config_class)}
@@ -92,14 +94,14 @@ def _adalora(options: AdapterOptions) -> AdapterSetup:
         own["target_r"] = rank
         own.setdefault("init_r", rank + rank // 2)  # the proportion of PEFT's defaults, 8 and 12
     common = {word: value for word, value in options.common.items() if word != "r"}
-    # AdaLoraConfig demands the number of steps, which only the trainer knows: the callback replaces this one
+    # AdaLoraConfig requires the number of steps, which only the trainer knows: the callback replaces this one
     own.setdefault("total_step", steps_placeholder(own.get("tinit", 0), own.get("tfinal", 0)))
     config = build_config(AdaLoraConfig, AdapterOptions(options.adapter, common, own), names=LORA_NAMES)
     return AdapterSetup(options.adapter, config)
 
 
 def steps_placeholder(tinit: int, tfinal: int) -> int:
-    """The smallest total_step that AdaLoraConfig accepts: it stands for a number of steps that is not known yet."""
+    """The smallest total_step that AdaLoraConfig accepts. It stands for a number of steps that is not known yet."""
     return tinit + tfinal + 1
 
 

@@ -1,14 +1,15 @@
 """One config key, many adapters: `adapter: sorsa` in a dict, a dataclass or YAML becomes a PEFT config and callbacks.
 
-One vocabulary (`VOCABULARY`) for what most methods have, a block named after the method for what only it has:
+Options that most methods have share one vocabulary (`VOCABULARY`). Options of one method go into a block named after
+it:
 
     adapter: sorsa
     r: 16
     target_modules: all-linear
     sorsa: {gamma: 4.0e-4, svd: exact}
 
-TRL's and Axolotl's spellings of the vocabulary are accepted. The types themselves come through the `sorsa_adapters`
-seam; blocks of other methods stay in the recipe unread, so that one word switches.
+TRL's and Axolotl's spellings of the vocabulary are accepted. The types come through the `sorsa_adapters` seam. Blocks
+of other methods may stay in the recipe and are not read, so that changing one word switches the method.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ VOCABULARY = {
     "trainable_token_indices": "tokens whose embeddings are trained",
     "task_type": "PEFT's task type: CAUSAL_LM, SEQ_CLS, ...",
 }
-"""What most methods have, by PEFT's names without the method's prefix."""
+"""Options that most methods have, by PEFT's names without the method's prefix."""
 
 SPELLINGS = {
     **{f"lora_{name}": name for name in VOCABULARY},  # TRL's ModelConfig and Axolotl
@@ -50,23 +51,23 @@ SPELLINGS = {
     "peft_layers_pattern": "layers_pattern",
     "peft_trainable_token_indices": "trainable_token_indices",
 }
-"""Other trainers' names for the vocabulary."""
+"""{other trainers' name: word of the vocabulary}"""
 
 VARIANTS = {"use_dora": "dora", "peft_use_dora": "dora", "use_rslora": "rslora", "peft_use_rslora": "rslora"}
-"""Flags by which TRL and Axolotl recipes turn LoRA into another method."""
+"""{flag by which TRL and Axolotl recipes turn LoRA into another method: that method}"""
 
 
 def setup_adapter(options: Mapping[str, Any] | str | PathLike[str] | Any) -> AdapterSetup:
-    """What one config key names: a PEFT config and the callbacks that go with it.
+    """The PEFT config and the callbacks that one config key names.
 
     Args:
-        options: a mapping, a dataclass instance (fields that are None do not count), or the path of a YAML file, with
+        options: a mapping, a dataclass instance (fields that are None do not count), or the path of a YAML file. It has
             the key `adapter` (a registered type's name, or any method that PEFT registers), keys of `VOCABULARY` or
             TRL's and Axolotl's spellings of them, and a block named after the method.
 
     Raises:
-        AdapterOptionsError: a key or method is unknown (the nearest known one is named), two spellings disagree, or the
-            method cannot honour an option.
+        AdapterOptionsError: a key or method is unknown (the message names the nearest known one), two spellings
+            disagree, or the method cannot honour an option.
         PluginError: two plug-ins claim one name.
     """
     parsed = read_options(options)
@@ -96,7 +97,8 @@ def adapter_type(name: str) -> AdapterType:
     """The registered type of that name, or one made from PEFT's own registry.
 
     Raises:
-        AdapterOptionsError: neither knows it, or it takes a call that only Python code can make.
+        AdapterOptionsError: neither has the name, or the method needs a call that only Python code can make.
+        PluginError: two plug-ins claim one name.
     """
     types = registered_adapters()
     if name in types:
@@ -113,12 +115,16 @@ def adapter_type(name: str) -> AdapterType:
 
 
 def block_names() -> set[str]:
-    """Names that a block of a method's own options can have."""
+    """The names that a block of a method's own options can have."""
     return {*registered_adapters(), *(kind.value.lower() for kind in PEFT_TYPE_TO_CONFIG_MAPPING)}
 
 
 def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> AdapterOptions:
-    """Options of any source in the vocabulary; see `setup_adapter`."""
+    """The options in the vocabulary, from any source that `setup_adapter` takes.
+
+    Raises:
+        AdapterOptionsError: the source cannot be read, a key is unknown, or two spellings disagree.
+    """
     given = _as_mapping(options)
     adapter = given.pop("adapter", None)
     if not isinstance(adapter, str):
@@ -151,7 +157,8 @@ def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> Adap
 
 
 def _one_expression(names: Any) -> Any:
-    """Command lines make a list of "all-linear" or a regular expression too, where PEFT wants the string."""
+    """The string in a list of just "all-linear" or a regular expression: command lines make lists, PEFT wants
+    strings."""
     single = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
     if single and (names[0] == "all-linear" or not re.fullmatch(r"[\w.]+", names[0])):
         return names[0]
@@ -178,7 +185,7 @@ def _as_mapping(options: Any) -> dict[str, Any]:
 
 
 def _variant(adapter: str, given: dict[str, Any]) -> str:
-    """The method that `use_dora` and its like ask for, if `adapter` allows it."""
+    """The method that `use_dora` and similar flags ask for, if `adapter` allows it."""
     for flag, method in VARIANTS.items():
         if not given.pop(flag, None) or adapter == method:
             continue
@@ -192,7 +199,7 @@ def _variant(adapter: str, given: dict[str, Any]) -> str:
 
 
 def _axolotls_all_linear(given: dict[str, Any]) -> None:
-    """Axolotl's `lora_target_linear: true` means "all-linear"; beside it Axolotl can list more, PEFT cannot."""
+    """Replace Axolotl's `lora_target_linear: true` by "all-linear". Unlike Axolotl, PEFT takes no list beside it."""
     if not given.pop("lora_target_linear", None):
         return
     listed = given.pop("target_modules", None) or given.pop("lora_target_modules", None)
@@ -211,7 +218,7 @@ def _own_block(adapter: str, given: dict[str, Any]) -> dict[str, Any]:
         block = given.pop(key, None)
         if isinstance(block, str):
             try:
-                block = yaml_values(block)  # of which JSON is a subset
+                block = yaml_values(block)  # reads JSON too, a subset of YAML
             except yaml.YAMLError as error:
                 raise AdapterOptionsError(f"{key} cannot be read: {error}. Write it as JSON.") from error
         if block is None:

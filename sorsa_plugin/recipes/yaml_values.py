@@ -1,4 +1,4 @@
-"""YAML as its writers mean it: 4e-4 is a number, as in YAML 1.2 and JSON, and not a word, as in YAML 1.1."""
+"""Reads YAML in which 4e-4 is a number, as in YAML 1.2 and JSON, and not a word, as in YAML 1.1."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """Its numbers need no dot before the exponent."""
+    """A safe loader whose numbers need no dot before the exponent."""
 
 
 _Loader.add_implicit_resolver(
@@ -18,9 +18,12 @@ _Loader.add_implicit_resolver(
 
 
 def yaml_values(text: Any) -> Any:
-    """The values in YAML or JSON, text or an open file.
+    """The values in YAML or JSON.
+
+    Args:
+        text: text, or an open file.
 
     Raises:
-        yaml.YAMLError: it is neither.
+        yaml.YAMLError: it is neither YAML nor JSON.
     """
     return yaml.load(text, _Loader)

@@ -1,1 +1,1 @@
-"""Gets the orthonormal regularizer into an optimizer step, whatever trainer or engine takes it."""
+"""Gets the orthonormal regularizer into an optimizer step, under any trainer or engine."""

@@ -1,4 +1,4 @@
-"""Puts the regularizer on an optimizer, and knows which optimizers have it."""
+"""Puts the regularizer on an optimizer, once, after checking that the optimizer can deliver it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ from .step_hooks import Attachment, attachment_of, attachments, require_fp32
 from .trained_factors import model_factors, trainable_factors
 
 ADVISED_LR = 1e-4
+"""A peak learning rate above this is logged once: the published recipe uses 3e-5."""
 
 
 def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
     """Deliver the regularizer of a model's trained SORSA adapters through an optimizer, from its next step on.
 
-    A second call on the same optimizer returns the first's attachment, with the new gamma where one is given; one with
-    another model adds its layers.
+    A second call on the same optimizer returns the first attachment, with the new gamma if one is given. If it names
+    another model, that model's layers are added.
+
+    From then on, a step whose gradients are not finite raises NonFiniteGradientError; see `nonfinite_gradients.py`.
 
     Args:
         model: a model with trained SORSA adapters.
         optimizer: the torch optimizer that steps them, or a wrapper of one that a plug-in knows.
         gamma: overrides the adapters' gamma.
 
+    Returns:
+        The attachment, which gives metrics and can be detached.
+
     Raises:
         NoAdaptedLayersError: the model has no trained SORSA adapter.
         SORSAConfigError: gamma cannot be honoured.
         AttachError: the optimizer does not own the factors, has no positive peak learning rate, has rounded state, or
-            the adapters ask for different regularizers.
-
-    From then on a step whose gradients are not finite raises NonFiniteGradientError; see `nonfinite_gradients.py`.
+            cannot take this update (LBFGS, schedule-free); or the adapters ask for different regularizers.
     """
     factors = model_factors(model)
     attachment = attach_layers(sorsa_layers(model), find_engine(factors, optimizer), gamma)
@@ -46,7 +50,11 @@ def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> A
 
 
 def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Attachment:
-    """`attach` for the SORSA layers of one or several models and the engine that steps them."""
+    """`attach` for the SORSA layers of one or several models, and the engine that steps them.
+
+    Raises:
+        SORSAConfigError, AttachError: see `attach`.
+    """
     optimizer = engine.optimizer
     assert optimizer is not None
     known = attachment_of(optimizer)
@@ -76,7 +84,7 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
             "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
             "loss is unsteady, lower it.", peak, ADVISED_LR,
         )  # fmt: skip
-    if known is not None:  # the optimizer steps another model too
+    if known is not None:  # attached already: the optimizer steps another model too
         attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
         attachment.gamma = known.gamma if gamma is None else gamma
         attachment.settings()

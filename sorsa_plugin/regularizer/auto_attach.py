@@ -1,4 +1,4 @@
-"""Regularizes where nobody called `attach`: a hook on every optimizer's step looks for SORSA factors in it.
+"""Attaches the regularizer if nobody called `attach`: a hook on every optimizer's step looks for SORSA factors in it.
 
 So `get_peft_model(model, SORSAConfig())` and any training loop are a complete run.
 """
@@ -24,7 +24,7 @@ _watching = False
 
 
 def watch_optimizers() -> None:
-    """Make the first step of an optimizer that owns SORSA factors attach by itself; installed once per process."""
+    """Make an optimizer that owns SORSA factors attach by itself at its first step. Installed once per process."""
     global _watching
     if not _watching:
         register_optimizer_step_pre_hook(_attach_at_first_step)
@@ -50,15 +50,15 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
     if engine is None:
         _refuse_hidden_factors([layer for layer in trained if _is_regularized(layer)], optimizer)
         return
-    if only_makes_state(optimizer, kwargs):  # to load into it: torch.distributed.checkpoint loads keys that are there
+    if only_makes_state(optimizer, kwargs):  # torch.distributed.checkpoint then loads the keys that exist
         for share in engine.shares(factors):
             if share.group is not None:
                 share.group.setdefault(ETA_MAX, 0.0)
         return
     owned = [layer for layer in trained if any(map(engine.owns, trainable_factors([layer])))]
     adapters = {(id(layer.family), name) for layer in owned for name in layer.trained()}
-    # all layers of these adapters, as attach() takes them: F counts those that another optimizer steps, and what is
-    # frozen now may train later, as may other adapters that the optimizer has
+    # All layers of these adapters, as in attach(): F counts the factors that another optimizer steps too. What is
+    # frozen now may train later, and so may other adapters that the optimizer has.
     layers = [
         layer
         for layer in living
@@ -72,7 +72,7 @@ def _attach_at_first_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: d
 
 
 def _follow_new_layers(optimizer: Optimizer) -> None:
-    """Regularize what was adapted since the optimizer was attached to, where its parameters were given to it."""
+    """Regularize layers that were adapted after the optimizer was attached to, if it was given their parameters."""
     attachment = attachment_of(optimizer)
     now = SORSALayer.adapters_made, sum(len(group["params"]) for group in optimizer.param_groups)
     if attachment is None or attachment.looked == now or attachment.since == now[0]:  # as in nearly every step
@@ -86,13 +86,13 @@ def _follow_new_layers(optimizer: Optimizer) -> None:
 
 
 def _is_stepped(layer: SORSALayer, engine: Engine) -> bool:
-    """Whether the optimizer has one of the layer's adapters, in use or not."""
+    """Whether the optimizer has one of the layer's adapters, active or not."""
     adapters = [Adapter(layer, name, layer.factors(name)) for name in layer.sorsa_factors]
     return any(map(engine.owns, factors_of(adapters)))
 
 
 def _hands_on_to_an_attached_one(optimizer: Optimizer) -> bool:
-    """Whether it holds another optimizer of its parameters that was attached to, whose step its own will call."""
+    """Whether the optimizer holds an attached one for its parameters, whose step its own will call."""
     held = [
         part for value in vars(optimizer).values() for part in (value if isinstance(value, list | tuple) else [value])
     ]
@@ -102,7 +102,7 @@ def _hands_on_to_an_attached_one(optimizer: Optimizer) -> bool:
 
 
 def _living_layers(optimizer: Optimizer) -> list[Any]:
-    """Every layer there is, in an order that is alike on all processes: the optimizer's, then that of creation."""
+    """Every layer, in an order that is the same on all processes: by the optimizer's parameters, then by age."""
     order = {parameter: number for number, parameter in enumerate(groups_by_parameter(optimizer))}
 
     def place(layer: Any) -> tuple[int, int]:
@@ -117,7 +117,7 @@ def _is_regularized(layer: Any) -> bool:
 
 
 def _refuse_hidden_factors(layers: list[Any], optimizer: Optimizer) -> None:
-    """An optimizer that owns no factor, but memory in which factors lie, steps them unseen."""
+    """Raises AttachError if the optimizer owns no factor but flat memory that contains one: it would step it unseen."""
     owned = {_memory(parameter) for group in optimizer.param_groups for parameter in group["params"]} - {0}
     for factor in trainable_factors(layers):
         if factor.offset.numel() and _memory(factor.offset) in owned:
@@ -128,5 +128,5 @@ def _refuse_hidden_factors(layers: list[Any], optimizer: Optimizer) -> None:
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """Address of a tensor's storage; 0 where it has none of its own, as DTensors and others that wrap tensors."""
+    """Address of a tensor's storage; 0 if it has none of its own (DTensors and other wrappers)."""
     return tensor.untyped_storage().data_ptr() if type(tensor.data) is torch.Tensor else 0

@@ -18,22 +18,23 @@ from .optimizers import groups_by_parameter, innermost
 from .trained_factors import Factor
 
 BATCH_ELEMENTS = 2**23
-"""Elements of the factors that are multiplied at a time: 32 MiB in fp32, twice that with what is added."""
+"""Elements of the factors that are multiplied at a time: 32 MiB in fp32, and twice that with the products."""
 
 
 class Share(NamedTuple):
-    """What the optimizer of this process steps of one factor P = initial + offset (rows x r), or of several of a stack.
+    """The part that this process steps of one factor P = initial + offset (rows x r), or of m factors of a stack.
 
     Attributes:
         name: of the factor, or of the stack.
         initial, offset: whole rows (n x r), those of m factors of a stack (m x n x r), or n elements in row-major order
             (n); n may be 0. `offset` is the memory that the optimizer writes, fp32.
-        gradient: what the optimizer reads, in the shape of `offset`; None where the step leaves this factor out.
+        gradient: the memory from which the optimizer reads the gradient, in the shape of `offset`; None if the step
+            leaves this factor out.
         rank: r.
         group: the optimizer's parameter group, or None without an optimizer.
-        spread: the process groups over which the rows are spread; empty where every process has all of them.
+        spread: the process groups over which the rows are spread; empty if every process has all of them.
         start: number of the first element in row-major order, or of the first factor of a stack.
-        cuts: the rows of the whole factor of which no process has all elements, in order, alike on every process.
+        cuts: the rows of the whole factor of which no process has all elements, in order, the same on every process.
     """
 
     name: str
@@ -48,11 +49,11 @@ class Share(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        """How many factors P these are."""
+        """The number of factors P in this share."""
         return self.offset.shape[0] if self.offset.ndim == 3 else 1
 
     def names(self) -> list[str]:
-        """Of every factor."""
+        """The name of every factor in this share."""
         if self.offset.ndim != 3:
             return [self.name]
         return [f"{self.name}[{self.start + i}]" for i in range(self.matrices)]
@@ -62,8 +63,8 @@ class Engine(ABC):
     """Where the factors live under one training engine.
 
     Args:
-        optimizer: the torch optimizer whose `step()` updates the factors after gradients are reduced, unscaled and
-            clipped; None where there is none yet, to measure gaps.
+        optimizer: the torch optimizer whose `step()` updates the factors, after gradients are reduced, unscaled and
+            clipped. None if there is none yet, to measure gaps.
     """
 
     owns_parameters = True
@@ -74,18 +75,18 @@ class Engine(ABC):
 
     @abstractmethod
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
-        """The shares of the factors that the optimizer owns, in their order, alike on every process."""
+        """The shares of the factors that the optimizer owns, in the order of `factors`, the same on every process."""
 
     @abstractmethod
     def owns(self, factor: Factor) -> bool:
-        """Whether the optimizer steps the factor; without an optimizer, whether it is this engine's."""
+        """Whether the optimizer steps the factor. Without an optimizer: whether the factor lives under this engine."""
 
     def stepping(self, factors: Iterable[Factor]) -> list[Share]:
-        """Those that the call to `step()` now under way updates: not all, where an engine steps group by group."""
+        """The shares that the current call to `step()` updates: not all, if an engine steps group by group."""
         return self.shares(factors)
 
     def begins_step(self) -> bool:
-        """Whether the call to `step()` now under way is the first of an optimizer step."""
+        """Whether the current call to `step()` is the first one of an optimizer step."""
         return True
 
 
@@ -115,7 +116,7 @@ class WholeFactors(Engine):
 
 @hookimpl(trylast=True)
 def sorsa_engine(factors: list[Factor], optimizer: Any) -> Engine | None:
-    """Plain matrices, owned by the torch optimizer, wrapped or not."""
+    """Plain matrices, owned by the torch optimizer, which may be wrapped."""
     inner = innermost(optimizer)
     owned = factors
     if inner is not None:
@@ -133,7 +134,7 @@ def find_engine(factors: list[Factor], optimizer: Any) -> Engine:
         optimizer: the optimizer that steps them, or a wrapper of it; None to measure gaps.
 
     Raises:
-        AttachError: no plug-in knows it, or one knows it and cannot serve it.
+        AttachError: no plug-in knows the optimizer, or one knows it and cannot serve it.
     """
     engine = manager().hook.sorsa_engine(factors=factors, optimizer=optimizer)
     if engine is None:

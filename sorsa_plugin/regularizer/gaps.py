@@ -1,7 +1,7 @@
-"""P and E = P^T P - I of many factors at once, whatever part of each this process holds; knows no optimizer or engine.
+"""P and E = P^T P - I of many factors at once, from the part that each process holds; knows no optimizer or engine.
 
-Factors whose rows are spread over processes cost one all-reduce of their r x r matrices for all of them, and no factor
-is gathered. Where engines cut in the middle of a row, another small all-reduce completes those rows first.
+If rows are spread over processes, one all-reduce of r x r matrices serves all factors, and no factor is gathered. If
+engines cut in the middle of a row, another small all-reduce completes those rows first.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Batch(NamedTuple):
 
     Attributes:
         shares: the shares, of n factors.
-        numbers: their positions in what `deviations` was given.
+        numbers: their positions in the list that `deviations` was given.
         P: the rows that the shares are a part of, complete (n x rows x r).
-        head: elements of the first of these rows that belong to the process before.
+        head: number of elements of the first of these rows that belong to the process before.
         E: P^T P - I of the whole factors (n x r x r).
     """
 
@@ -37,6 +37,7 @@ class Batch(NamedTuple):
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.E.shape[-1]
 
     def gaps(self) -> torch.Tensor:
@@ -44,13 +45,13 @@ class Batch(NamedTuple):
         return torch.linalg.vector_norm(self.E, dim=(1, 2))
 
     def add_product_to(self, targets: list[torch.Tensor | None]) -> None:
-        """Add P E of every factor to its target, where it has one, of the shape of the share's `offset`."""
+        """Add P E of every factor to its target (shape of the share's `offset`); None skips a factor."""
         present = [i for i, target in enumerate(targets) if target is not None]
         if not present or not self.P.numel():
             return
         found: list[Any] = [targets[i] for i in present]
         products, shape = self.P @ self.E, found[0].shape
-        if found[0].ndim == 1:  # elements, of which the first row may begin elsewhere
+        if found[0].ndim == 1:  # single elements, whose first row may begin in another process
             products = products.flatten(1)[:, self.head : self.head + shape.numel()]
         products = products.to(found[0].device)
         parts = products.split(shape[0]) if found[0].ndim == 3 else products.unbind()
@@ -59,10 +60,10 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def deviations(shares: list[Share]) -> Iterator[Batch]:
-    """P and E of every factor, in batches of one parameter group, made as they are asked for; in the precision of the
-    caller, who sees to `full_precision`.
+    """P and E of every factor, lazily, in batches of one parameter group.
 
-    Where factors are spread over processes, all batches are made at once: every process asks for all of them.
+    If factors are spread over processes, all batches are computed at once, and every process has to ask for all of
+    them. The caller sets the precision (`full_precision`).
     """
     spread = any(share.spread for share in shares)
     made = (_batch(numbers, [shares[i] for i in numbers]) for numbers in _alike(shares))
@@ -71,7 +72,7 @@ def deviations(shares: list[Share]) -> Iterator[Batch]:
 
 
 def _alike(shares: list[Share]) -> Iterator[list[int]]:
-    """Numbers of shares that can be stacked."""
+    """Lists of the numbers of shares that can be stacked."""
     alike: dict[Any, list[int]] = {}
     for number, share in enumerate(shares):
         offset = share.offset
@@ -83,7 +84,7 @@ def _alike(shares: list[Share]) -> Iterator[list[int]]:
 
 
 def _batch(numbers: list[int], shares: list[Share]) -> Batch:
-    """The values of some shares as rows, those at the ends with zeros for what other processes have; E to come."""
+    """The values of some shares as rows, with zeros for elements of other processes. E is set later."""
     join = torch.cat if shares[0].offset.ndim == 3 else torch.stack
     P = join([share.initial for share in shares])
     P.add_(join([share.offset for share in shares]).to(P.device))
@@ -120,7 +121,7 @@ def _over_processes(shares: list[Share], batches: list[Batch]) -> list[Batch]:
 
 
 def _cut_rows(batch: Batch) -> tuple[list[int], slice]:
-    """Which rows of P are cut, and where they are in the list of all cut rows of these factors."""
+    """Which rows of P are cut, and their places in the list of all cut rows of these factors."""
     first, rows = batch.shares[0].start // batch.P.shape[2], batch.P.shape[1]
     here = [(row - first, i) for i, row in enumerate(batch.shares[0].cuts) if first <= row < first + rows]
     places = [place for _, place in here]
@@ -128,8 +129,10 @@ def _cut_rows(batch: Batch) -> tuple[list[int], slice]:
 
 
 class _Exchange:
-    """One matrix per factor, added up over the processes of its `spread`; alike on every process, because it goes by
-    the order of the shares and not by how this process could stack them."""
+    """One matrix per factor, added up over the processes of its `spread`.
+
+    It follows the order of the shares, which is the same on every process, and not how this process could stack them.
+    """
 
     def __init__(self, shares: list[Share], batches: list[Batch], shapes: list[tuple[int, int]]) -> None:
         members: dict[Any, list[int]] = {}
@@ -156,8 +159,14 @@ class _Exchange:
 
 @torch.no_grad()
 def gaps(model: nn.Module) -> dict[str, float]:
-    """gap(P) of every trained factor by name (`<layer>.<adapter>.U` or `.V`, and `[i]` in a stack); a collective where
-    they are sharded."""
+    """gap(P) of every trained factor, {name: gap}; a collective if the factors are sharded.
+
+    Names are `<layer>.<adapter>.U` or `.V`, with `[i]` in a stack.
+
+    Raises:
+        NoAdaptedLayersError: the model has no trained SORSA adapter.
+        AttachError: no plug-in knows how the factors are stored.
+    """
     factors = model_factors(model)
     shares = find_engine(factors, None).shares(factors)
     names = [name for share in shares for name in share.names()]

@@ -1,10 +1,10 @@
 """Names the origin of a gradient that holds NaN or infinity, before it spreads into every factor of every process.
 
-What an optimizer steps has been reduced and clipped, so that one bad number has reached all factors of all processes.
-Where it came from is told by what each process keeps of its own gradients, one number a layer: the sum of dL/ddS. As
-dL/ddS = diag(U^T (dL/dy)^T x V), that sum is finite only where the layer's input and the gradient of its output are.
+The gradients that an optimizer steps have been reduced and clipped, so one bad number has reached all factors of all
+processes. To find its origin, each process keeps one number per layer of its own gradients: the sum of dL/ddS. As
+dL/ddS = diag(U^T (dL/dy)^T x V), that sum is finite only if the layer's input and the gradient of its output are.
 
-No GPU is waited for: the norms of a step are read when the next one begins. Elsewhere they are read at once.
+No step waits for a GPU: the norms of a step are read when the next one begins. On other devices they are read at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOST = "is taken, and the factors are lost"
 
 PATIENCE = timedelta(seconds=10)
-"""How long a process that found a bad gradient waits for what each of the others says about its own."""
+"""How long a process that found a bad gradient waits for the other processes' reports on their own."""
 
 
 class Norms(NamedTuple):
@@ -37,8 +37,8 @@ class Norms(NamedTuple):
     Attributes:
         step: number of the step, from 1.
         names: of the factors.
-        values: their gradients' norms (n), in host memory once `arrived`.
-        arrived: an event of the GPU, or None where the values were on the host from the first.
+        values: their gradients' norms (n), in host memory once `arrived` has happened.
+        arrived: an event of the GPU, or None if the values were on the host from the start.
         own: {layer: sum of this process's own gradient of dS}, scalars on the device.
     """
 
@@ -50,11 +50,11 @@ class Norms(NamedTuple):
 
 
 class GradientWatch:
-    """Notices the first optimizer step whose gradients are not finite; on a GPU, as the next one begins.
+    """Notices the first optimizer step whose gradients are not finite; on a GPU, when the next step begins.
 
     Attributes:
-        stops: whether it raises, as it does where somebody attached the regularizer; a loop that did not ask is told.
-        over: whether it was told, after which nothing is looked at.
+        stops: whether it raises: True if somebody called `attach`. A loop that did not gets a log line instead.
+        over: whether that line was logged; nothing is checked afterwards.
     """
 
     def __init__(self) -> None:
@@ -64,10 +64,16 @@ class GradientWatch:
 
     @torch.no_grad()
     def note(self, step: int, shares: list[Share], own: dict[str, torch.Tensor]) -> None:
-        """Look at the gradients of the step that begins now, after it has been made sure that the last one's were good.
+        """Check that the last step's gradients were finite, then look at those of the step that begins now.
+
+        Args:
+            step: number of the step, from 1.
+            shares: the shares that the step updates.
+            own: {layer: sum of this process's own gradient of dS}, scalars; see `own_gradients`.
 
         Raises:
-            NonFiniteGradientError: the last step's, or those of this one if they are on the host, are not finite.
+            NonFiniteGradientError: the gradients of the last step, or those of this one if they are on the host, are
+                not finite.
         """
         self.settle()
         present = [share for share in shares if share.gradient is not None and share.gradient.numel()]
@@ -90,10 +96,10 @@ class GradientWatch:
             self.settle()
 
     def settle(self) -> None:
-        """Read what was noted.
+        """Read the norms that were noted.
 
         Raises:
-            NonFiniteGradientError: it is not finite.
+            NonFiniteGradientError: a norm is not finite, and `stops` is set.
         """
         pending, self._pending = self._pending, []
         for norms in pending:
@@ -108,7 +114,10 @@ class GradientWatch:
 
 
 def own_gradients(adapters: Iterable[Adapter]) -> dict[str, torch.Tensor]:
-    """What this process's backward passes left since the last call, by layer; layers that kept nothing are left out."""
+    """{layer: sum of dL/ddS from this process's backward passes since the last call}, scalars.
+
+    Layers that kept no sum are left out.
+    """
     found = {}
     for layer, _, tensors in adapters:
         total = tensors.take_gradient_sum()
@@ -121,8 +130,8 @@ def origin(own: dict[str, torch.Tensor], occasion: str) -> str:
     """A sentence on which processes had a bad gradient of their own, and in which layers.
 
     Args:
-        own: what `own_gradients` found here.
-        occasion: alike on all processes, and another one each time.
+        own: {layer: scalar} that `own_gradients` found here.
+        occasion: a word for this call, the same on all processes, and another one each time.
     """
     bad = [name for name, total in own.items() if not _finite(float(total))]
     origins = [
@@ -151,7 +160,10 @@ def _finite(value: float) -> bool:
 
 
 def _everywhere(occasion: str, own: list[str]) -> dict[int, list[str]]:
-    """{rank: layers} of all processes that found the same; not a collective, because others may have found nothing."""
+    """{rank: layers} of all processes that found the same.
+
+    Not a collective, because other processes may have found nothing.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
         return {0: own}
     rank = distributed.get_rank()
@@ -159,7 +171,7 @@ def _everywhere(occasion: str, own: list[str]) -> dict[int, list[str]]:
     store = distributed.distributed_c10d._get_default_store()
     keys = {other: f"sorsa/{occasion}/{other}" for other in range(distributed.get_world_size())}
     store.set(keys[rank], json.dumps(own))
-    with suppress(RuntimeError):  # torch's DistStoreError, when time is up
+    with suppress(RuntimeError):  # torch's DistStoreError: time is up
         store.wait(list(keys.values()), PATIENCE)
     for other, key in keys.items():
         if other != rank and store.check([key]):

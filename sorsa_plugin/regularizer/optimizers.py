@@ -10,18 +10,18 @@ from torch.optim.optimizer import Optimizer
 from ..errors import AttachError
 
 STEP = Optimizer.profile_hook_step(lambda *args: None).__code__
-"""What torch puts around the `step` of every class of optimizers, to call hooks."""
+"""The code of torch's wrapper around every optimizer class's `step`, which calls the hooks."""
 
 ETA_MAX = "sorsa_eta_max"
-"""Key of a parameter group: the peak learning rate, read once at attach; saved and resumed with the optimizer. Zero
-where it is still to be read."""
+"""Key of a parameter group: the peak learning rate, read once at attach, saved and resumed with the optimizer. Zero
+until it is read."""
 
 
 def peak_rate(group: dict[str, Any], gamma: float) -> float:
-    """The group's peak learning rate, read once: after a resume the schedule's start is no longer to be seen.
+    """The group's peak learning rate, read once: after a resume the schedule's start cannot be seen any more.
 
     Raises:
-        AttachError: it is not positive, and gamma is.
+        AttachError: the rate is not positive, and gamma is.
     """
     if not group.get(ETA_MAX):
         group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)
@@ -42,11 +42,11 @@ def innermost(optimizer: Any) -> Any:
 
 
 def only_makes_state(optimizer: Optimizer, kwargs: dict[str, Any]) -> bool:
-    """Whether the call `step(**kwargs)` that begins is torch.distributed.checkpoint's, which steps a fresh optimizer at
-    rate zero, so that it has state to load into or to save; it is no step of a training.
+    """Whether the call `step(**kwargs)` that begins is torch.distributed.checkpoint's, and no step of a training run.
 
-    Told by what is alike on all processes: no state, every rate zero, and `closure=None`, which training loops that
-    have no closure do not name.
+    That module steps a fresh optimizer at rate zero, so that the optimizer has state to load into or to save. The call
+    is recognised by facts that are the same on all processes: no state, every rate zero, and `closure=None`, which
+    training loops without a closure do not pass.
     """
     named = "closure" in kwargs and kwargs["closure"] is None
     return named and not optimizer.state and all(group.get("lr", 1.0) == 0 for group in optimizer.param_groups)
@@ -59,19 +59,22 @@ def groups_by_parameter(optimizer: Optimizer | None) -> dict[int, dict[str, Any]
 
 
 def enclosing_steps(optimizer: Optimizer) -> list[Optimizer]:
-    """The optimizers that share parameters with one and whose `step` called its own, from the inside to the outside;
-    itself, where its class's `step` calls that of the class above. To be called in a hook of a step.
+    """The optimizers whose running `step` called this one's `step` and that share parameters with it, innermost first.
+
+    Contains the optimizer itself if its class's `step` called that of the class above. Call this in a hook of a step.
 
     Subclasses call `super().step()`; SAM, Lookahead and several optimizers in one call each other's. Torch runs hooks
-    for each of them, and which ones it runs depends on what else the process has made: it puts hooks on a class when
-    the first instance of just that class is made. This walks the call stack, so that a step that raised leaves nothing
-    behind: torch has no hook for the end of such a step, and a flag set at its beginning would stay set.
+    for each of them. Which hooks it runs depends on what else the process has made: torch puts hooks on a class when
+    the first instance of just that class is made.
+
+    This function walks the call stack, so that a step that raised leaves nothing behind. Torch has no hook for the end
+    of such a step, and a flag set at its beginning would stay set.
     """
     stepping, frame = [], sys._getframe(1)
     while frame is not None:
         if frame.f_code is STEP:
             stepping.append(frame.f_locals["args"][0])
         frame = frame.f_back  # type: ignore[assignment]
-    outer = stepping[1:] if stepping[:1] == [optimizer] else stepping  # without the step whose hook this is
+    outer = stepping[1:] if stepping[:1] == [optimizer] else stepping  # without the step that this hook belongs to
     mine = groups_by_parameter(optimizer) if outer else {}
     return [other for other in outer if not mine.keys().isdisjoint(groups_by_parameter(other))]

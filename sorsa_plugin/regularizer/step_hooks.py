@@ -1,12 +1,13 @@
-"""How the regularizer gets into a training step: hooks on the innermost torch optimizer, the one mechanism.
+"""Gets the regularizer into a training step: hooks on the innermost torch optimizer, the one mechanism.
 
     coupled    before the step   grad(P) += gamma/eta_max * dL_reg/dP
     decoupled  after the step    P <- P - gamma_t P E,   gamma_t = gamma eta_t/eta_max, or gamma ("constant")
 
-There gradients are reduced over processes, unscaled and clipped; a step that fp16 scaling skips does not get there;
-and it is once per optimizer step for any gradient accumulation. Where `step(closure)` computes the gradients itself, as
-in Lightning, coupled adds its own after each call of the closure. Trainers only find that optimizer; where the factors
-live in it is the engine's answer (`engines.py`).
+There, gradients are reduced over processes, unscaled and clipped. A step that fp16 scaling skips does not get there.
+The hooks run once per optimizer step for any gradient accumulation. If `step(closure)` computes the gradients itself,
+as in Lightning, coupled adds its own after each call of the closure.
+
+Trainers only find that optimizer. The engine knows where the factors live in it (`engines.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .trained_factors import Adapter, Factor, factors_of, trainable_factors, tra
 
 
 def require_fp32(layers: list[Any], engine: Engine) -> None:
-    """Make the optimizer step fp32 offsets: those that were cast to 16 bits are cast back.
+    """Make the optimizer step fp32 offsets: cast back those that were cast to 16 bits.
 
     Raises:
         AttachError: an engine rounded the frozen factors, or the optimizer has state for rounded offsets.
@@ -57,7 +58,7 @@ def require_fp32(layers: list[Any], engine: Engine) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the regularizer does: the options of the active adapters, or a caller's overrides."""
+    """The regularizer's options: those of the active adapters, or a caller's overrides."""
 
     gamma: float
     update: str
@@ -68,11 +69,11 @@ class Attachment:
     """The regularizer on one optimizer; made by `attach`.
 
     Attributes:
-        layers: those whose adapters are regularized while they train; models that are let go take theirs along.
-        steps: optimizer steps visited so far, warm-up steps with gamma_t = 0 included.
+        layers: the layers whose adapters are regularized while they train. The attachment does not keep them alive.
+        steps: optimizer steps visited so far, including warm-up steps with gamma_t = 0.
         eta: learning rate of the last step visited, of the first group with factors.
-        since: what `SORSALayer.adapters_made` was at attach; layers that get an adapter later are looked for.
-        looked: that number, and how many parameters the optimizer had, when that was last done.
+        since: value of `SORSALayer.adapters_made` at attach; layers that get an adapter later are looked for.
+        looked: value of `adapters_made` and number of the optimizer's parameters when new layers were last looked for.
     """
 
     def __init__(self, layers: Iterable[Any], engine: Engine, gamma: float | None) -> None:
@@ -86,12 +87,13 @@ class Attachment:
         self.peak_moved = False
         self.handles: list[Any] = []
         self._stepping: tuple[Settings, list[Factor]] | None = None
-        """How the step under way is regularized, and all trained factors: layers are asked once a step."""
+        """The settings and all trained factors of the step under way: layers are asked once a step."""
         self.watch = GradientWatch()
         self.own_gradients: dict[str, torch.Tensor] = {}
 
     @property
     def layers(self) -> list[Any]:
+        """The layers that are still alive; see the class."""
         return [layer for reference in self._layers if (layer := reference()) is not None]
 
     @layers.setter
@@ -99,7 +101,7 @@ class Attachment:
         self._layers = [weakref.ref(layer) for layer in layers]
 
     def detach(self) -> None:
-        """Remove the hooks; the optimizer will not attach by itself again."""
+        """Remove the hooks. The optimizer will not attach by itself again."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
@@ -131,7 +133,17 @@ class Attachment:
     def before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Coupled: add the regularizer's gradient to those at hand, or have the closure do so. Counts the step."""
+        """Coupled: add the regularizer's gradient to the gradients at hand, or make the closure do so. Counts the step.
+
+        Torch calls this hook before each `step`.
+
+        Returns:
+            The arguments of `step` with the wrapped closure; None if there is no closure.
+
+        Raises:
+            AttachError: active adapters disagree, or the engine cannot serve the factors.
+            NonFiniteGradientError: see `nonfinite_gradients.py`.
+        """
         if only_makes_state(optimizer, kwargs) or is_part_of_a_step(optimizer):
             return None
         adapters = trained_adapters(self.layers)
@@ -148,7 +160,7 @@ class Attachment:
             shares = self.engine.stepping(factors)
             if begins:
                 self.own_gradients = own_gradients(adapters)
-            if getattr(optimizer, "found_inf", None) is None:  # fused optimizers leave out steps that are not finite
+            if getattr(optimizer, "found_inf", None) is None:  # else a fused optimizer skips steps that are not finite
                 self.watch.note(self.steps, shares, self.own_gradients)
             if settings.update == "coupled" and settings.gamma > 0.0:
                 self._push(settings, shares, sum(factor.matrices for factor in factors), optimizer)
@@ -170,27 +182,27 @@ class Attachment:
         return None
 
     def name_skipped_step(self, number: int) -> None:
-        """Log which process and layers made an engine (DeepSpeed) leave an optimizer step out; every process calls it.
+        """Log which process and layers made an engine (DeepSpeed) skip an optimizer step. Every process calls this.
 
         Args:
-            number: of the step, alike on all processes.
+            number: of the step, the same on all processes.
         """
         found = origin(own_gradients(trained_adapters(self.layers)), f"skipped step {number}")
         say("Optimizer step %d was left out, because a gradient is not finite. %s", number, found)
 
     def _follow_parameters(self, factors: list[Factor], optimizer: Optimizer) -> None:
-        """Ask again where the factors live, if they were plain at attach: FSDP2 and DeepSpeed may have taken them over
-        since, as in `accelerator.prepare`."""
+        """Find the engine again if the factors were plain at attach: `accelerator.prepare` may have handed them to
+        FSDP2 or DeepSpeed since."""
         if not isinstance(self.engine, WholeFactors):
             return
         engine = find_engine(factors, optimizer)
         if type(engine) is not type(self.engine):
             self.engine = engine
             require_fp32(self.layers, engine)
-            engine.shares(factors)  # locates them
+            engine.shares(factors)  # makes the engine locate them
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
-        """Note this step's rate; a rate above eta_max (a warm-up set by hand, which no key announces) becomes it."""
+        """Note this step's rate. A rate above eta_max (a warm-up set by hand, which no key announces) replaces it."""
         rates = [(group, float(group["lr"] or 0.0)) for group in optimizer.param_groups if ETA_MAX in group]
         self.eta = rates[0][1] if rates else self.eta
         for group, rate in rates:
@@ -203,7 +215,7 @@ class Attachment:
 
     @torch.compiler.disable
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Decoupled: pull every stepped factor towards orthonormality."""
+        """Decoupled: pull every stepped factor towards orthonormality. Torch calls this hook after each `step`."""
         if self._stepping is None or is_part_of_a_step(optimizer):
             return
         (settings, factors), self._stepping = self._stepping, None
@@ -227,7 +239,7 @@ class Attachment:
     @torch.no_grad()
     def _pull(self, settings: Settings, shares: list[Share], optimizer: Optimizer) -> None:
         """Pull stepped factors towards orthonormality."""
-        overflow = getattr(optimizer, "found_inf", None)  # as above: a fused step that fp16 scaling skipped
+        overflow = getattr(optimizer, "found_inf", None)  # 1 if a fused optimizer skipped the step under fp16 scaling
         for batch, group in _batches(shares):
             gamma = settings.gamma
             if settings.schedule == "lr":
@@ -239,7 +251,7 @@ class Attachment:
     def penalty(self, optimizer: Optimizer) -> torch.Tensor:
         """What the regularizer adds to the loss now, a scalar on the factors' device; see `metrics` for its units.
 
-        No device synchronisation; a collective where factors are sharded.
+        No device synchronisation; a collective if factors are sharded.
         """
         gaps = self.gaps()
         return self._weight(optimizer) * self._loss(gaps)
@@ -251,12 +263,13 @@ class Attachment:
         return gamma / eta_max if gamma > 0.0 and eta_max > 0.0 else 0.0
 
     def _loss(self, gaps: torch.Tensor) -> torch.Tensor:
-        """L_reg (coupled), or what the decoupled update descends, from the gaps of all factors."""
+        """L_reg (coupled), or the loss that the decoupled update descends, from the gaps of all factors."""
         return gaps.mean() if self.settings().update == "coupled" else gaps.square().sum() / 4
 
     def metrics(self, optimizer: Optimizer) -> dict[str, float]:
-        """gap_mean, gap_max, reg_loss and gamma as of now, under `sorsa/`; one device synchronisation, a collective
-        where factors are sharded.
+        """gap_mean, gap_max, reg_loss and gamma as of now, under `sorsa/`.
+
+        One device synchronisation; a collective if factors are sharded.
 
         reg_loss is what the penalty adds to the loss, in the loss's units under plain SGD: gamma/eta_max times L_reg
         (coupled) or times sum 1/4 gap^2 (decoupled). gamma is the rate of the last step.
@@ -273,31 +286,30 @@ class Attachment:
         }
 
     def gaps(self) -> torch.Tensor:
-        """gap(P) of the factors that the optimizer owns (n), zero where none trains; a collective where factors are
-        sharded."""
+        """gap(P) of the factors that the optimizer owns (n), or one zero; a collective if factors are sharded."""
         shares = self.engine.shares(trainable_factors(self.layers))
         return all_gaps(shares) if shares else torch.zeros(1)
 
 
 attachments: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Attachment]] = weakref.WeakKeyDictionary()
-"""Every optimizer that has been attached to, detached ones included. The values are references, because an attachment
-holds its optimizer; the optimizer's hooks keep the attachment."""
+"""Every optimizer that has been attached to, including detached ones. The values are weak references, because an
+attachment holds its optimizer. The optimizer's hooks keep the attachment alive."""
 
 
 def attachment_of(optimizer: Optimizer) -> Attachment | None:
-    """The attachment whose hooks the optimizer has; None where it has none."""
+    """The attachment whose hooks the optimizer has; None if it has none."""
     reference = attachments.get(optimizer)
     attachment = reference() if reference is not None else None
     return attachment if attachment is not None and attachment.handles else None
 
 
 def is_part_of_a_step(optimizer: Optimizer) -> bool:
-    """Whether the step whose hook asks belongs to one that is attached to: that one delivers the regularizer."""
+    """Whether this step runs inside the step of an attached optimizer, which delivers the regularizer."""
     return any(attachment_of(outer) is not None for outer in enclosing_steps(optimizer))
 
 
 def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """The shares in batches of one parameter group, and that group."""
+    """The shares in batches of one parameter group, each with that group."""
     for batch in deviations(shares):
         group = batch.shares[0].group
         assert group is not None

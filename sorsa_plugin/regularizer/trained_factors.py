@@ -28,12 +28,12 @@ class Factor(NamedTuple):
 
     @property
     def matrices(self) -> int:
-        """How many factors P this is."""
+        """The number of factors P: E for a stack, else 1."""
         return self.offset.shape[0] if self.offset.ndim == 3 else 1
 
 
 class Adapter(NamedTuple):
-    """An adapter of one layer, by its name there."""
+    """One adapter on one layer."""
 
     layer: SORSALayer
     name: str
@@ -49,7 +49,7 @@ def factors_of(adapters: Iterable[Adapter]) -> list[Factor]:
     """U and V of every adapter."""
     found = []
     for layer, adapter, tensors in adapters:
-        # by the dictionaries: every optimizer step asks, and modules look attributes up slowly
+        # read from the dictionaries: every optimizer step comes here, and attributes of modules are slow
         by_name: dict[str, Any] = {**tensors._buffers, **tensors._parameters}
         name = f"{layer.name}.{adapter}"
         found.append(Factor(f"{name}.U", by_name["U0"], by_name["dU"]))
@@ -80,8 +80,8 @@ def model_factors(model: nn.Module) -> list[Factor]:
 def orthonormality(model: nn.Module) -> torch.Tensor:
     """L_reg of a model: the mean gap over its F trained factors, a scalar differentiable with respect to the offsets.
 
-    Its gradient is the closed form of `gap`, smooth at orthonormal factors. Not for sharded parameters: there `attach`
-    delivers the gradient.
+    Its gradient is the closed form of `gap`, smooth at orthonormal factors. Not for sharded parameters: use `attach`
+    there.
 
     Raises:
         NoAdaptedLayersError: the model has no trained SORSA adapter.

@@ -1,1 +1,1 @@
-"""Offline work on files and models; returns reports and prints nothing."""
+"""Offline work on files and models: returns reports and prints nothing."""

@@ -1,6 +1,6 @@
-"""What is installed, whether it is in the supported range, and whether PEFT and the plug-ins know each other.
+"""Reports what is installed, whether versions are supported, and whether PEFT and the plug-ins are set up.
 
-The ranges are those of this package's own metadata: there is no second list of them.
+The ranges are those of this package's own metadata; there is no second list of them.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class Package:
 
     @property
     def in_range(self) -> bool:
-        """Whether what is installed is in the range; an absent package is not."""
+        """Whether the installed version is in the range; False for an absent package."""
         return self.installed is not None and SpecifierSet(self.supported).contains(self.installed, prereleases=True)
 
     @property
     def problem(self) -> bool:
-        """Whether something has to be done: it is needed and absent, or installed in another version."""
+        """Whether something has to be done: it is needed and absent, or installed in an unsupported version."""
         return not self.in_range and (self.needed or self.installed is not None)
 
     @property
     def command(self) -> str:
-        """What installs a version in range."""
+        """The command that installs a version in range."""
         return f"Python {self.supported}" if self.name == "python" else f'pip install "{self.name}{self.supported}"'
 
 
@@ -60,7 +60,7 @@ class LoadedPlugin:
 
     name: str
     distribution: str
-    """Name and version of the package that brought it."""
+    """Name and version of the package that the plug-in came from."""
     hooks: tuple[str, ...]
     adapters: tuple[str, ...]
     """The adapter types that it adds."""
@@ -77,7 +77,7 @@ class Diagnosis:
     broken: tuple[BrokenPlugin, ...]
     """Plug-ins that could not be loaded or failed."""
     conflict: str | None
-    """What two plug-ins contradict each other about; None where all agree."""
+    """What two plug-ins contradict each other about; None if all agree."""
     device: str
 
     @property
@@ -107,7 +107,7 @@ class Diagnosis:
 
 
 def examine() -> Diagnosis:
-    """Look at this process's environment."""
+    """Examine this process's environment."""
     plugins, conflict = _plugins()
     kind = PeftType.__members__.get(NAME)
     registered = (PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind))
@@ -135,8 +135,10 @@ def _installed(name: str) -> str | None:
 
 
 def _plugins() -> tuple[tuple[LoadedPlugin, ...], str | None]:
-    """What is loaded, and what two plug-ins claim alike; asks every one for its adapter types, so that who fails is
-    noted."""
+    """The plug-ins that are loaded, and what two of them both claim.
+
+    Calls every plug-in for its adapter types, so that those that fail are noted.
+    """
     host = manager()
     offered = {name: tuple(kind.name for kind in kinds) for name, kinds in answers("sorsa_adapters")}
     conflict = None

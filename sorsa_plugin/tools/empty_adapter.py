@@ -1,4 +1,4 @@
-"""An adapter on a model without weights: what is targeted, and in which shapes, before anything is read."""
+"""Puts an adapter on a model without weights, to see what is targeted and in which shapes before anything is read."""
 
 from __future__ import annotations
 

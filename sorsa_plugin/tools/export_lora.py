@@ -1,9 +1,9 @@
-"""A SORSA adapter as a plain LoRA of rank 2r, made from the adapter's two files; knows no model and no base weight.
+"""Exports a SORSA adapter as a plain LoRA of rank 2r, from the adapter's two files; knows no model and no base weight.
 
-The change L R^T (`offset_form.py`) is a LoRA as it stands: lora_B = L, lora_A = R^T, scale 1. The columns of the pair
-are balanced by powers of two, which is exact, so that loaders that round to 16 bits lose no small columns. Layers of
-lower rank are padded with zeros, which is exact too: vLLM, TGI and llama.cpp know one rank and alpha per adapter, so
-there is no rank_pattern in what is written.
+The change L R^T (`offset_form.py`) is a LoRA as it is: lora_B = L, lora_A = R^T, scale 1. The columns of the pair are
+balanced by powers of two, which is exact, so that loaders that round to 16 bits lose no small columns. Layers of lower
+rank are padded with zeros, which is exact too. vLLM, TGI and llama.cpp know one rank and alpha per adapter, so the
+export has no rank_pattern.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ExportedLayer:
     norm: float
     """||L R^T||_F of the layer's change."""
     relative_error: float
-    """||L R^T - B A||_F / ||L R^T||_F, which is the smallest possible at this rank; 0 when not truncated."""
+    """||L R^T - B A||_F / ||L R^T||_F, the smallest possible at this rank; 0 if not truncated."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,17 @@ def export_lora(
 ) -> ExportReport:
     """Write a SORSA adapter as a LoRA that PEFT, vLLM, TGI and llama.cpp load without this package.
 
-    Works on the files alone; the output appears complete or not at all. A file that lacks whole layers cannot
-    be told from an adapter without them: what is there is exported.
+    Works on the files alone. The output appears complete or not at all. A file that lacks whole layers cannot be told
+    from an adapter without them, so the layers that are there are exported.
 
     Args:
         adapter_dir: directory of the adapter's adapter_config.json and adapter_model.safetensors.
         output_dir: directory to make; it may exist and be empty.
-        rank: the LoRA's rank at most; None, or 2r and more, is exact. Below, each layer is truncated optimally, by the
-            singular values of a 2r x 2r matrix.
+        rank: the largest rank of the LoRA. None, or 2r and more, is exact. Below that, each layer is truncated
+            optimally, by the singular values of a 2r x 2r matrix.
 
     Raises:
-        ForeignAdapterError: there is no adapter, or one of another method.
+        ForeignAdapterError: there is no adapter, or it is of another method.
         IncompleteAdapterError: the files are damaged, or do not belong together.
         OutputExistsError: the output exists and is not an empty directory.
         RankError: rank is no integer >= 1.
@@ -132,8 +132,10 @@ def export_lora(
 
 
 def balance(L: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair with column norms alike, scaled by powers of two: L R^T stays what it is, bit for bit, short of
-    underflow."""
+    """L (out x k) and R (in x k), or stacks of them, with equal column norms, scaled by powers of two.
+
+    L R^T stays the same, bit for bit, unless a number underflows.
+    """
     ratio = R.double().norm(dim=-2, keepdim=True) / L.double().norm(dim=-2, keepdim=True)
     exponent = ratio.log2().div(2).round()
     scale = torch.where(exponent.isfinite(), exponent, 0.0).exp2().to(L.dtype)
@@ -146,8 +148,8 @@ def truncate(L: torch.Tensor, R: torch.Tensor, rank: int) -> tuple[torch.Tensor,
     With L = Q1 T1 and R = Q2 T2, the singular values of L R^T are those of T1 T2^T (2r x 2r).
 
     Args:
-        L: (out x 2r).
-        R: (in x 2r).
+        L: (out x 2r), or a stack of them.
+        R: (in x 2r), or a stack of them.
         rank: columns to keep.
 
     Returns:
@@ -191,13 +193,13 @@ def _total_error(layers: list[ExportedLayer]) -> float:
 def lora_tensors(
     prefix: str, layout: Sequence[Any] | None, L: torch.Tensor, R: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """LoRA's tensors of one layer.
+    """{name in the file: tensor} of one layer's LoRA.
 
     Args:
         prefix: the layer's name in the file, with a dot at the end.
         layout: see `files/adapter_format.py`; None for a linear layer.
-        L: (out x rank), or a stack of them.
-        R: (in x rank), alike.
+        L: (out x rank), or a stack (E x out x rank).
+        R: (in x rank), or a stack (E x in x rank).
 
     Raises:
         UnsupportedLayerError: LoRA computes something else on such a layer.
@@ -223,7 +225,7 @@ def lora_tensors(
 
 
 def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfig:
-    """The LoRA's configuration: no option beyond what PEFT's LoRA knows, and the shortest honest target_modules."""
+    """The LoRA's configuration: only options that PEFT's LoRA has, and target_modules as short as possible."""
     targets: Any = config.target_modules
     kinds = {name: layout[0] for name, layout in config.lora_layouts.items()}
     tied = [name for name, kind in kinds.items() if kind == "tied"]
@@ -248,8 +250,8 @@ def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfi
         inference_mode=True,
         auto_mapping=config.auto_mapping,
     )
-    # A regular expression or a choice of layers is spelled out: not every server reads those. Sorted: PEFT's own set
-    # has another order in every process.
+    # Regular expressions and choices of layers are spelled out above, because not every server reads them. Sorted,
+    # because PEFT's own set has another order in every process.
     lora.target_modules = sorted(targets)
     return lora
 

@@ -1,6 +1,6 @@
 """Writes an untrained, complete adapter for a base model's files, one weight at a time; never holds the model.
 
-Training then starts at once, also where the weights cannot be factorised: sharded, offloaded, or on a small machine.
+Training then starts at once, even where weights cannot be factorised: sharded, offloaded, or on a small machine.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNFINISHED, FINISHED_LAYERS, LOCK = "tensors.unfinished", "layers.finished", "lo
 
 @dataclass(frozen=True)
 class InitReport:
-    """What was written."""
+    """What `init_adapter` wrote."""
 
     output: Path
     layers: tuple[str, ...]
@@ -68,22 +68,24 @@ def init_adapter(
 
     `PeftModel.from_pretrained(base, output_dir, is_trainable=True)` then trains without any factorisation, bit-equal to
     get_peft_model on the same base. Each weight is read from its shard, factorised (on the accelerator, if there is
-    one), written and forgotten. Interrupted, the same call continues where it stopped; a finished layer is redone where
-    its weight is no longer the one that was factorised.
+    one), written and released.
+
+    After an interruption, the same call continues where it stopped. A finished layer is redone if its weight has
+    changed since.
 
     Args:
         base: directory of a model with safetensors files, or an id on the hub.
         output_dir: directory to make; it may exist and be empty.
         config: the adapter's options; task_type says what kind of model it is for.
-        dtype: in which the base will be loaded; None for its own, as from_pretrained chooses it.
+        dtype: the dtype in which the base will be loaded; None for its own, as from_pretrained chooses it.
         revision: of the base, on the hub.
         progress: show a progress bar.
 
     Raises:
         BaseFilesError: the base cannot be read tensor by tensor.
         OutputExistsError: the output exists and is not an empty directory, or another process is writing it.
-        SORSAConfigError: PEFT refuses the options for this model.
-        RankError, UnsupportedLayerError, DecompositionError: as get_peft_model.
+        SORSAConfigError: PEFT refuses the options for this model, or they are not those of a new adapter.
+        RankError, UnsupportedLayerError, DecompositionError: as for get_peft_model.
     """
     output = Path(output_dir).resolve()
     refuse_occupied(output)
@@ -101,7 +103,7 @@ def init_adapter(
     layers = _layers(model)
     carried = _carried(model, layout)
     for parameter in [*(entry.parameter for entry in carried), *(layer.parameter_path for layer in layers.values())]:
-        weights.sources(parameter)  # now rather than after hours
+        weights.sources(parameter)  # raises now rather than after hours
     with appearing_whole(output, kept_as=_key(files, config, layout)) as directory, _only_writer(directory):
         _reopen(directory, layers)
         size, resumed = _write_tensors(directory, layout, layers, carried, weights, progress)
@@ -117,7 +119,7 @@ def _layers(model: PeftModel) -> dict[str, SORSALayer]:
 
 
 class Carried(NamedTuple):
-    """A tensor of the adapter that is none of a layer's: a parameter of the base, or rows of it."""
+    """A tensor of the adapter that belongs to no layer: a parameter of the base, or rows of it."""
 
     name: str
     parameter: str
@@ -140,7 +142,7 @@ def _write_tensors(
     weights: StoredWeights,
     progress: bool,
 ) -> tuple[int, int]:
-    """The size of the file, and the number of layers that an earlier run had finished."""
+    """Write all tensors. Returns the size of the file, and the number of layers that an earlier run had finished."""
     with TensorFile(directory / UNFINISHED, layout) as file:
         resumed = _write_factors(file, layers, weights, directory / FINISHED_LAYERS, progress)
         for name, parameter, rows in carried:
@@ -153,9 +155,9 @@ def _write_tensors(
 def _write_factors(
     file: TensorFile, layers: dict[str, SORSALayer], weights: StoredWeights, journal: Path, progress: bool
 ) -> int:
-    """Factorise what the journal does not name; the number of layers that it does."""
+    """Factorise the layers that the journal does not name. Returns the number of named layers that still fit."""
     text = journal.read_text(encoding="utf-8") if journal.exists() else ""
-    whole = text[: text.rfind("\n") + 1]  # a name that was cut off follows
+    whole = text[: text.rfind("\n") + 1]  # drops a name that was cut off at the end
     finished = set(filter(None, whole.split("\n")))
     if finished:
         logger.warning("Continuing an interrupted run: %d of %d layers are done.", len(finished), len(layers))
@@ -172,7 +174,7 @@ def _write_factors(
                 initialise(layer, ADAPTER)
                 for part in FROZEN:
                     file.write(prefix + part, getattr(layer.factors(ADAPTER), part))
-                file.flush()  # before the journal says so
+                file.flush()  # before the journal names the layer
                 log.write(f"\n{layer.name}\n")
                 log.flush()
             _empty(layer)
@@ -180,7 +182,7 @@ def _write_factors(
 
 
 def _fill(layer: SORSALayer, weights: StoredWeights) -> None:
-    """Give the base module of a layer on the meta device the parameter that the layer adapts."""
+    """Read the parameter that a layer on the meta device adapts into its base module."""
     value = nn.Parameter(weights.read(layer.parameter_path), requires_grad=False)
     setattr(layer.get_base_layer(), layer.parameter_name, value)
 
@@ -192,7 +194,7 @@ def _empty(layer: SORSALayer) -> None:
 
 
 def _complete(directory: Path, model: PeftModel, config: SORSAConfig) -> None:
-    """Everything but the tensors, as PeftModel.save_pretrained writes it; then the tensors take their name."""
+    """Write everything but the tensors, as PeftModel.save_pretrained does. Then give the tensors their final name."""
     model.create_or_update_model_card(str(directory))
     saved = deepcopy(config)
     saved.inference_mode = True
@@ -213,7 +215,7 @@ def _reopen(directory: Path, layers: dict[str, SORSALayer]) -> None:
 
 
 def _key(files: BaseFiles, config: SORSAConfig, layout: dict[str, torch.Tensor]) -> str:
-    """Names the work: equal for equal options on an equal base, as far as the headers of its files tell."""
+    """A name for the work: equal for equal options on an equal base, as far as the headers of its files tell."""
     tensors = [
         [(name, str(tensor.dtype), list(tensor.shape)) for name, tensor in sorted(group.items())]
         for group in (files.headers, layout)

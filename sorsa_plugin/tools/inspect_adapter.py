@@ -1,4 +1,4 @@
-"""What training did to an adapter, from its two files alone: gaps, singular values, size of the change."""
+"""Shows what training did to an adapter, from its two files alone: gaps, singular values, size of the change."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from .trained_tokens import TRAINED_TOKENS
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One adapted layer; norms are Frobenius norms, of a stack of matrices (experts) over all of them."""
+    """One adapted layer. Norms are Frobenius norms; of a stack of matrices (experts), over all of them."""
 
     name: str
-    """In the base model: a module, or a parameter that is no module's weight."""
+    """The layer's name in the base model: a module, or a parameter that is no module's weight."""
     matrices: int
-    """How many matrices (out x in) the weight is a stack of; 1 for all but experts."""
+    """Number of matrices (out x in) in the weight; 1 for all but stacks of experts."""
     out_features: int
     in_features: int
     rank: int
     gap_U: float
-    """||U^T U - I||, 0 for orthonormal columns; the largest of a stack's."""
+    """||U^T U - I||, 0 for orthonormal columns; the largest of a stack."""
     gap_V: float
     S_min: float
     S_max: float
     relative_dS: float
     """||dS|| / ||S0||: how far the singular values moved."""
     change: float
-    """||L R^T||, what is added to the base weight."""
+    """||L R^T||, the size of the change that is added to the base weight."""
     relative_change: float
     """||L R^T|| / ||S0||: relative to the part of the base weight that is trained."""
     fingerprint: float
@@ -49,7 +49,7 @@ class LayerSummary:
 
     @property
     def finite(self) -> bool:
-        """Whether all of its numbers are finite; they are not where the factors hold NaN or infinity."""
+        """Whether all of its numbers are finite: False if the factors hold NaN or infinity."""
         return all(math.isfinite(value) for value in asdict(self).values() if isinstance(value, float))
 
 
@@ -61,11 +61,11 @@ class AdapterSummary:
     config: SORSAConfig
     layers: tuple[LayerSummary, ...]
     dtypes: tuple[str, ...]
-    """How the factors are stored."""
+    """Dtypes in which the factors are stored."""
     trainable: int
     """Number of trained values, without those of modules_to_save and of trained tokens."""
     carried: tuple[str, ...]
-    """Tensors held in whole: those of modules_to_save, and embeddings that PEFT saved."""
+    """Tensors held as a whole: those of modules_to_save, and embeddings that PEFT saved."""
     trained_tokens: dict[str, int]
     """{embedding: number of rows that were trained in full} of trainable_token_indices."""
     bytes: int
@@ -83,7 +83,8 @@ def inspect_adapter(adapter_dir: str | PathLike[str]) -> AdapterSummary:
     """Summarise a saved adapter from its files; needs no base model.
 
     Raises:
-        ForeignAdapterError, IncompleteAdapterError: there is no adapter, it is one of another method, or damaged.
+        ForeignAdapterError: there is no adapter, or it is of another method.
+        IncompleteAdapterError: its files are damaged, or do not belong together.
     """
     source = Path(adapter_dir)
     config = read_config(source)

@@ -1,7 +1,7 @@
-"""What an adapter on a model will take: parameters, bytes, memory and time, from the model's config alone.
+"""Computes what an adapter on a model will take: parameters, bytes, memory and time, from the model's config alone.
 
-The model and its adapter are made on the meta device, so what is counted is what get_peft_model makes. Two figures are
-estimates and say so: activations, and the time of the factorisation.
+The model and its adapter are made on the meta device, so the numbers are those of what get_peft_model makes. Two
+figures are estimates and say so: activations, and the time of the factorisation.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ OPTIMIZER_STATE = {"adamw": 2.0, "adamw_8bit": 0.5, "sgd": 0.0}
 """Bytes of optimizer state for each byte of an fp32 parameter: two moments, in fp32 or 8 bits."""
 
 TIMED_ELEMENTS = 2**22
-"""Weights with more elements than this are timed on a smaller one: 2048 x 2048 takes a fraction of a second."""
+"""A weight with more elements than this is timed on a smaller one: 2048 x 2048 takes a fraction of a second."""
 
 UNIT_SIDE = 4096
-"""Factorisation speed is told as seconds for one weight of this width and height."""
+"""Factorisation speed is given as seconds for one weight of this width and height."""
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Adapted matrices that are alike."""
+    """Adapted matrices of one kind, shape and rank."""
 
     kind: str
     """Last part of the modules' or parameters' names."""
@@ -50,9 +50,9 @@ class LayerGroup:
     """(out, in)"""
     rank: int
     count: int
-    """Every expert counts."""
+    """Number of matrices; every expert counts."""
     lent: bool = False
-    """Whether the layer computes with its changed weight, which is then kept for backward (`layers/lending.py`)."""
+    """Whether the layer computes with its changed weight, which is kept for backward (`layers/kinds/lending.py`)."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,13 @@ class Memory:
     gradients: int
     optimizer_state: int
     communication: int
-    """Estimate. DDP: buckets as large as the gradients; FSDP2 and ZeRO-3: two gathered blocks."""
+    """Estimate. DDP: buckets as large as the gradients. FSDP2 and ZeRO-3: two gathered blocks."""
     activations: int | None
-    """Estimate, see `estimate_activations`; None where the config does not say how wide the model is."""
+    """Estimate, see `estimate_activations`; None if the config does not say how wide the model is."""
 
     @property
     def total(self) -> int:
+        """Sum of all parts; unknown activations count as 0."""
         return sum(value or 0 for value in vars(self).values())
 
 
@@ -85,7 +86,7 @@ class Plan:
     dtype: str
     base_parameters: int
     stacked_parameters: int
-    """Those of the base in tensors of three dimensions (fused experts) that carry no adapter."""
+    """Parameters of the base in tensors of three dimensions (fused experts) that carry no adapter."""
     trainable_parameters: int
     adapter_bytes: int
     """Size of adapter_model.safetensors, to the byte."""
@@ -96,7 +97,7 @@ class Plan:
     init_seconds: float
     """Estimate: sum over the adapted weights."""
     init_basis: str
-    """What the estimate is based on."""
+    """What the estimate is based on, in words."""
 
 
 def plan(
@@ -118,14 +119,14 @@ def plan(
     Args:
         model: directory with a config.json, or an id on the hub; no weights are needed.
         config: the adapter's options.
-        dtype: in which the base will be loaded; None for the config's.
+        dtype: the dtype in which the base will be loaded; None for the config's.
         gpus: number of processes, with a GPU each.
         engine: "ddp", "fsdp2" or "zero3".
-        batch, length: sequences on each GPU, and their tokens, for the estimate of activations.
+        batch, length: sequences on each GPU, and tokens in each, for the estimate of activations.
         checkpointing: whether activations are recomputed in backward.
         optimizer: "adamw", "adamw_8bit" or "sgd".
-        unit_seconds: seconds to factorise one 4096 x 4096 weight at rank r where the adapter will be made; None
-            measures smaller weights on this machine.
+        unit_seconds: seconds to factorise one 4096 x 4096 weight at rank r on the machine that will make the adapter;
+            None measures smaller weights on this machine.
         revision: of the model, on the hub.
 
     Raises:
@@ -162,10 +163,10 @@ def plan(
 def memory(
     model: PeftModel, block: nn.Module | None, gpus: int, engine: str, optimizer: str, activations: int | None = None
 ) -> Memory:
-    """Bytes on each GPU of what a model's tensors say, on any device; `activations` is handed through.
+    """Bytes on each GPU, from the sizes of a model's tensors on any device. `activations` is passed through.
 
-    ZeRO-3 has the frozen factors, which are buffers there, whole on every GPU, and shares of fp32 masters and of a
-    second copy of the gradients (docs/scaling.md, where both are measured).
+    Under ZeRO-3 the frozen factors are buffers, so every GPU has all of them. It also has shares of fp32 masters and of
+    a second copy of the gradients (docs/scaling.md, where both are measured).
     """
     factors = tuple(f".{ADAPTER}.{name}" for name in FROZEN)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -190,7 +191,7 @@ def memory(
 
 
 def largest_block(model: nn.Module) -> nn.Module | None:
-    """The largest of the repeated blocks, which FSDP2 and ZeRO-3 gather whole; None where nothing repeats."""
+    """The largest of the repeated blocks, which FSDP2 and ZeRO-3 gather whole; None if nothing repeats."""
     blocks = [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
     return max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()), default=None)
 
@@ -203,7 +204,7 @@ def estimate_activations(
     length: int,
     checkpointing: bool,
 ) -> int | None:
-    """Bytes that a forward pass keeps for backward, roughly.
+    """A rough estimate of the bytes that a forward pass keeps for backward; None if the config gives no width or depth.
 
     17 numbers per token and hidden unit for each block (Korthikanti et al., 2022, arXiv 2205.05198, equation 2: 34
     bytes at 16 bits, without the attention matrix, which fused attention does not keep), r per token for each adapted
@@ -224,9 +225,9 @@ def estimate_activations(
 
 
 def estimate_init(groups: tuple[LayerGroup, ...], config: SORSAConfig, unit_seconds: float | None) -> tuple[float, str]:
-    """Seconds to factorise all weights one after another, and what that is based on.
+    """Seconds to factorise all weights one after another, and a sentence on what that is based on.
 
-    The time of one weight grows as out * in * r, which is the leading term of a block iteration.
+    The time of one weight grows as out * in * r, the leading term of a block iteration.
     """
     if unit_seconds is not None:
         unit = UNIT_SIDE**2 * config.r
@@ -248,14 +249,14 @@ def estimate_init(groups: tuple[LayerGroup, ...], config: SORSAConfig, unit_seco
 
 def _seconds(group: LayerGroup, svd: str) -> float:
     out, inner = group.shape
-    # not so small that the rank would be a large part of it: then another path is taken
+    # not so small that the rank would be a large part of it: then `factorise` takes another path
     shrink = min(1.0, max((TIMED_ELEMENTS / (out * inner)) ** 0.5, 4 * group.rank / min(out, inner)))
     shape = (max(1, round(out * shrink)), max(1, round(inner * shrink)))
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     started = time.perf_counter()
     factorise(weight, group.rank, svd=svd)
     elapsed = time.perf_counter() - started
-    exponent = 3 if svd == "exact" else 2  # of the shrunken side: a full decomposition is cubic in it
+    exponent = 3 if svd == "exact" else 2  # a full decomposition is cubic in the side that was shrunk
     return elapsed / shrink**exponent
 
 
@@ -270,7 +271,7 @@ def _groups(model: PeftModel) -> tuple[LayerGroup, ...]:
 
 
 def _stacked(model: PeftModel) -> int:
-    """Parameters in stacks of matrices that neither carry an adapter nor train; a kernel is none, nor is a position."""
+    """Parameters in stacks of matrices that neither carry an adapter nor train; no kernels, no positions."""
     adapted = {id(layer.base_weight()) for layer in sorsa_layers(model)}
     modules = [module for module in model.modules() if not isinstance(module, (nn.Conv1d, SORSAFactors))]
     own = [parameter for module in modules for parameter in module.parameters(recurse=False)]

@@ -1,5 +1,8 @@
-"""Gives the layers of a new adapter their triplets; where several processes make the same adapter, each factorises its
-share and all receive the result, so that the factors are the same bits everywhere, whatever the number of processes."""
+"""Gives the layers of a new adapter their triplets, in one process or in several that make the same adapter.
+
+Several processes share the work: each factorises some weights, and all receive the results. So the factors are the same
+bits everywhere, whatever the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,29 @@ if TYPE_CHECKING:
     from ..config import SORSAConfig
 
 SLOW = 2**20
-"""Elements of a weight from which on a progress bar is worth its line."""
+"""Number of elements of a weight from which on a progress bar is worth its line."""
 
 
 @torch.no_grad()
 def initialise_layers(layers: list[SORSALayer], adapter_name: str) -> None:
-    """Fill the layers of a new adapter; those that await a file, or a weight that no process has, stay as they are.
+    """Fill the layers of a new adapter. Layers that await a file, or a weight that no process has, stay as they are.
 
-    In an initialised process group this is a collective, as wrapping a model in DDP is, but for an adapter that comes
-    from a file: one process may load it alone.
+    In an initialised process group this is a collective, as wrapping a model in DDP is. An adapter that comes from a
+    file is the exception: one process may load it alone.
 
     Raises:
-        DecompositionError: see `decomposition.factorise`.
+        DecompositionError: see `svd.factorise`.
+        FoldError, BaseFilesError, BaseMismatchError: see `qsorsa/residual.py`.
     """
     if all(layer.awaits_file(adapter_name) for layer in layers):
         return
     work = [layer for layer in layers if _must_factorise(layer, adapter_name)]
-    residual = any(layer.residual_maker is not None for layer in work)  # read from a checkpoint, by each process
+    residual = any(layer.residual_maker is not None for layer in work)  # each process reads these from a checkpoint
     owners = [] if residual else _owners(work, adapter_name)
     for layer in layers:
         if layer not in work:
             _initialise(layer, adapter_name)
-    if owners:  # largest first: the layers of a round take equally long
+    if owners:  # largest first, so that the layers of a round take about equally long
         work.sort(key=lambda layer: -_size(layer))
     with _bar(work) as bar:
         for start in range(0, len(work), max(1, len(owners))):
@@ -63,7 +67,7 @@ def _initialise(layer: SORSALayer, adapter_name: str) -> None:
 
 
 def _initialise_round(team: list[tuple[SORSALayer, int]], adapter_name: str) -> None:
-    """One layer for each owner; a partitioned weight is whole for a moment, and its copy in one process only."""
+    """Factorise one layer in each owner. A partitioned weight is whole for a moment only, and one process copies it."""
     mine = None
     for layer, owner in team:
         elsewhere = layer.base_matrix().numel() == 0
@@ -92,8 +96,10 @@ def _broadcast(tensors: list[torch.Tensor], owner: int) -> None:
 
 
 def _owners(layers: list[SORSALayer], adapter_name: str) -> list[int]:
-    """The processes that share the work: those that have the weights, if all processes are about to do the same; none
-    where each is on its own."""
+    """The processes that share the work: those that have the weights, if all processes are about to do the same.
+
+    Empty if each process works alone.
+    """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return []
     same = [(layer.name, layer.out_features, layer.in_features, layer.factors(adapter_name).rank) for layer in layers]
@@ -105,7 +111,7 @@ def _owners(layers: list[SORSALayer], adapter_name: str) -> list[int]:
 
 
 def _bar(layers: list[SORSALayer]) -> tqdm:
-    """A progress bar where the work is slow, on the first process."""
+    """A progress bar on the first process, if the work is slow."""
     slow = any(_size(layer) >= SLOW for layer in layers)
     first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     description = "SORSA: singular triplets"
@@ -117,7 +123,7 @@ def _size(layer: SORSALayer) -> int:
 
 
 def _must_factorise(layer: SORSALayer, adapter_name: str) -> bool:
-    """Whether this new adapter takes a factorisation of the weight, here or in a process that has the weight."""
+    """Whether the new adapter needs a factorisation of the weight, here or in a process that has the weight."""
     factors, config = layer.factors(adapter_name), layer.configs[adapter_name]
     cloned = _donor(layer, adapter_name) is not None
     awaited = factors.pending and (config.factors_from_file or not layer.base_weight().is_meta)
@@ -125,17 +131,17 @@ def _must_factorise(layer: SORSALayer, adapter_name: str) -> bool:
 
 
 def initialise(layer: SORSALayer, adapter_name: str, matrix: torch.Tensor | None = None) -> None:
-    """Fill a new adapter of one layer: clone a sibling's factors where they are the same triplets, else factorise.
+    """Fill a new adapter of one layer: clone a sibling's factors if they are the same triplets, else factorise.
 
     Does nothing to an adapter on the meta device, or one whose tensors are awaited from a file.
 
     Args:
         layer: the layer.
         adapter_name: the adapter.
-        matrix: the base weight (out x in), if the caller has it at hand.
+        matrix: the base weight (out x in), or a stack of them, if the caller has it at hand.
 
     Raises:
-        DecompositionError: see `decomposition.factorise`.
+        DecompositionError: see `svd.factorise`.
         FoldError: the base stores the residual of other triplets.
     """
     factors, config = layer.factors(adapter_name), layer.configs[adapter_name]
@@ -166,7 +172,7 @@ def _triplets(matrix: torch.Tensor, rank: int, config: SORSAConfig, name: str) -
 
 
 def _donor(layer: SORSALayer, adapter_name: str) -> SORSAFactors | None:
-    """A sibling whose first triplets are the ones a factorisation for this adapter would give."""
+    """A sibling whose first triplets are those that a factorisation for this adapter would give, or None."""
     rank, config = layer.factors(adapter_name).rank, layer.configs[adapter_name]
     wanted = (config.svd, config.svd_seed, config.resolved_svd_energy)
     for name, sibling in layer.configs.items():

@@ -1,4 +1,4 @@
-"""Which kind of SORSA layer a targeted module gets and at which rank, and why some get none."""
+"""Chooses the kind of SORSA layer and the rank for each targeted module, and refuses modules that can have none."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from ..rank_zero import say
 
 
 def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
-    """The SORSA layer for a base module (adapted by another method or not), still without an adapter.
+    """The SORSA layer for a base module, still without an adapter. Another method may have adapted the module already.
 
     Raises:
         UnsupportedLayerError: no kind fits, or the weight is computed from other parameters.
+        BaseMismatchError: the config asks for a residual base, and the module is not quantised.
     """
     base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     layer_class = manager().hook.sorsa_layer(target=base, config=config)
@@ -64,7 +65,7 @@ def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
 
 
 def say_unmatched(model: nn.Module, names: set[str], layers: list[SORSALayer]) -> None:
-    """Say which of the names in target_modules adapted nothing: PEFT stops only where none of them does."""
+    """Log which names in target_modules adapted nothing: PEFT refuses only if none of them does."""
     adapted = [layer.name for layer in layers]
     unmatched = sorted(name for name in names if not any(f".{path}".endswith(f".{name}") for path in adapted))
     if not unmatched:
@@ -80,14 +81,16 @@ def say_unmatched(model: nn.Module, names: set[str], layers: list[SORSALayer]) -
 
 
 def renamed_by_peft(model: Any, layer: str) -> bool:
-    """Whether PEFT loads a LoRA on a dense layer of a model of experts as one on the experts: a shared expert's
-    `gate_proj`, say. It does not where the target is the layer's parameter."""
+    """Whether PEFT would load a LoRA on a dense layer of a model of experts as one on the experts.
+
+    A shared expert's `gate_proj` is an example. PEFT does not if the target is the layer's parameter.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     return layer.rpartition(".")[2] in renamed_experts(model_type)
 
 
 class Ranks:
-    """The rank of each adapted module: `r`, `rank_pattern`, or what a narrow weight has that "all-linear" chose.
+    """The rank of each adapted module: `r`, an entry of `rank_pattern`, or less on narrow weights of "all-linear".
 
     Args:
         config: the adapter's, before PEFT replaces "all-linear" in it by names.
@@ -100,24 +103,27 @@ class Ranks:
         self.narrowed: list[int] = []
 
     def of(self, name: str, target: Any) -> int:
-        """The rank of a module. Where "all-linear" chose one whose weight has fewer singular triplets, as that of a
-        shared expert's gate, which has one row, it is their number, noted in `rank_pattern` for this module alone."""
+        """The rank of a module.
+
+        "all-linear" may choose a weight with fewer singular triplets than the rank: a shared expert's gate has one row.
+        Its rank is then their number, noted in `rank_pattern` for this module alone.
+        """
         config = self.config
         key = get_pattern_key(config.rank_pattern.keys(), name)
         rank = config.rank_pattern.get(key, config.r)
         limit = min(getattr(target, "in_features", rank), getattr(target, "out_features", rank))
         if self.narrows and key not in config.rank_pattern and limit < rank:
-            config.rank_pattern[f"^{re.escape(name)}"] = rank = limit  # PEFT matches a bare name as an ending, too
+            config.rank_pattern[f"^{re.escape(name)}"] = rank = limit  # PEFT also matches a bare name as an ending
             self.narrowed.append(limit)
             say("%s has only %d singular triplets: its rank is %d instead of %d.", name, limit, limit, config.r)
         self.asked += 1
         return rank
 
     def check(self) -> None:
-        """Once all are known.
+        """Check the ranks once all are known.
 
         Raises:
-            RankError: r is more than any of the weights has that "all-linear" chose.
+            RankError: r is larger than every weight that "all-linear" chose allows.
         """
         if self.narrowed and len(self.narrowed) == self.asked:
             raise RankError(

@@ -1,9 +1,9 @@
-"""Batches whose rows use different adapters, at inference, as PEFT's LoRA has them; knows no layer kind.
+"""Batches whose rows use different adapters, at inference, as in PEFT's LoRA; knows no layer kind.
 
     model(x, adapter_names=["first", "second", "__base__"])      model.generate(**inputs, adapter_names=[...])
 
-While the context lasts, pre-forward hooks hand each adapted layer one name per row; a kind that takes `adapter_names`
-in its `forward` asks `rows_by_adapter` which rows are whose. An ordinary forward meets none of this.
+While the context lasts, pre-forward hooks pass each adapted layer one name per row. A kind that takes `adapter_names`
+in its `forward` calls `rows_by_adapter` to find each adapter's rows. An ordinary forward pays nothing for this.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..compat.peft import AuxiliaryTrainingWrapper
 from ..layers.layer import SORSALayer, sorsa_layers
 
 BASE = "__base__"
-"""The name of rows that use no adapter; PEFT's."""
+"""PEFT's name for rows that use no adapter."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], copies: int = 1)
     Args:
         model: the base model with SORSA layers, in eval mode.
         adapter_names: one name per row of the inputs; "__base__" for none.
-        copies: how often generation repeats each row, see `copies_per_row`; an encoder sees each row once.
+        copies: how often generation repeats each row, see `copies_per_row`. An encoder sees each row once.
 
     Raises:
         TypeError: adapter_names is no list or tuple.
@@ -54,7 +54,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str], copies: int = 1)
 
 
 def copies_per_row(generate_arguments: dict[str, Any]) -> int:
-    """How often `generate` repeats each row, as its arguments say: for beams, and for several sequences per row."""
+    """How often `generate` repeats each row, by its arguments: for beams, and for several sequences per row."""
     config = generate_arguments.get("generation_config")
     asked = [
         generate_arguments.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")
@@ -70,7 +70,7 @@ def _hand_over(names: list[str]) -> Any:
 
 
 def _encoder_modules(model: Any) -> Iterator[nn.Module]:
-    """The modules of an encoder-decoder model's encoder; none where `get_encoder` gives the model itself."""
+    """The modules of an encoder-decoder model's encoder; none if `get_encoder` returns the model itself."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else model
     if encoder is not model:
         yield from encoder.modules()

@@ -35,23 +35,24 @@ class SORSAModel(BaseTuner):
     """A model with SORSA adapters (arXiv 2409.00055); made by `peft.get_peft_model(model, SORSAConfig(...))`.
 
     Args:
-        model: the base model; its weights are never written, except while adapters are merged.
+        model: the base model. Its weights are written only while adapters are merged or layers folded, and when QSORSA
+            stores residuals in a quantised base.
         peft_config: a `SORSAConfig`, or one per adapter name.
         adapter_name: the name of the first adapter.
-        low_cpu_mem_usage: create the adapter on the meta device; whoever loads it gives it storage.
+        low_cpu_mem_usage: create the adapter on the meta device; the code that loads it gives it storage.
     """
 
     prefix = "sorsa_"
     tuner_layer_cls = SORSALayer
-    # the published script adapts all seven projections ("all-linear"); where nothing is said, PEFT users expect LoRA's
+    # PEFT users expect LoRA's targets by default; the published script adapts all seven projections ("all-linear")
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Create the adapter on every targeted module, then factorise their weights, one at a time; or do nothing.
+        """Create the adapter on every targeted module, then factorise their weights one at a time; all or nothing.
 
         Raises:
             RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
-            DecompositionError: a weight holds NaN, or does not converge on any device.
+            DecompositionError: a weight holds NaN or infinity, or does not converge on any device.
             FoldError, BaseFilesError, BaseMismatchError: see `residual.py`.
         """
         config = self.peft_config[adapter_name]
@@ -83,24 +84,26 @@ class SORSAModel(BaseTuner):
         watch_optimizers()
 
     def _pre_injection_hook(self, model: nn.Module, config: SORSAConfig, adapter_name: str) -> None:
-        """Take off what another tuner left of an adapter of this name: a refused file's, or an earlier attempt's."""
+        """Remove what another tuner left of an adapter of this name: from a refused file, or an earlier attempt."""
         take_off(model, adapter_name)
 
     def initial_energy(self, adapter_name: str = "default") -> dict[str, float]:
-        """{layer: share of ||W||_F^2 (0 to 1) that its initial triplets hold}: how much of each weight the adapter
-        starts from; 1 of a zero weight. One pass over the weights."""
+        """{layer: share of ||W||_F^2 (0 to 1) that its initial triplets hold}; a zero weight gives 1.
+
+        The share tells how much of each weight the adapter starts from. Takes one pass over the weights.
+        """
         found = {}
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
                 factors = layer.factors(adapter_name)
-                total = layer.merged_weight([]).float().square().sum()  # of W, whatever is merged or folded into it
+                total = layer.merged_weight([]).float().square().sum()  # W itself, also if merged or folded
                 found[layer.name] = energy_share(factors.S0.square().sum(), total.to(factors.S0.device))
         return found
 
     def fold(self) -> None:
         """Store W - U0 S0 V0^T in every adapted layer, for cheaper training steps; all layers or none.
 
-        For one adapter without dropout, in one process or under DDP. See `folding.py` for what it costs.
+        For one adapter without dropout, in one process or under DDP. `folding.py` says what it costs.
 
         Raises:
             FoldError: a layer cannot be folded.
@@ -111,13 +114,13 @@ class SORSAModel(BaseTuner):
         """Put every folded layer's W back, bit for bit.
 
         Raises:
-            FoldError: an adapter is merged.
+            FoldError: an adapter is merged, or the base stores residuals.
         """
         for layer in sorsa_layers(self):
             layer.unfold()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """PEFT's; what is left is the base model, or the merge of it, whatever the layers stored."""
+        """PEFT's method. The base model that is left holds W, or the merge of it, whatever the layers stored."""
         layers = sorsa_layers(self)
         merging = args[0] if args else kwargs.get("merge", True)
         for layer in layers:
@@ -129,7 +132,7 @@ class SORSAModel(BaseTuner):
         return unloaded
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's; refused before anything is forgotten.
+        """PEFT's method. If it refuses, nothing has been deleted yet.
 
         Raises:
             FoldError: no other adapter holds the triplets that a base of residuals lacks.
@@ -140,7 +143,7 @@ class SORSAModel(BaseTuner):
         super().delete_adapter(adapter_name)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's; on quantised layers the sum is quantised again, which says what that costs."""
+        """PEFT's method. On quantised layers the sum is quantised again, and a log line says what that costs."""
         super().merge_adapter(*args, **kwargs)
         warn_about_rounding(sorsa_layers(self))
 
@@ -151,7 +154,7 @@ class SORSAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Where PEFT's special forward arguments arrive: PeftModel drops them afterwards without a word.
+        """Receives PEFT's special forward arguments, which PeftModel drops afterwards without a word.
 
         Raises:
             ValueError: alora_offsets was passed; for adapter_names see `mixed_batch`.
@@ -183,18 +186,21 @@ class SORSAModel(BaseTuner):
                 )
 
     def _get_module_names_tied_with_embedding(self) -> list[str]:
-        """PEFT's, which looks for the names that the base model has: wrapped by an earlier adapter, it has others."""
+        """PEFT's method, run on the bare base model: it looks for names that an earlier adapter changes."""
         with without_adapters(self.model):
             return super()._get_module_names_tied_with_embedding()
 
-    # LoRA's in name only: they read fields that this config has too
+    # about LoRA in name only: they read fields that this config has too
     _prepare_adapter_config = LoraModel._prepare_adapter_config
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
     _add_targets_to_tie = LoraModel._add_targets_to_tie
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Put a layer in the place of its base module, or back. PEFT's own also moves the adapter to the base weight's
-        device, which for an offloaded weight is the meta device; ours is made where it belongs."""
+        """Put a layer in the place of its base module, or back.
+
+        PEFT's own method also moves the adapter to the base weight's device, which is the meta device for an offloaded
+        weight. Our adapter is created where it belongs.
+        """
         setattr(parent, child_name, new_module)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -210,7 +216,7 @@ class SORSAModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32, or where the caller asks for it the base's dtype, for the offsets; the frozen factors stay fp32.
+        """Make the offsets fp32, or the base's dtype if the caller asks for that. The frozen factors stay fp32.
 
         16-bit offsets serve inference; `attach` makes them fp32 again before they train.
         """
@@ -224,7 +230,9 @@ class SORSAModel(BaseTuner):
                 layer.factors(adapter_name).cast_offsets(dtype)
 
     def _check_target_module_compatiblity(self, peft_config: SORSAConfig, model: nn.Module, target_name: str) -> None:
-        """PEFT's, and what it asks of LoRA alone: Mamba's kernels read the weights of some modules and never call them.
+        """PEFT's check, and the one that it makes for LoRA alone.
+
+        Mamba's kernels read the weights of some modules and never call them.
 
         Raises:
             ValueError: the target is such a module.
@@ -265,14 +273,14 @@ class SORSAModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Look at all names before any layer takes a tensor."""
+        """Check all names before any layer takes a tensor."""
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
         check_names(state_dict, prefix, layers, list(self.peft_config))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _storage(layers: list[SORSALayer]) -> str | dict[str, str] | None:
-    """How the layers' weights are stored, as the config keeps it."""
+    """How the layers' weights are stored, in the form that the config keeps."""
     stored = {layer.name: layer.storage() for layer in layers}
     kinds = set(stored.values())
     return stored if len(kinds) > 1 else next(iter(kinds), None)

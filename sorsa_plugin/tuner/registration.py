@@ -14,8 +14,10 @@ NAME = "SORSA"
 
 
 def register() -> None:
-    """Add `PeftType.SORSA`, and register config and model with PEFT; a second call changes nothing, and a PEFT that
-    ships SORSA itself keeps its own, with a warning."""
+    """Add `PeftType.SORSA`, and register config and model with PEFT.
+
+    A second call changes nothing. A PEFT that ships SORSA itself keeps its own, with a warning.
+    """
     add_peft_type(NAME)
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME])
     if known is None:

@@ -1,4 +1,4 @@
-"""An adapter is put on a model whole or not at all: what a failed attempt leaves behind, the next would train."""
+"""Puts an adapter on a model whole or not at all: the next attempt would train what a failed one left behind."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from ..layers.layer import SORSALayer
 
 @contextmanager
 def whole_or_not_at_all(model: nn.Module, adapter_name: str, configs: dict[str, SORSAConfig]) -> Iterator[None]:
-    """Where this context, which adds the adapter of one of the configs, is left by an error, the model and that config
-    are what they were, and it is none of them any more. Layers whose base stores the adapter's residual by then stay
-    as they are: that cannot be undone."""
+    """A context in which the adapter of one of the configs is added. If it ends with an error, the addition is undone.
+
+    The model and that config are then as before, and the config is no longer in `configs`. One thing cannot be undone:
+    a layer whose base already stores the adapter's residual stays as it is.
+    """
     config = configs[adapter_name]
     options = copy.deepcopy(config.__dict__)
-    # by names: a reference to a parameter would keep a weight in memory that a residual has replaced
+    # keyed by names: a reference to a parameter would keep in memory a weight that a residual has replaced
     trained = {
         module: {name: p.requires_grad for name, p in module._parameters.items() if p is not None}
         for module in model.modules()
@@ -40,8 +42,11 @@ def whole_or_not_at_all(model: nn.Module, adapter_name: str, configs: dict[str, 
 
 
 def take_off(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter, complete or not, off every layer and every module that is trained in full; those left without
-    one give their place back to the base module. Layers stay whose base stores the residual of this adapter alone."""
+    """Remove an adapter, complete or not, from every layer and from every module that is trained in full.
+
+    Layers and wrappers left without an adapter give their place back to the base module. A layer stays if its base
+    stores the residual of this adapter alone.
+    """
     wrappers = [
         (parent, name, child)
         for parent in model.modules()

@@ -1,4 +1,4 @@
-"""Saving an adapter in another dtype than it trains in; `save_pretrained` itself keeps fp32."""
+"""Saves an adapter in another dtype than it trains in; `save_pretrained` itself keeps fp32."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def save_adapter(
 ) -> None:
     """Save one adapter with its factors stored as `dtype`; a 16-bit file is half as large.
 
-    The offsets and the frozen factors are rounded alike, and the change is computed without cancellation, so the
+    The offsets and the frozen factors are rounded alike, and the change is computed without cancellation. So the
     relative error of the change is that of the dtype (0.4% for bfloat16), whatever the size of the weights; float16
-    loses offsets below 6e-5. Training is resumed from fp32 files.
+    loses offsets below 6e-5. Resume training from fp32 files.
 
     Args:
         model: a PEFT model.
-        directory: where PEFT's `save_pretrained` puts its files.
+        directory: the directory for the files of PEFT's `save_pretrained`.
         adapter_name: which adapter.
         dtype: "float32", "bfloat16" or "float16".
 
@@ -38,5 +38,5 @@ def save_adapter(
 
 
 def _is_factor(key: str) -> bool:
-    """Whether a state-dict key is a factor; the fingerprint is compared to five digits and stays fp32."""
+    """Whether a state-dict key is a factor. The fingerprint is not: it is compared to five digits and stays fp32."""
     return ".sorsa_factors." in key and not key.endswith(".fingerprint")

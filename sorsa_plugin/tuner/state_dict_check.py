@@ -1,5 +1,7 @@
-"""What an adapter's state dict must have, and must not, before any layer takes tensors from it: PEFT would warn of what
-is missing or left over, and go on with a part of the adapter."""
+"""Checks an adapter's state dict before any layer takes tensors from it.
+
+PEFT alone would warn of missing or surplus tensors, and go on with a part of the adapter.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,22 @@ if TYPE_CHECKING:
     from ..layers.layer import SORSALayer
 
 FACTOR = re.compile(r"(?P<layer>.+)\.sorsa_factors\.((?P<adapter>[^.]+)\.)?[^.]+")
-"""A factor's name, with the adapter's where PEFT has put it in."""
+"""A factor's name, including the adapter's name if PEFT has put it in."""
 
 
 def check_names(
     state_dict: Mapping[str, Any], prefix: str, layers: Mapping[str, SORSALayer], adapters: Iterable[str]
 ) -> None:
-    """Nothing, where the factors in a state dict are those of whole adapters, or there are none: the base's.
+    """Check that the factors in a state dict are those of whole adapters. There may be none: then it is the base's.
 
     Args:
-        state_dict: that PEFT or torch loads.
-        prefix: of the model's names in it.
+        state_dict: the one that PEFT or torch loads.
+        prefix: the beginning of the model's names in it.
         layers: the model's, by name.
         adapters: the model's.
 
     Raises:
-        IncompleteAdapterError: an adapter is there for some of its layers only, for others, or beside others.
+        IncompleteAdapterError: an adapter has factors for only some of its layers, or for layers that are not its own.
     """
     adapters = list(adapters)
     _refuse_strangers(state_dict, prefix, layers, adapters)
@@ -52,8 +54,10 @@ def check_names(
 def _refuse_strangers(
     state_dict: Mapping[str, Any], prefix: str, layers: Mapping[str, SORSALayer], adapters: list[str]
 ) -> None:
-    """Raises IncompleteAdapterError where there are factors that no layer takes: PEFT leaves those without the
-    adapter's name, or gives it to them, by its version."""
+    """Raises IncompleteAdapterError if there are factors that no layer takes.
+
+    Depending on its version, PEFT leaves those without the adapter's name, or adds it.
+    """
     taken: set[str] = set()
     strange: set[str] = set()
     for key in state_dict:

@@ -22,12 +22,12 @@ from ..deepspeed_compat import STAGE_3_CLASS, STAGE_12_CLASS, is_linked, is_load
 
 
 class Part(NamedTuple):
-    """What this process has of one factor.
+    """The part of one factor that this process has.
 
     Attributes:
-        unit: number of the flat tensor that holds it: a parameter group or a sub-group, alike on every process.
+        unit: number of the flat tensor that holds it: a parameter group or a sub-group, the same on every process.
         start, size: elements of the factor, in row-major order.
-        cuts: rows that begin in one process and end in another, alike on every process.
+        cuts: rows that begin in one process and end in another, the same on every process.
     """
 
     unit: int
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 
 class ZeRO(Engine):
-    """What the stages have in common: parts of factors in flat tensors.
+    """What the stages share: parts of factors in flat tensors.
 
     Args:
         optimizer: the torch optimizer inside DeepSpeed's, or None.
@@ -50,32 +50,33 @@ class ZeRO(Engine):
         super().__init__(optimizer)
         self.processes = processes
         self.parts: dict[int, Part] = {}
-        """By the id of the offset."""
+        """{id of the offset: its part}"""
 
     @abstractmethod
     def unit_of(self, factor: Factor) -> int | None:
-        """Number of the flat tensor with the factor's master; None where another optimizer steps it."""
+        """Number of the flat tensor that has the factor's master; None if another optimizer steps it."""
 
     @abstractmethod
     def local_part(self, factor: Factor) -> tuple[int, int]:
-        """Start and size of this process's part."""
+        """Start and size of this process's part, in elements."""
 
     @abstractmethod
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Value and gradient that the optimizer steps (size), views."""
+        """Value and gradient (n, with n = `part.size`) that the optimizer steps, fp32 views; no gradient: None."""
 
     @abstractmethod
     def group_of(self, unit: int) -> dict[str, Any] | None:
-        """The parameter group of a unit, None where it is not known yet."""
+        """The parameter group of a unit; None if it is not known yet."""
 
     @abstractmethod
     def units_stepping(self) -> set[int]:
-        """The units that the call to `step()` now under way updates."""
+        """The units that the current call to `step()` updates."""
 
     def owns(self, factor: Factor) -> bool:
         return self.unit_of(factor) is not None
 
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
+        """See `Engine.shares`. Every process has to call this: they exchange the places of new factors."""
         return [self._share(factor) for factor in self._located(factors)]
 
     def stepping(self, factors: Iterable[Factor]) -> list[Share]:
@@ -83,6 +84,7 @@ class ZeRO(Engine):
         return [self._share(factor) for factor in held if self.parts[id(factor.offset)].unit in units]
 
     def begins_step(self) -> bool:
+        """Whether the current call to `step()` updates the first of the units with factors."""
         return not self.parts or min(part.unit for part in self.parts.values()) in self.units_stepping()
 
     def _share(self, factor: Factor) -> Share:
@@ -102,7 +104,7 @@ class ZeRO(Engine):
         )
 
     def _located(self, factors: Iterable[Factor]) -> list[Factor]:
-        """Those of the factors that are held here; where their parts are is known. A small collective for new ones."""
+        """The factors that this engine holds, with the places of their parts known; a small collective for new ones."""
         held = [factor for factor in factors if self.owns(factor)]
         new = [factor for factor in held if id(factor.offset) not in self.parts]
         if new:
@@ -110,7 +112,7 @@ class ZeRO(Engine):
         return held
 
     def _locate(self, new: list[Factor]) -> None:
-        device = new[0].initial.device  # DeepSpeed may keep the offset on the CPU, where processes exchange nothing
+        device = new[0].initial.device  # DeepSpeed may keep the offset on the CPU, where nothing can be exchanged
         mine = torch.tensor([self.local_part(factor) for factor in new], dtype=torch.int64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.processes))]
         distributed.all_gather(everyone, mine, group=self.processes)
@@ -139,8 +141,9 @@ class ZeRO12(ZeRO):
         return (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping else (0, 0)
 
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Value and gradient (n) of this process's part; two empty tensors if no part of the factor is here."""
         mapping, gradient = _mapping(factor), self.zero.single_partition_of_fp32_groups[part.unit].grad
-        if mapping is None:  # the factor is stepped, but no part of it here
+        if mapping is None:  # other processes step all of the factor
             nothing = torch.empty(0, device=factor.offset.device)
             return nothing, nothing
         if gradient is not None:
@@ -160,7 +163,7 @@ class ZeRO12(ZeRO):
 
 
 def _mapping(factor: Factor) -> Any:
-    """DeepSpeed's link from a parameter to the part of its master in this process; None where there is none."""
+    """DeepSpeed's link from a parameter to the part of its master in this process; None if this process has no part."""
     offset: Any = factor.offset
     return offset._hp_mapping
 
@@ -184,6 +187,7 @@ class ZeRO3(ZeRO):
         return min(start, offset.ds_numel), max(0, min(size, offset.ds_numel - start))  # the last part is padded
 
     def master(self, factor: Factor, part: Part) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Value and gradient (n) of this process's part, views of the sub-group's flat tensor."""
         unit, start, _ = self.zero.grad_position[self.zero.get_param_id(factor.offset)]
         flat = self.zero.fp32_partitioned_groups_flat[unit]
         gradient = None if flat.grad is None else flat.grad.narrow(0, start, part.size)
@@ -200,10 +204,10 @@ class ZeRO3(ZeRO):
 
 
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
-    """ZeRO, where the factors are DeepSpeed's and `optimizer` is the one that steps them.
+    """ZeRO, if the factors are DeepSpeed's and `optimizer` is the one that steps them, else None.
 
     Raises:
-        AttachError: DeepSpeed steps them in a way that does not pass the torch optimizer's `step`.
+        AttachError: DeepSpeed steps them in a way that does not go through the torch optimizer's `step`.
     """
     inner = innermost(optimizer)
     if inner is not None and not isinstance(inner, Optimizer):
@@ -222,6 +226,11 @@ def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
 
 
 def _stage12(inner: Optimizer) -> Engine | None:
+    """The engine of ZeRO 1 and 2; None if no living DeepSpeed optimizer drives `inner`.
+
+    Raises:
+        AttachError: the DeepSpeed optimizer is not that of ZeRO 1 or 2.
+    """
     zero = zero_driving(inner)
     if zero is None:
         return None
@@ -267,7 +276,7 @@ def _refuse_unlinked_masters(offsets: list[Any], inner: Optimizer) -> None:
 
 
 def _shape(factor: Factor) -> tuple[int, int]:
-    """rows, r.
+    """(rows, r) of a factor.
 
     Raises:
         AttachError: the factor is a stack of matrices.

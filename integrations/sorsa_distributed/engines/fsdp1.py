@@ -1,5 +1,8 @@
-"""FSDP1 (`FullyShardedDataParallel`), which is refused: it flattens a layer's frozen and trained factors into one
-tensor and cuts it anywhere, so that no process holds matching parts of both."""
+"""FSDP1 (`FullyShardedDataParallel`), which is refused.
+
+It flattens a layer's frozen and trained factors into one tensor and cuts that anywhere, so no process holds matching
+parts of both.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ from sorsa_plugin.extend import Engine, Factor, innermost
 
 
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
-    """None where the factors are not FSDP1's.
+    """None if the factors are not FSDP1's.
 
     Raises:
-        AttachError: they are.
+        AttachError: they are FSDP1's.
     """
     groups = getattr(innermost(optimizer), "param_groups", [])
     flat = any(isinstance(parameter, FlatParameter) for group in groups for parameter in group["params"])

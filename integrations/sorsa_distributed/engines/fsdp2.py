@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`): parameters and reduced gradients are DTensors of whole rows, owned by the optimizer."""
+"""FSDP2 (`fully_shard`): parameters and reduced gradients are DTensors of whole rows, and the optimizer owns them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ class FSDP2(Engine):
         return self.optimizer is None or id(factor.offset) in groups_by_parameter(self.optimizer)
 
     def shares(self, factors: Iterable[Factor]) -> list[Share]:
+        """See `Engine.shares`.
+
+        Raises:
+            AttachError: columns are sharded, or a frozen factor is sharded otherwise than its offset.
+        """
         groups = groups_by_parameter(self.optimizer)
         return [
             _share(factor, group)
@@ -42,7 +47,7 @@ def _process_groups(factor: Factor) -> tuple[Any, ...]:
     """The groups over which rows are sharded.
 
     Raises:
-        AttachError: columns are sharded, or the frozen factor lies otherwise than its offset.
+        AttachError: columns are sharded, or the frozen factor is sharded otherwise than its offset.
     """
     placements = getattr(factor.offset, "placements", ())
     frozen = getattr(factor.initial, "placements", ())
@@ -64,7 +69,7 @@ def _process_groups(factor: Factor) -> tuple[Any, ...]:
 
 
 def claim(factors: list[Factor], optimizer: Any) -> Engine | None:
-    """FSDP2, where the factors that the optimizer owns are DTensors."""
+    """FSDP2, if the factors that the optimizer owns are DTensors, else None."""
     inner = innermost(optimizer)
     groups = groups_by_parameter(inner) if isinstance(inner, Optimizer) else {}
     sharded = [f for f in factors if isinstance(f.offset.data, DTensor) and (inner is None or id(f.offset) in groups)]

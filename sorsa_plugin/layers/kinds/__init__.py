@@ -1,1 +1,1 @@
-"""The kinds of base modules that SORSA adapts, one file a kind. Their `sorsa_layer` hooks say what is of which."""
+"""The kinds of base modules that SORSA adapts, one kind a file, whose `sorsa_layer` hook says what it takes."""

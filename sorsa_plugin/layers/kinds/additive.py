@@ -1,4 +1,4 @@
-"""Kinds whose change joins the output: y = base(x) + change(x), for whole batches and for mixed ones."""
+"""Kinds whose change is added to the output: y = base(x) + change(x), for whole batches and for mixed ones."""
 
 from __future__ import annotations
 
@@ -19,18 +19,28 @@ class AdditiveLayer(SORSALayer):
 
     @abstractmethod
     def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """y + change(x), in the dtype of y; y is from `base_output`, and may be consumed."""
+        """y + change(x), in the dtype of y, for the base output y (... x out) and the input x (... x in).
+
+        y comes from `base_output` and may be consumed. Kinds that are not linear say what shapes they take.
+        """
 
     def base_output(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """base(x), fresh where the kind's `add_change` consumes it."""
+        """base(x) (... x out) for x (... x in); a tensor of its own if the kind's `add_change` consumes it."""
         return self.base_layer(x, *args, **kwargs)
 
     def forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """What the base module takes and gives, in the dtype of its output.
+        """Takes and returns what the base module does, in the dtype of its output.
 
-        Of `adapter_names`, which `mixed_batch.py` hands over, each is the adapter of one row (dimension 0) of x.
+        Args:
+            x: input (... x in for a linear layer).
+            adapter_names: the adapter of each row (dimension 0) of x; `mixed_batch.py` passes it.
+
+        Raises:
+            ValueError: there is not one adapter name per row, or adapters are merged into the layer.
+            FoldError: adapter_names is given and the layer is folded.
+            FactorsNotLoadedError, BaseMismatchError: see `ready_factors`.
         """
         self.unmerge_if_disabled()
         if adapter_names is not None and not self.disable_adapters:
@@ -53,12 +63,13 @@ class AdditiveLayer(SORSALayer):
 
 
 def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The output of a layer whose stored weight lacks an adapter's initial triplets: with U S V^T of an adapter in use,
-    U0 S0 V0^T where none is.
+    """Complete the output of a layer whose stored weight lacks an adapter's initial triplets.
+
+    Adds U S V^T of the adapter in use, or U0 S0 V0^T if none is in use.
 
     Args:
         layer: the layer.
-        y: output of its base module (... x out), fresh: it is written to.
+        y: output of its base module (... x out), fresh: this function writes to it.
         x: input (... x in).
 
     Returns:
@@ -78,7 +89,7 @@ def complete(layer: SORSALayer, y: torch.Tensor, x: torch.Tensor) -> torch.Tenso
 
 
 def rows_by_adapter(layer: SORSALayer, rows: int, adapter_names: Sequence[str]) -> dict[str, list[int]]:
-    """{adapter that the layer has: its rows}, in order of appearance.
+    """{adapter of this layer: its rows}, in order of appearance; rows with other names are left out.
 
     Raises:
         ValueError: there is not one name per row, or adapters are merged into the layer.

@@ -1,4 +1,4 @@
-"""The attention kind: nn.MultiheadAttention, its input and its output projections."""
+"""The attention kind: nn.MultiheadAttention, its input and output projections."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 class SORSAMultiheadAttention(LendingLayer):
-    """SORSA on nn.MultiheadAttention: in_proj_weight (3 dim x dim) by this layer, out_proj by one of its own inside.
+    """SORSA on nn.MultiheadAttention: adapts in_proj_weight (3 dim x dim), and out_proj with a layer inside.
 
-    The attention never calls out_proj, it reads both weights; both are lent to it.
+    The attention never calls out_proj. It reads both weights, so both are lent to it.
 
     Raises:
         UnsupportedLayerError: query, key and value have different widths.
@@ -40,7 +40,7 @@ class SORSAMultiheadAttention(LendingLayer):
         base.out_proj.foldable = False
 
     def lora_layout(self) -> tuple[Any, ...]:
-        # measured on PEFT 0.20.0 and 0.21.2: its forward merges the change of out_proj two times
+        # measured on PEFT 0.20.0 and 0.21.2: LoRA's forward merges the change of out_proj twice
         return ("unsupported", "an nn.MultiheadAttention, where PEFT's LoRA applies the change of out_proj twice")
 
     @property
@@ -49,14 +49,16 @@ class SORSAMultiheadAttention(LendingLayer):
         return self.get_base_layer().out_proj
 
     def base_matrix(self) -> torch.Tensor:
+        """in_proj_weight (3 dim x dim), the projections of query, key and value one below the other."""
         return self.base_weight()
 
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
+        """Add an adapter to both projections; see `LendingLayer.update_layer`."""
         super().update_layer(adapter_name, rank, config)
         self.output_layer.update_layer(adapter_name, rank, config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What nn.MultiheadAttention takes and gives."""
+        """Takes and returns what nn.MultiheadAttention does."""
         self.output_layer.unmerge_if_disabled()
         with lent(self.output_layer):
             return super().forward(*args, **kwargs)
@@ -64,12 +66,12 @@ class SORSAMultiheadAttention(LendingLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The attention as it was, or merged; PEFT calls it."""
+        """The attention as it was, or merged; PEFT calls this."""
         base: Any = self.base_layer
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         base.out_proj = self.output_layer.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        self._original.clear()  # last, so that where this fails nothing is lost
+        self._original.clear()  # last: if anything above fails, nothing is lost
         return base
 
     @property
@@ -78,9 +80,10 @@ class SORSAMultiheadAttention(LendingLayer):
 
 
 def leave_fused_encoders(model: nn.Module) -> None:
-    """Keep nn.TransformerEncoder out of its fused inference path, which reads the weights of attention and linear
-    layers and calls none of them, so that adapters in them would be ignored. Not undone by `unload`: the ordinary path
-    computes the same, up to rounding.
+    """Keep nn.TransformerEncoder out of its fused inference path.
+
+    That path reads the weights of attention and linear layers and calls none of them, so it would ignore their
+    adapters. `unload` does not undo this: the ordinary path computes the same, up to rounding.
     """
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
@@ -88,7 +91,7 @@ def leave_fused_encoders(model: nn.Module) -> None:
         elif isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(m, SORSALayer) for m in module.modules()
         ):
-            module.activation_relu_or_gelu = 0  # what torch sets where it has no fused kernel
+            module.activation_relu_or_gelu = 0  # torch sets this if it has no fused kernel
 
 
 @hookimpl

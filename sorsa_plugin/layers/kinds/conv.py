@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 POINTWISE: dict[int, Any] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
-"""{dimensions of the weight: the convolution}"""
+"""{number of dimensions of the weight: the convolution}"""
 
 
 class _Convolution(SORSALayer):
-    """W (out x in/groups x kernel) reads as the matrix (out x in/groups * kernel)."""
+    """A convolution whose W (out x in/groups x kernel) reads as the matrix (out x in/groups * kernel)."""
 
     def base_matrix(self) -> torch.Tensor:
         return self.get_base_layer().weight.flatten(1)
@@ -42,7 +42,7 @@ class SORSAConv(_Convolution, AdditiveLayer):
         return ("convolution", *base.weight.shape[1:])
 
     def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """y (... x out x positions) for x (... x in x positions)."""
+        """y + change(x) for y (... x out x positions) and x (... x in x positions), in the dtype of y."""
         base = self.get_base_layer()
         L, R = self.ready_factors(adapter_name).low_rank_pair()
         shape = base.weight.shape

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 
 
 class SORSAEmbedding(TransposedLayer, AdditiveLayer):
-    """SORSA on nn.Embedding: W is stored (tokens x dim), so the matrix (out x in) is its transpose, and a token's
-    change is L times its row of R. Only those rows are formed.
+    """SORSA on nn.Embedding, whose W is stored (tokens x dim), so the matrix (out x in) is its transpose.
+
+    A token's change is L times its row of R. Only the rows of the tokens at hand are formed.
     """
 
     def lora_layout(self) -> tuple[Any, ...]:
         return ("embedding",)
 
     def add_change(self, y: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
-        """y (... x dim) for tokens x (...); dropout drops tokens, which are the nonzero inputs of the change."""
+        """y + change(x) for y (... x dim) and tokens x (...), in the dtype of y.
+
+        Dropout drops tokens, which are the nonzero inputs of the change.
+        """
         base, parts = self.get_base_layer(), self.ready_factors(adapter_name).parts()
         dV = functional.embedding(x, parts.dV, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
         L, R = parts._replace(dV=dV, V0=functional.embedding(x, parts.V0)).pair()

@@ -14,8 +14,8 @@ from .lending import LendingLayer
 class ParamWrapper(LendingLayer):
     """SORSA on one parameter of a module: a matrix, or a stack of E matrices, each with its own triplets.
 
-    Its factors are stacked: U (E x out x r), S (E x r), V (E x in x r). Several parameters of one module make nested
-    wrappers. PEFT finds wrappers by the name of this class.
+    The factors of a stack are stacked: U (E x out x r), S (E x r), V (E x in x r). Several parameters of one module
+    make nested wrappers. PEFT finds wrappers by the name of this class.
 
     Args:
         base_layer: the module, or another parameter's wrapper of it.
@@ -38,6 +38,11 @@ class ParamWrapper(LendingLayer):
         return ("parameter", self.name)
 
     def base_matrix(self) -> torch.Tensor:
+        """The parameter as a matrix (out x in) or a stack (E x out x in), a view.
+
+        Raises:
+            UnsupportedLayerError: it has neither two nor three dimensions.
+        """
         weight = self.base_weight()
         if weight.ndim not in (2, 3):
             raise UnsupportedLayerError(
@@ -47,18 +52,21 @@ class ParamWrapper(LendingLayer):
         return self.delta_to_weight(weight)
 
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
-        # experts are stored (E x out x in), or where their module says so (E x in x out)
+        """A change (out x in) or (E x out x in) in the shape of the parameter.
+
+        Experts are stored (E x out x in), or (E x in x out) if their module says so (`is_transposed`).
+        """
         stored_in_out = getattr(self.get_base_layer(), "is_transposed", False)
         return delta.mT if stored_in_out and delta.ndim == 3 else delta
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The module without this wrapper and those inside; PEFT calls it."""
+        """The module without this wrapper and those inside it; PEFT calls this."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         inner: Any = self.base_layer
         if isinstance(inner, ParamWrapper):
             inner = inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
-        self._original.clear()  # last, so that where this fails nothing is lost
+        self._original.clear()  # last: if anything above fails, nothing is lost
         return inner

@@ -1,7 +1,7 @@
 """Layers tied to an adapted embedding (`ensure_weight_tying`): they use its adapter, transposed, and own none.
 
-The output layer's weight is the embedding's, so its change is the embedding's: with the embedding's matrix W^T, that
-is (L R^T)^T = R L^T.
+The output layer's weight is the embedding's, so its change is the embedding's. The embedding's matrix is W^T, so that
+change is (L R^T)^T = R L^T.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 
 class SharedFactors:
-    """The factors of an embedding, as a tied layer reads them."""
+    """The factors of an embedding, in the order in which a tied layer reads them.
+
+    Args:
+        parts: the embedding's tensors.
+        transposed: whether the layer's matrix is the transpose of the embedding's: then U and V change places.
+    """
 
     def __init__(self, parts: Parts, transposed: bool) -> None:
         if transposed:
@@ -30,14 +35,20 @@ class SharedFactors:
         self._parts = parts
 
     def parts(self) -> Parts:
+        """See `SORSAFactors.parts`."""
         return self._parts
 
     def low_rank_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """L (out x 2r) and R (in x 2r) of the tied layer; see `SORSAFactors.low_rank_pair`."""
         return self._parts.pair()
 
 
 class TiedLayer(SORSALayer):
-    """A layer without factors of its own."""
+    """A layer without factors of its own.
+
+    Attributes:
+        source: the embedding's layer, whose adapters this layer uses.
+    """
 
     source: SORSALayer
     foldable = False
@@ -46,23 +57,27 @@ class TiedLayer(SORSALayer):
         return ("tied", self.source.name)
 
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
-        """Nothing but dropout is this layer's own."""
+        """Note the adapter's config and dropout: the layer owns nothing else."""
         self.sorsa_dropout[adapter_name] = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout else nn.Identity()
         self.configs[adapter_name] = config
 
     def adapters_in_use(self) -> list[str]:
-        """Those of the embedding that are active here."""
+        """The embedding's adapters that are active here; none while adapters are disabled or merged."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.configs and name in self.source.sorsa_factors]
 
     def ready_factors(self, adapter_name: str) -> Any:
-        """The embedding's."""
+        """The embedding's factors, transposed for a linear layer; errors as in `AdaptedWeight.ready_factors`."""
         parts = self.source.ready_factors(adapter_name).parts()
         return SharedFactors(parts, transposed=isinstance(self, SORSALinear))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Take the embedding's merged weight as it is, so that the two stay one."""
+        """Take over the embedding's merged weight, so that the two stay one parameter; merge the embedding if needed.
+
+        Raises:
+            ValueError, MergeError: see `MergeableWeight.merge`.
+        """
         names = self.active_adapters if adapter_names is None else adapter_names
         names = [name for name in names if name in self.configs and name not in self.merged_adapters]
         missing = [name for name in names if name not in self.source.merged_adapters]

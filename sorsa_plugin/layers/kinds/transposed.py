@@ -1,4 +1,4 @@
-"""Kinds whose weight is stored (in x out)."""
+"""What kinds share whose weight is stored (in x out)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from ..layer import SORSALayer
 
 
 class TransposedLayer(SORSALayer):
-    """A layer whose matrix (out x in) is the transpose of what its base module stores."""
+    """A layer whose matrix (out x in) is the transpose of the stored weight (in x out)."""
 
     def base_matrix(self) -> torch.Tensor:
+        """The matrix (out x in), a transposed view of the stored weight."""
         return self.get_base_layer().weight.T
 
     def delta_to_weight(self, delta: torch.Tensor) -> torch.Tensor:
+        """A change (out x in) in the stored shape (in x out)."""
         return delta.T

@@ -1,6 +1,6 @@
-"""What training did to the singular values and vectors of a model's weights, as the paper measures it.
+"""Measures what training did to the singular values and vectors of a model's weights, as the paper does.
 
-One weight is read, decomposed and compared at a time; what is kept are numbers.
+Reads, decomposes and compares one weight at a time, and keeps numbers alone.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .trained_weights import BaseWeights, Trained, TrainedWeights, complete_chec
 
 @dataclass(frozen=True)
 class LayerChange:
-    """One weight at one point of one run, against the pre-trained weight."""
+    """One weight at one point of one run, compared with the pre-trained weight."""
 
     run: str
     step: int | None
-    """Optimizer step of a checkpoint; None for an adapter or model given by itself."""
+    """Optimizer step of a checkpoint; None for a single adapter or model."""
     module: str
     out_features: int
     in_features: int
@@ -39,16 +39,17 @@ class LayerChange:
     d_sigma: float
     """mean |s_t - s_0|, in the units of the weight."""
     d_direction: float
-    """1 - mean(|<u_t, u_0>| + |<v_t, v_0>|) / 2, in [0, 1]; see `spectra.py` for signs and equal singular values."""
+    """1 - mean(|<u_t, u_0>| + |<v_t, v_0>|) / 2, in [0, 1]; `spectra.py` explains signs and equal singular values."""
     relative_change: float
     """||W_t - W_0||_F / ||W_0||_F."""
     condition_before: float
-    """s_1 / s_n of the pre-trained weight; infinite where it has no full rank."""
+    """s_1 / s_n of the pre-trained weight; infinite if it does not have full rank."""
     condition_after: float
     """The same of the merged weight."""
     principal_condition_before: float | None
-    """s_1 / s_r of W_p, the product that the adapter trains, when it started; None where there is none."""
+    """s_1 / s_r of W_p, the product that the adapter trains, at the start; None if there is no such product."""
     principal_condition_after: float | None
+    """The same at this point of the run."""
 
     @property
     def kind(self) -> str:
@@ -73,7 +74,7 @@ class Summary:
     d_direction: float
     relative_change: float
     condition_before: float
-    """Geometric mean, as the next three."""
+    """Geometric mean, as for the next three."""
     condition_after: float
     principal_condition_before: float | None
     principal_condition_after: float | None
@@ -89,7 +90,7 @@ class Analysis:
     degenerate: float
     changes: tuple[LayerChange, ...]
     spectra: dict[str, dict[str, list[float]]] = field(repr=False)
-    """{module: {"pre-trained" or run: singular values, of a run at its last step}}"""
+    """{module: {"pre-trained" or run: singular values}}, a run's at its last step."""
 
     def last(self, run: str) -> list[LayerChange]:
         """The changes at a run's last step."""
@@ -98,7 +99,7 @@ class Analysis:
         return [change for change in points if (change.step or 0) == final]
 
     def summaries(self) -> list[Summary]:
-        """Means over the weights, for each point in order."""
+        """Means over the weights, one entry per point of each run, in order."""
         points: dict[tuple[str, int | None], list[LayerChange]] = {}
         for change in self.changes:
             points.setdefault((change.run, change.step), []).append(change)
@@ -107,7 +108,7 @@ class Analysis:
         return [_summary(run, step, points[run, step]) for run, step in keys]
 
     def save(self, directory: str | PathLike[str]) -> None:
-        """Write layers.csv, summary.csv and analysis.json (infinite numbers are null there) into a directory."""
+        """Write layers.csv, summary.csv and analysis.json (with null for infinite numbers) into a directory."""
         path = Path(directory)
         _write_csv(path / "layers.csv", LayerChange, self.changes)
         _write_csv(path / "summary.csv", Summary, self.summaries())
@@ -133,18 +134,21 @@ def analyze(
     Args:
         base: directory of the pre-trained model, or an id on the hub.
         trained: directories of PEFT adapters of any type, and of fully fine-tuned (or merged) models.
-        runs: output directories of training runs: all their complete checkpoint-N directories are points of one run.
-        modules: a regular expression that module names must contain; None for all that were trained.
+        runs: output directories of training runs. All complete checkpoint-N directories of one are points of one run.
+        modules: a regular expression; only modules whose names contain a match are compared. None for all that were
+            trained.
         top: compare this many triplets of each weight; None for all.
         degenerate: see `spectra.py`.
-        task_type: one of PEFT's, for the class the base was trained as; None for the one that its config names.
+        task_type: one of PEFT's, for the class the base was trained as; None for the class that its config names.
         revision: of the base, on the hub.
         progress: show a progress bar.
 
     Raises:
-        BaseFilesError, ForeignAdapterError, IncompleteAdapterError, BaseMismatchError: something cannot be read, or
-            does not belong to the base.
-        SORSAConfigError: there is nothing to compare.
+        BaseFilesError, ForeignAdapterError, IncompleteAdapterError, BaseMismatchError: files cannot be read, or do not
+            belong to the base.
+        SORSAConfigError: there is nothing to compare, or `degenerate` or `modules` cannot be honoured.
+        RankError: top is below 1.
+        DecompositionError: a weight holds NaN or infinity.
     """
     if not trained and not runs:
         raise SORSAConfigError("Nothing to compare with the base; give an adapter, a model or a run with checkpoints.")
@@ -201,7 +205,7 @@ def _compare(
 def _points(
     trained: Sequence[str | PathLike[str]], runs: Sequence[str | PathLike[str]], base: BaseWeights
 ) -> dict[tuple[str, int | None], TrainedWeights]:
-    """Every run and step to compare, runs named by as much of their paths as tells them apart."""
+    """Every run and step to compare. A run's name is the shortest end of its path that tells it apart."""
     entries: list[tuple[Path, int | None, Path]] = [(Path(path).resolve(), None, Path(path)) for path in trained]
     for run in runs:
         entries += [(Path(run).resolve(), step, path) for step, path in complete_checkpoints(run).items()]
@@ -210,7 +214,7 @@ def _points(
 
 
 def _labels(paths: list[Path]) -> dict[Path, str]:
-    """The shortest ends of the paths that differ; of a checkpoint, its run's name too."""
+    """The shortest ends of the paths that differ. For a checkpoint, its run's name too."""
     more = {path: int(path.name.startswith("checkpoint-")) for path in paths}
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         labels = {path: "/".join(path.parts[-length - more[path] :]) for path in paths}
@@ -220,7 +224,7 @@ def _labels(paths: list[Path]) -> dict[Path, str]:
 
 
 def _modules(points: dict[tuple[str, int | None], TrainedWeights], pattern: str | None) -> list[str]:
-    """The modules of all adapters, or where there are only whole models, those of the models."""
+    """The modules of all adapters; those of the models if there are only whole models."""
     adapted = [weights.modules for weights in points.values() if weights.partial]
     found = dict.fromkeys(name for names in adapted or [w.modules for w in points.values()] for name in names)
     try:

@@ -1,4 +1,4 @@
-"""The charts of an analysis, PNG and SVG; matplotlib is imported only here, when one is drawn."""
+"""The charts of an analysis, PNG and SVG; imports matplotlib only here, when one is drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .analyze import Analysis, LayerChange
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which colour-blind readers can tell apart; then they repeat."""
+"""Okabe and Ito's colours, which colour-blind readers can tell apart. They repeat after the last."""
 
 STYLE: Any = {
     "font.size": 9,
@@ -32,7 +32,7 @@ MOST_RUNS, MOST_SPECTRA = 6, 4
 
 
 def require_matplotlib() -> None:
-    """Nothing, where charts can be drawn.
+    """Check that charts can be drawn.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -47,7 +47,10 @@ def require_matplotlib() -> None:
 
 
 def save_plots(analysis: Analysis, directory: str | PathLike[str]) -> list[Path]:
-    """Draw every chart that the analysis has numbers for, as NAME.png and NAME.svg; the files written.
+    """Draw every chart that the analysis has numbers for, as NAME.png and NAME.svg.
+
+    Returns:
+        The files written.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -72,11 +75,12 @@ def save_plots(analysis: Analysis, directory: str | PathLike[str]) -> list[Path]
 
 
 def colour(analysis: Analysis, run: str) -> str:
+    """The colour of a run, as a hexadecimal string."""
     return COLOURS[analysis.runs.index(run) % len(COLOURS)]
 
 
 def change_figure(analysis: Analysis) -> Any:
-    """dSigma against dD, as in the paper, and where there are checkpoints both over the steps."""
+    """dSigma against dD, as in the paper. If there are checkpoints, both over the steps too."""
     summaries = analysis.summaries()
     stepped = any(summary.step is not None for summary in summaries)
     figure = _figure(11.5 if stepped else 6.2, 4.3)
@@ -116,7 +120,7 @@ def change_figure(analysis: Analysis) -> Any:
 
 
 def layers_figure(analysis: Analysis) -> Any:
-    """dSigma and dD of each weight at the last step: kind of module against depth, one column a run."""
+    """dSigma and dD of each weight at the last step: kind of module against depth, one column per run."""
     runs = analysis.runs[:MOST_RUNS]
     last = {run: analysis.last(run) for run in runs}
     everything = [change for run in runs for change in last[run]]
@@ -149,7 +153,7 @@ def layers_figure(analysis: Analysis) -> Any:
 
 
 def spectra_figure(analysis: Analysis) -> Any:
-    """Singular values before, and how far each moved, for the weights that changed most: one of a kind."""
+    """Singular values before training, and how far each moved, for the most changed weight of each kind."""
     strongest: dict[str, LayerChange] = {}
     for change in sorted(analysis.changes, key=lambda change: -change.d_sigma):
         strongest.setdefault(change.kind, change)
@@ -222,7 +226,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _log_scale(axes: Any, which: str) -> None:
-    """A logarithmic axis with plain numbers, at the decades alone where there are many."""
+    """Make an axis logarithmic, with plain numbers, and only the decades if there are many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set(**{f"{which}scale": "log"})

@@ -1,9 +1,9 @@
-"""What training made of a base model's weights, one weight at a time: adapters of any PEFT type, and whole models.
+"""Reads a base model's weights after training, one at a time: with adapters of any PEFT type, or in whole models.
 
-An adapter's layer is made by PEFT itself on a model that holds this one module, so its merged weight is what PEFT
-merges, also for types that rewrite the base when they start (PiSSA, OLoRA) or scale it (DoRA, IA3), and no more than
-one weight is ever in memory. Merging is in fp32 whatever the base is stored in, so that rounding the merged weight is
-not taken for training.
+PEFT itself makes an adapter's layer, on a model that holds this one module. So the merged weight is what PEFT merges,
+also for types that rewrite the base when they start (PiSSA, OLoRA) or scale it (DoRA, IA3), and memory never holds more
+than one weight. Merging is in fp32 whatever the base is stored in, so that the rounding of a merged weight does not
+count as training.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ NARROWING = (
     "trainable_token_indices",
     "ensure_weight_tying",
 )
-"""Options that choose modules in a model; here the module is chosen already."""
+"""Options that choose modules in a model. They are cleared here, because the module is chosen already."""
 
 
 class Trained(NamedTuple):
@@ -54,19 +54,21 @@ class Trained(NamedTuple):
     weight: torch.Tensor
     """The merged weight, fp32, in the shape of the base weight."""
     principal_before: float | None = None
-    """Condition number of W_p, the product that the adapter trains, when it started; None where there is none."""
+    """Condition number of W_p, the product that the adapter trains, at the start; None without such a product."""
     principal_after: float | None = None
+    """The same after training."""
 
 
 class TrainedWeights(Protocol):
     """The trained weights of one adapter or model."""
 
     modules: list[str]
-    """What can be read, in the base's order: weights of two dimensions at least."""
+    """The modules that can be read, in the base's order; their weights have at least two dimensions."""
     partial: bool
-    """Whether these modules are the ones that were trained; of a whole model, nobody knows."""
+    """Whether `modules` are exactly those that were trained. Of a whole model, that is unknown."""
 
-    def read(self, module: str) -> Trained: ...
+    def read(self, module: str) -> Trained:
+        """The module's weight after training; see the classes below for errors."""
 
 
 class BaseWeights:
@@ -74,11 +76,11 @@ class BaseWeights:
 
     Args:
         source: its directory, or id on the hub.
-        task_type: one of PEFT's, for the class that it was trained as; None for the one that its config names.
-        revision: on the hub.
+        task_type: one of PEFT's, for the class that it was trained as; None for the class that its config names.
+        revision: of the source on the hub.
 
     Raises:
-        BaseFilesError: it cannot be read tensor by tensor.
+        BaseFilesError: the base cannot be read tensor by tensor.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class BaseWeights:
         self.with_weight = [name for name, parameters in own.items() if "weight" in parameters]
 
     def linear_modules(self) -> list[str]:
-        """What PEFT's "all-linear" selects: every linear module but the output embedding."""
+        """The modules that PEFT's "all-linear" selects: every linear module but the output embedding."""
         output = self.model.get_output_embeddings()
         return [
             name
@@ -100,11 +102,15 @@ class BaseWeights:
         ]
 
     def read(self, module: str) -> torch.Tensor:
-        """The module's weight, fp32."""
+        """The module's weight, fp32, in the model's shape: (out x in) of a linear module.
+
+        Raises:
+            BaseFilesError: it is not stored, or not in the model's shape.
+        """
         return self.stored.read(f"{module}.weight")
 
     def module(self, name: str) -> nn.Module:
-        """A copy of the module with its parameters read, fp32."""
+        """A copy of the module with its parameters read from the files, fp32."""
         module = deepcopy(self.model.get_submodule(name))
         for key, _ in list(module.named_parameters(recurse=False)):
             value = self.stored.read(f"{name}.{key}")
@@ -116,7 +122,7 @@ def open_trained(source: str | PathLike[str], base: BaseWeights) -> TrainedWeigh
     """The trained weights in a directory: a PEFT adapter's, or a whole model's.
 
     Raises:
-        ForeignAdapterError: it is neither, or its tensors are not on modules of the base, or on no matrix.
+        ForeignAdapterError: the directory is neither, or its tensors belong to no module of the base, or to no matrix.
         IncompleteAdapterError, BaseFilesError: files are absent or damaged.
     """
     path = Path(source)
@@ -139,12 +145,20 @@ class ModelWeights:
         self.modules = base.linear_modules()
 
     def read(self, module: str) -> Trained:
-        """The module's weight in this model."""
+        """The module's weight in this model.
+
+        Raises:
+            BaseFilesError: it is not stored, or not in the base's shape.
+        """
         return Trained(self._stored.read(f"{module}.weight"))
 
 
 class AdapterWeights:
-    """A PEFT adapter in the directory `path`."""
+    """A PEFT adapter in the directory `path`.
+
+    Raises:
+        ForeignAdapterError, IncompleteAdapterError: see `open_trained`.
+    """
 
     partial = True
 
@@ -158,7 +172,7 @@ class AdapterWeights:
             for key in file.keys():  # noqa: SIM118
                 self._place(key)
         for name, layout in getattr(self._config, "lora_layouts", {}).items():
-            if layout[0] == "tied":  # its weight is the embedding's, adapted there
+            if layout[0] == "tied":  # its weight is the embedding's, and adapted there
                 self._replaced.pop(name, None)
         found = {*self._keys, *self._replaced, *self._rows}
         matrices = (name for name in base.with_weight if base.model.get_parameter(f"{name}.weight").ndim > 1)
@@ -203,7 +217,7 @@ class AdapterWeights:
         """The module's weight with this adapter merged.
 
         Raises:
-            IncompleteAdapterError: tensors of the module are absent, or too many.
+            IncompleteAdapterError: the file lacks tensors of the module, or has too many.
             BaseMismatchError: a SORSA adapter was made from another weight.
         """
         if module not in self._keys:
@@ -228,7 +242,7 @@ class AdapterWeights:
         return Trained(merged.weight.detach(), before, after)
 
     def _carried(self, module: str) -> torch.Tensor:
-        """The weight of a module that the file holds in whole, or some rows of."""
+        """The weight of a module that the file holds as a whole, or some rows of which it holds."""
         with open_tensors(self._path) as file:
             if module in self._replaced:
                 return file.get_tensor(self._replaced[module]).float()
@@ -239,7 +253,7 @@ class AdapterWeights:
         return self._base.read(module).index_copy(0, torch.tensor(tokens), rows)
 
     def _one_layer(self, module: str) -> PeftModel:
-        """PEFT's model with this adapter, still untrained, on a model that holds the one module, under its name."""
+        """PEFT's model with this adapter, still untrained, on a model of only the one module, under its own name."""
         config = deepcopy(self._config)
         for option in NARROWING:
             if hasattr(config, option):
@@ -262,7 +276,7 @@ class AdapterWeights:
 
 
 def _principal(layer: Any, initial: bool) -> float | None:
-    """Condition number of W_p: U diag(S) V^T of SORSA, the scaled B A of LoRA; None where there is no such product."""
+    """Condition number of W_p: U diag(S) V^T of SORSA, the scaled B A of LoRA; None if there is no such product."""
     if isinstance(layer, SORSALayer):
         factors = layer.factors(ADAPTER)
         if factors.pending:

@@ -1,4 +1,4 @@
-"""What a saved adapter changes in a base model: which parameters, and from which of its tensors; reads no values."""
+"""What a saved adapter changes in a base model: which parameters, and by which of its tensors; reads no values."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from ..trained_tokens import TRAINED_TOKENS, trained_tokens
 
 
 class Change(NamedTuple):
-    """How one parameter becomes its merged self: it is replaced, or rows of it are, and then a layer merges into it."""
+    """How one parameter gets its merged value: it or rows of it are replaced, then a layer merges into it."""
 
     layer: SORSALayer | None = None
-    """A layer without values, that merges into the parameter."""
+    """A layer without values, which merges into the parameter."""
     factors: str = ""
-    """What the names of the layer's tensors in the file begin with."""
+    """The beginning of the names of the layer's tensors in the file."""
     whole: str | None = None
-    """The tensor in the file that takes the parameter's place."""
+    """The tensor in the file that replaces the parameter."""
     rows: str | None = None
-    """The tensor in the file whose rows take the place of the rows in `tokens`."""
+    """The tensor in the file whose rows replace the rows in `tokens`."""
     tokens: tuple[int, ...] = ()
 
 
@@ -38,13 +38,13 @@ def find_changes(
     """{parameter: its change}.
 
     Args:
-        model: the base model on the meta device; gets the adapter's layers.
+        model: the base model on the meta device. It gets the adapter's layers.
         config: the adapter's.
         layers: the layers that the file has factors of, under their names there.
         carried: the other tensors of the file.
 
     Raises:
-        IncompleteAdapterError: file and config say different things.
+        IncompleteAdapterError: file and config contradict each other.
     """
     tokens = _trained_tokens(model, config, carried)
     changes = {}
@@ -88,7 +88,7 @@ def _empty_layers(model: PreTrainedModel, config: SORSAConfig, names: list[str])
 
 
 def _trained_tokens(model: PreTrainedModel, config: SORSAConfig, carried: list[str]) -> dict[str, Change]:
-    """{parameter: rows and tokens} of `trainable_token_indices`, for PEFT to say of which modules."""
+    """{parameter: rows and tokens} of `trainable_token_indices`; PEFT says which modules they belong to."""
     if not config.trainable_token_indices:
         return {}
     with warnings.catch_warnings():

@@ -1,7 +1,7 @@
-"""Merges a saved adapter into a base model's files, tensor by tensor; neither the model nor a shard is ever in memory.
+"""Merges a saved adapter into a base model's files, tensor by tensor; never holds the model or a shard in memory.
 
-What the adapter changes is for `changes.py` to say, the new values for `values.py`, and which stored
-tensors are written anew for `plan.py`.
+`changes.py` says what the adapter changes, `values.py` computes the new values, and `plan.py` says which stored tensors
+are written anew.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class MergeReport:
     merged: tuple[str, ...]
     """Layers whose weights took a change."""
     replaced: tuple[str, ...]
-    """Tensors that the adapter holds in whole (modules_to_save, embeddings) and that took the place of the base's."""
+    """Tensors that the adapter holds as a whole (modules_to_save, embeddings) and that replaced the base's."""
     with_trained_tokens: tuple[str, ...]
     """Tensors of which rows were replaced (trainable_token_indices)."""
     untied: tuple[str, ...]
-    """Tensors that were tied to one another before, and have values of their own now."""
+    """Tensors that were tied to one another before, and now have values of their own."""
     left_out: tuple[str, ...]
     """Files of the base that were not copied: the unmerged weights in other formats."""
     shards: int
@@ -58,9 +58,11 @@ def merge_adapter(
 ) -> MergeReport:
     """Write the base model with the adapter merged in: the same shards, names and dtypes, and all its other files.
 
-    Computed in fp32 and rounded once to the stored dtype, on the CPU, holding one weight at a time. The output
-    appears complete or not at all; the base's files are only read. Where the adapter changes one of two tied weights
-    alone, as the adapted model does, both are written and the config says that they are not tied any more.
+    Computed on the CPU in fp32 and rounded once to the stored dtype, holding one weight at a time. The output appears
+    complete or not at all. The base's files are only read.
+
+    If the adapter changes only one of two tied weights, both are written, and the config says that they are not tied
+    any more. So it is in the adapted model.
 
     Args:
         base: directory of the base model, or its id on the hub.
@@ -70,7 +72,8 @@ def merge_adapter(
         revision: of the base, on the hub.
 
     Raises:
-        ForeignAdapterError, IncompleteAdapterError: there is no adapter, it is one of another method, or damaged.
+        ForeignAdapterError: there is no adapter, or it is of another method.
+        IncompleteAdapterError: its files are damaged, or hold NaN or infinity.
         BaseFilesError: the base cannot be read, or does not store an adapted weight as a tensor of its own.
         BaseMismatchError: the adapter was trained on another base model.
         OutputExistsError: the output exists and is not an empty directory.
@@ -108,10 +111,10 @@ def merge_adapter(
 
 
 def _model_with(files: BaseFiles, config: SORSAConfig, layers: list[str]) -> PreTrainedModel:
-    """The empty model whose modules bear the adapter's names: a base can be loaded with several classes.
+    """The empty model whose modules have the adapter's names: a base can be loaded with several classes.
 
     Raises:
-        BaseFilesError: none of them does.
+        BaseFilesError: no class gives such a model.
     """
     trained_class = (config.auto_mapping or {}).get("base_model_class")
     candidates = [(files.config, config.task_type)] if config.task_type else []

@@ -1,4 +1,4 @@
-"""Which stored tensors a merge writes anew, and what becomes of weights that are tied; reads no weight of the base."""
+"""Plans which stored tensors a merge writes anew, and what happens to tied weights; reads no weight of the base."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ IN_MEMORY = (
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Which tensors of the merged model are not the base's."""
+    """Which tensors of the merged model differ from the base's."""
 
     values: dict[str, Callable[[], torch.Tensor]]
-    """{stored or added name: makes the tensor}."""
+    """{stored or added name: function that makes the tensor, in the stored shape and dtype}"""
     added: dict[str, str]
-    """{parameter that gets a tensor of its own: name of the stored tensor it was tied to}."""
+    """{parameter that gets a tensor of its own: name of the stored tensor that it was tied to}"""
     untied: list[str]
 
 
@@ -35,7 +35,7 @@ def plan_merge(weights: MergedWeights) -> MergePlan:
     """Which tensors to write anew, each found exactly once.
 
     Raises:
-        BaseFilesError: the base does not store a changed parameter in a way that it could be written again.
+        BaseFilesError: the base stores a changed parameter in a way in which it cannot be written again.
     """
     plan, stored = MergePlan({}, {}, []), weights.stored
     for parameter in weights.changes:
@@ -66,7 +66,7 @@ def _check_stored(weights: MergedWeights, parameter: str) -> None:
     try:
         sources, together = stored.sources(parameter), stored.made_together(parameter)
         if together:
-            stored.split(together)  # now rather than halfway
+            stored.split(together)  # raises now rather than halfway
     except BaseFilesError as error:
         raise BaseFilesError(f"{error} The adapter changes it, so it cannot be merged here. {IN_MEMORY}") from error
     headers = {key: stored.files.headers[key] for key in sources}
@@ -102,9 +102,12 @@ def _tied_together(stored: StoredWeights, parameter: str) -> list[str]:
 
 
 def refuse_what_stays_tied(stored: StoredWeights, plan: MergePlan) -> None:
-    """Check that transformers will load the tensors that get values of their own as such.
+    """Check that transformers will load the tensors that get values of their own as separate tensors.
 
-    Not for encoder-decoders: some of them scale their output by whether embeddings are tied.
+    Encoder-decoder models are refused: some of them scale their output depending on whether embeddings are tied.
+
+    Raises:
+        BaseFilesError: transformers would tie one of them again, or the model is an encoder-decoder.
     """
     config = deepcopy(stored.model.config)
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False

@@ -1,6 +1,6 @@
-"""The new values of the parameters that an adapter changes, one at a time; knows no shard.
+"""Computes the new values of the parameters that an adapter changes, one at a time; knows no shard.
 
-Each layer merges by itself, on an otherwise empty model: the arithmetic, the order in which a kind stores its weight
+Each layer merges by itself, on an otherwise empty model. The arithmetic, the order in which a kind stores its weight
 and the check of the fingerprint are those of `merge_and_unload`.
 """
 
@@ -37,7 +37,7 @@ class MergedWeights:
         self._parts: dict[str, torch.Tensor] = {}
 
     def alike(self, parameters: list[str]) -> bool:
-        """Whether parameters that are one tensor in the base still are."""
+        """Whether parameters that are one tensor in the base are still equal after merging."""
         first, *others = (self.changes.get(name, Change()) for name in parameters)
         return all(self._same(first, other) for other in others)
 
@@ -47,10 +47,10 @@ class MergedWeights:
         return torch.equal(*(self.tensors.get_tensor(name) for name in (one.whole, other.whole)))
 
     def value(self, parameter: str) -> torch.Tensor:
-        """The parameter as it is stored in the merged model.
+        """The parameter as it is stored in the merged model, in the stored shape and dtype.
 
         Raises:
-            IncompleteAdapterError: factors or, where that was asked for, the result hold NaN or infinity.
+            IncompleteAdapterError: the factors hold NaN or infinity, or `safe` is set and the result does.
             BaseMismatchError: the adapter was trained on another base model.
         """
         value, change = self.stored.as_stored(parameter), self.changes.get(parameter, Change())
@@ -70,8 +70,14 @@ class MergedWeights:
         return value
 
     def part(self, parameter: str, key: str) -> torch.Tensor:
-        """The new value of a stored tensor that transformers makes a parameter of, with others: each can be had once,
-        and what was made along with it is kept until its turn."""
+        """The new value of one of the stored tensors that make a parameter, in the stored shape and dtype.
+
+        The other tensors made by the same conversion are kept until they are asked for. Each can be had only once.
+
+        Raises:
+            IncompleteAdapterError, BaseMismatchError: see `value`.
+            BaseFilesError: transformers cannot undo the conversion.
+        """
         if key not in self._parts:
             together = self.stored.made_together(parameter)
             self._parts |= self.stored.split({name: self.value(name) for name in together})
@@ -87,7 +93,7 @@ class MergedWeights:
                 "or the file was damaged: merge an earlier checkpoint."
             )
         base, empty = layer.get_base_layer(), layer.sorsa_factors
-        # a copy to fill, so that all of it is freed: what is allocated here and stays would pin freed memory
+        # fill a copy, so that all of it is freed: an allocation made here that stayed would pin freed memory
         layer.sorsa_factors = deepcopy(empty)
         setattr(base, layer.parameter_name, nn.Parameter(weight, requires_grad=False))
         layer.factors(ADAPTER).load_state_dict(factors)
