@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import GenerationConfig
 
 from sorsa_plugin import SORSAConfig
+from sorsa_plugin.errors import ForeignAdapterError
 from sorsa_plugin.extend import read_config, say
 
 from .axolotl_compat import find_all_linear_names
@@ -76,6 +77,11 @@ def load_saved(model: Any, cfg: Any, trains: bool) -> tuple[PeftModel, SORSAConf
     """
     directory = Path(cfg.lora_model_dir)
     config = read_config(directory) if directory.is_dir() else SORSAConfig.from_pretrained(cfg.lora_model_dir)
+    if not isinstance(config, SORSAConfig):  # PEFT gives the config of whatever method a hub id holds
+        raise ForeignAdapterError(
+            f"{cfg.lora_model_dir} holds an adapter of {config.peft_type.value}; expected SORSA. Give a SORSA adapter, "
+            "or say adapter: lora."
+        )
     if trains:
         require_own_adapter(cfg.lora_model_dir, config, cfg.adapter)
         _follow(new_config(model, cfg), config, dict(cfg.get(BLOCK) or {}), cfg.lora_model_dir)

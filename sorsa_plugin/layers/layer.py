@@ -93,9 +93,13 @@ class SORSALayer(MergeableWeight):
         factors.place_frozen(frozen_as_parameters())
         self.sorsa_factors[adapter_name] = factors
         self._note_change()
-        dropout = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout > 0 else nn.Identity()
-        self.sorsa_dropout[adapter_name] = dropout.train(self.training)
+        self.add_dropout(adapter_name, config.sorsa_dropout)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def add_dropout(self, adapter_name: str, probability: float) -> None:
+        """Give an adapter its dropout, active only if the layer is in training mode."""
+        dropout = nn.Dropout(probability) if probability > 0 else nn.Identity()
+        self.sorsa_dropout[adapter_name] = dropout.train(self.training)
 
     def fold(self) -> None:
         """Store W - U0 S0 V0^T in the base layer; see `fold_layer`.
@@ -135,6 +139,7 @@ class SORSALayer(MergeableWeight):
         Raises:
             FoldError: the base stores a residual that this adapter alone completes.
         """
+        self.weight_state.refuse_to_delete(self, adapter_name)  # before anything is undone
         if adapter_name in self.merged_adapters:
             others = [name for name in self.merged_adapters if name != adapter_name]
             self.unmerge()

@@ -147,12 +147,14 @@ def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> Adap
                 f"{key!r} is no option of an adapter; expected one of {', '.join(VOCABULARY)}, or a block of the "
                 f"method's own options ({adapter}: {{...}}).{nearest(key, known)}"
             )
+        if name == "target_modules":
+            value = _one_expression(value)
         if name in common and value is not None and common[name] != value:
             raise AdapterOptionsError(
                 f"{spelled[name]} is {common[name]!r} and {key} is {value!r}, and both mean {name!r}. Keep one."
             )
         if value is not None:
-            common[name], spelled[name] = _one_expression(value) if name == "target_modules" else value, key
+            common[name], spelled[name] = value, key
     return AdapterOptions(adapter, common, own)
 
 

@@ -238,7 +238,7 @@ def estimate_init(groups: tuple[LayerGroup, ...], config: SORSAConfig, unit_seco
     for group in groups:
         case = (group.shape, group.rank)
         if case not in timed:
-            timed[case] = _seconds(group, config.svd)
+            timed[case] = _seconds(group, config)
         total += group.count * timed[case]
     device = working_device(torch.device("cpu"))
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
@@ -247,16 +247,16 @@ def estimate_init(groups: tuple[LayerGroup, ...], config: SORSAConfig, unit_seco
     )
 
 
-def _seconds(group: LayerGroup, svd: str) -> float:
+def _seconds(group: LayerGroup, config: SORSAConfig) -> float:
     out, inner = group.shape
     # not so small that the rank would be a large part of it: then `factorise` takes another path
     shrink = min(1.0, max((TIMED_ELEMENTS / (out * inner)) ** 0.5, 4 * group.rank / min(out, inner)))
     shape = (max(1, round(out * shrink)), max(1, round(inner * shrink)))
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     started = time.perf_counter()
-    factorise(weight, group.rank, svd=svd)
+    factorise(weight, group.rank, svd=config.svd, energy=config.resolved_svd_energy)
     elapsed = time.perf_counter() - started
-    exponent = 3 if svd == "exact" else 2  # a full decomposition is cubic in the side that was shrunk
+    exponent = 3 if config.svd == "exact" else 2  # a full decomposition is cubic in the side that was shrunk
     return elapsed / shrink**exponent
 
 

@@ -78,7 +78,7 @@ class SORSAModel(BaseTuner):
                     and adapter_name in layer.configs
                     and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
                 }
-                say_unmatched(model, named, layers)
+                say_unmatched(model, named, [layer for layer in everyone if adapter_name in layer.configs])
             announce(layers)
             initialise_layers(layers, adapter_name)
         watch_optimizers()

@@ -58,7 +58,7 @@ class TiedLayer(SORSALayer):
 
     def update_layer(self, adapter_name: str, rank: int, config: SORSAConfig) -> None:
         """Note the adapter's config and dropout: the layer owns nothing else."""
-        self.sorsa_dropout[adapter_name] = nn.Dropout(config.sorsa_dropout) if config.sorsa_dropout else nn.Identity()
+        self.add_dropout(adapter_name, config.sorsa_dropout)
         self.configs[adapter_name] = config
 
     def adapters_in_use(self) -> list[str]:
