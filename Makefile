@@ -7,8 +7,7 @@ AXOLOTL := .venv-axolotl
 SHARED := -n 2 --dist loadfile# a file's tests share what they made
 FAST := -m "not slow and not distributed and not axolotl" $(SHARED)
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
-SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
-	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
+SHOWN := tests/layers tests/tuner tests/promises tests/tools/test_export_of_kinds.py tests/test_config.py
 RESULTS := runs/support
 GLOO_HELPER := -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
 AXOLOTL_BUILT := $(CURDIR)/$(AXOLOTL)/built# what DeepSpeed compiles, apart from the other environment's
@@ -48,7 +47,7 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/peft.xml
 	-OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/oldest.xml
 	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --borrowed --junit-xml=$(CURDIR)/$(RESULTS)/lora.xml
-	$(VENV)/bin/python tests/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > $(RESULTS)/support.md
+	$(VENV)/bin/python tests/promises/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > $(RESULTS)/support.md
 	mv $(RESULTS)/support.md docs/support.md
 
 test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)

@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import pytest
+from builders.llama import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, get_peft_config, get_peft_model
-from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, SORSAError
 from sorsa_plugin.config import DEFAULT_GAMMA

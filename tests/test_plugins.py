@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from builders.one_layer import perturb
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from support import perturb
 from torch import nn
 from typer.testing import CliRunner
 

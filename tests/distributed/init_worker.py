@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 
 import torch
-from engines import ENGINES, engine_arguments, leave, prepare
-from tiny_llama import token_batches
+from builders.engines import ENGINES, engine_arguments, leave, prepare
+from builders.llama import token_batches
 
 
 def digest(model: torch.nn.Module) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import report, run
+from builders.processes import report, run
+from distributed.train_worker import GAMMA, SCENARIOS, STEPS
 from peft import PeftModel
 from safetensors.torch import load_file
-from train_worker import GAMMA, SCENARIOS, STEPS
 
 pytestmark = pytest.mark.distributed
 
@@ -114,7 +114,7 @@ def test_penalty_and_clipping_in_these_runs_are_large_enough_to_matter(alone: Pa
 
 
 def test_an_adapter_of_two_processes_loads_on_one(together: tuple[str, Path]) -> None:
-    from engines import build_model
+    from builders.engines import build_model
 
     engine, output = together
     tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import build_model
-from launching import report, run
+from builders.engines import build_model
+from builders.processes import report, run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed

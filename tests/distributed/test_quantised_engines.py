@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import report, run
-from test_engines import CLASSES, FP32, adapter
-from tiny_llama import tiny_llama
+from builders.llama import tiny_llama
+from builders.processes import report, run
+from distributed.test_engines import CLASSES, FP32, adapter
 
 pytestmark = pytest.mark.distributed
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import ENGINES, build_model, engine_arguments, leave, load_quantised, perturb, prepare
-from tiny_llama import token_batches
+from builders.engines import ENGINES, build_model, engine_arguments, leave, load_quantised, perturb, prepare
+from builders.llama import token_batches
 
 GAMMA = 0.05
 STEPS = 30

@@ -13,7 +13,7 @@ import yaml
 pytest.importorskip("axolotl")
 
 from axolotl.utils.dict import DictDefault
-from axolotl_runs import ROOT, Run, assert_the_same_end, base_logits, plain_peft_logits, recipe, trained
+from builders.axolotl_runs import ROOT, Run, assert_the_same_end, base_logits, plain_peft_logits, recipe, trained
 
 from sorsa_axolotl.checkpoints import choose_checkpoint
 from sorsa_plugin.errors import IncompleteAdapterError

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.trl_runs import EXAMPLES, adapter_tensors, build, logged, sorsa_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
-from trl_runs import EXAMPLES, adapter_tensors, build, logged, sorsa_config
 
 from sorsa_plugin.errors import NoAdaptedLayersError
 from sorsa_transformers import SORSACallback

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import trl
+from builders.trl_runs import EXAMPLES, PREFERENCES, logged, options, sorsa_config
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
-from trl_runs import EXAMPLES, PREFERENCES, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
 from sorsa_plugin.regularizer.engines import innermost

@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
+from builders.one_layer import perturb
+from builders.trl_runs import EXAMPLES, adapter_tensors, build, logged, options, sorsa_config
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from support import perturb
 from trl import DPOTrainer, SFTConfig, SFTTrainer
-from trl_runs import EXAMPLES, adapter_tensors, build, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
 from sorsa_plugin.layers.factors import OFFSETS
