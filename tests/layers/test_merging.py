@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import warnings
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from builders.one_layer import (
     ROUNDOFF,
     SHAPES,
     adapt,
-    assert_same_tensors,
     forward_bound,
     inputs,
     make_base,
@@ -22,15 +19,14 @@ from builders.one_layer import (
     paper_forward,
     paper_weights,
     perturb,
-    snapshot,
 )
-from peft import get_peft_model
 from torch import nn
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 DTYPES = [torch.float32, torch.bfloat16]
+
+
 U32 = ROUNDOFF[torch.float32]
 
 
@@ -106,38 +102,6 @@ def test_the_merged_output_is_the_unmerged_one_up_to_rounding(kind, dtype):
     model.merge_adapter()
     assert layer.merged
     assert ((model(x).detach().double() - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
-def test_twenty_one_merge_cycles_leave_the_base_weight_bit_equal(kind, dtype):
-    model, x = adapt(make_base(kind, (40, 16), dtype)), inputs(16, dtype=dtype)
-    perturb(model)
-    before, output = digest(model), model(x).detach()
-    for cycle in range(21):
-        model.merge_adapter(safe_merge=bool(cycle % 2))
-        assert digest(model) != before
-        model.unmerge_adapter()
-        assert digest(model) == before, cycle
-    assert torch.equal(model(x), output)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_language_model_is_whole_again_after_merging_training_and_unloading(dtype, tokens):
-    base = tiny_llama(dtype)
-    before = snapshot(base)
-    model = get_peft_model(base, SORSAConfig(r=3, target_modules="all-linear", gamma=0.0))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(2):
-        model(tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():  # what GRPO with vLLM does at every step
-            model.merge_adapter()
-            model.unmerge_adapter()
-    model.merge_adapter()
-    model.unmerge_adapter()
-    assert_same_tensors(snapshot(model.unload()), before)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -275,54 +239,6 @@ def test_a_merge_that_fails_while_storing_leaves_nothing_merged(monkeypatch):
     assert layer.get_base_layer().weight is doubled  # not what an abandoned merge had kept
 
 
-def test_disabling_a_merged_adapter_gives_the_base_model_back():
-    base, x = make_base(), inputs(24)
-    expected = base(x)
-    model = adapt(base)
-    perturb(model)
-    output, before = model(x).detach(), digest(model)
-    model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(model(x), expected)
-        assert digest(model) == before
-    assert torch.equal(model(x), output)
-
-
-@pytest.mark.parametrize("merged", [["default"], ["default", "second"], ["second", "default"]], ids="-then-".join)
-def test_an_adapter_deleted_while_merged_takes_its_change_with_it(merged):
-    model, layer = two_adapters()
-    original = digest(model)
-    layer.merge(adapter_names=["second"])
-    only_second = digest(model)
-    layer.unmerge()
-    layer.merge(adapter_names=merged)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PEFT says which adapter is active now
-        layer.delete_adapter("default")
-    assert digest(model) == (only_second if "second" in merged else original)
-    if not layer.merged:
-        layer.merge(adapter_names=["second"])
-    assert digest(model) == only_second
-    layer.unmerge()
-    assert digest(model) == original
-    x = inputs(16)
-    error = (layer(x).detach().double() - paper_forward(layer, x, "second")).abs()
-    assert (error <= forward_bound(layer, x, ("second",))).all()
-
-
-@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted:UserWarning")
-def test_deleting_a_merged_adapter_from_a_model_is_refused_by_peft_or_undoes_the_merge():
-    model, layer = two_adapters()
-    original = digest(model)
-    model.merge_adapter(["default"])
-    with contextlib.suppress(ValueError):  # peft >= 0.21: "Cannot delete adapter(s) ... while they are merged"
-        model.delete_adapter("default")
-    assert layer.merged == ("default" in layer.sorsa_factors)
-    if layer.merged:
-        model.unmerge_adapter()
-    assert digest(model) == original
-
-
 def test_get_delta_weight_is_the_change_in_the_shape_of_the_weight():
     for kind in KINDS:
         model = adapt(make_base(kind, (40, 16)))
@@ -351,34 +267,3 @@ def test_get_delta_weight_does_not_depend_on_being_merged():
 def test_the_change_is_additive_so_that_peft_may_convert_it_to_lora():
     layer = only_layer(adapt(make_base()))
     assert layer.supports_lora_conversion()
-
-
-@pytest.mark.parametrize("merged_first", [False, True])
-def test_unload_returns_the_untouched_base_model(merged_first):
-    base = make_base("linear", (40, 16), torch.bfloat16)
-    before = snapshot(base)
-    model = adapt(base)
-    perturb(model)
-    if merged_first:
-        model.merge_adapter()
-        model.unmerge_adapter()
-    unloaded = model.unload()
-    assert type(unloaded.proj) is nn.Linear
-    assert_same_tensors(snapshot(unloaded), before)
-
-
-def test_merging_a_layer_leaves_a_module_that_shares_its_weight_as_it_is(tokens):
-    base = tiny_llama()
-    base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
-    model = get_peft_model(base, SORSAConfig(r=3, target_modules=r".*layers\.0\.mlp\.up_proj"))
-    perturb(model)
-    layer = sorsa_layers(model)[0]
-    before, logits = digest(model), model(tokens).logits
-    shared = model.base_model.model.model.layers[1].mlp.up_proj.weight
-    untouched = shared.clone()
-    model.merge_adapter()
-    assert torch.equal(model.base_model.model.model.layers[1].mlp.up_proj.weight, untouched)
-    torch.testing.assert_close(model(tokens).logits, logits, rtol=0, atol=1e-6)  # |logits| < 1: a few roundings
-    model.unmerge_adapter()
-    assert digest(model) == before
-    assert layer.get_base_layer().weight is shared

@@ -7,23 +7,17 @@ import copy
 import pytest
 import torch
 from builders.llama import tiny_llama
-from builders.one_layer import assert_same_tensors, perturb, snapshot
+from builders.models import tied_llama
+from builders.one_layer import perturb
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.errors import BaseMismatchError, FoldError, UnsupportedLayerError
+from sorsa_plugin.errors import BaseMismatchError
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 ATOL = 2e-6
 """fp32 logits of order 1 or less after two layers of sums over at most 48 terms, in two orders."""
-
-
-def tied_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).eval()
 
 
 def names(model: torch.nn.Module) -> set[str]:
@@ -99,80 +93,6 @@ def test_what_is_trained_beside_or_tied_is_saved_loaded_and_merged(make, options
         with model.disable_adapter():
             assert torch.equal(model(tokens).logits, make()(tokens).logits)
         torch.testing.assert_close(model.merge_and_unload()(tokens).logits, logits, rtol=0, atol=10 * ATOL)
-
-
-def test_a_tied_output_layer_shares_the_embeddings_factors_and_stays_tied_when_merged(tokens):
-    model = get_peft_model(tied_llama(), SORSAConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
-    perturb(model)
-    before = snapshot(model)
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    assert len(sorsa_layers(model)) == 2
-    torch.testing.assert_close(output.get_delta_weight("default"), embedding.get_delta_weight("default"))
-    assert sum(p.requires_grad for p in model.parameters()) == 3
-    with torch.no_grad():
-        logits = model(tokens).logits
-        model.merge_adapter()
-        assert output.weight is embedding.weight
-        torch.testing.assert_close(model(tokens).logits, logits, rtol=0, atol=ATOL)
-        model.unmerge_adapter()
-    assert output.weight is embedding.weight
-    assert_same_tensors(snapshot(model), before)
-    merged = model.merge_and_unload()
-    assert merged.lm_head.weight is merged.model.embed_tokens.weight
-    assert merged.config.tie_word_embeddings
-
-
-def test_a_tied_output_layer_is_not_folded_by_itself():
-    """Its weight is the embedding's, which every reader of it would find folded."""
-    options = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
-    model = get_peft_model(tied_llama(), SORSAConfig(r=2, **options))
-    for layer in sorsa_layers(model):
-        with pytest.raises(FoldError, match="no folded form"):
-            layer.fold()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
-    ],
-    ids=str,
-)
-@pytest.mark.filterwarnings("ignore:Model with")
-def test_a_second_adapter_is_tied_as_the_first_is(options, tokens, tmp_path):
-    logits = {}
-    for name, steps in (("one", 1), ("two", 2)):
-        model = get_peft_model(tied_llama(), SORSAConfig(r=2, ensure_weight_tying=True, **options), adapter_name=name)
-        train(model, tokens, steps)
-        with torch.no_grad():
-            logits[name] = model(tokens).logits
-        model.save_pretrained(tmp_path)
-    both = PeftModel.from_pretrained(tied_llama(), tmp_path / "one", adapter_name="one").eval()
-    both.load_adapter(tmp_path / "two", "two")
-    for name, expected in logits.items():
-        both.set_adapter(name)
-        with torch.no_grad():
-            assert torch.equal(both(tokens).logits, expected)
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.filterwarnings("ignore:(Model with|Model has)")
-def test_an_output_layer_is_tied_by_all_adapters_or_by_none(first):
-    options = {"r": 2, "target_modules": ["embed_tokens", "lm_head"]}
-    model = get_peft_model(tied_llama(), SORSAConfig(**options, ensure_weight_tying=first))
-    with pytest.raises(UnsupportedLayerError, match=r"lm_head is .*the same ensure_weight_tying"):
-        model.add_adapter("second", SORSAConfig(**options, ensure_weight_tying=not first))
-
-
-def test_tied_layers_need_an_adapted_embedding(refused):
-    model = tied_llama()
-    model.lm_head = torch.nn.Conv1d(32, 64, 1, bias=False)
-    model.lm_head.weight = model.model.embed_tokens.weight
-    with refused(UnsupportedLayerError, "lm_head of type Conv1d is tied to an embedding"):
-        get_peft_model(model, SORSAConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"]])

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
 PACKAGES = {
     "sorsa_plugin",
     "sorsa_transformers",
@@ -82,3 +84,14 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "base weights untouched" in result.stdout
+
+
+def test_importing_the_core_brings_nothing_that_peft_does_not() -> None:
+    """Beyond PEFT's own imports: pluggy, and what this package is made of."""
+
+    def packages(name: str) -> set[str]:
+        code = f"import sys, {name}; print(*{{name.split('.')[0] for name in sys.modules}})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return {found for found in done.stdout.split() if found not in sys.stdlib_module_names}
+
+    assert packages("sorsa_plugin") - packages("peft") == {"pluggy", "sorsa_plugin"}

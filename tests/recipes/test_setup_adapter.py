@@ -22,6 +22,8 @@ from sorsa_plugin.recipes.setup_adapter import SPELLINGS, VOCABULARY
 from sorsa_transformers import AdapterArguments, SORSACallback
 
 COMMON = {"r": 4, "target_modules": ["q_proj", "v_proj"], "dropout": 0.1, "modules_to_save": ["lm_head"]}
+
+
 KINDS = {
     "sorsa": (PeftType.SORSA, {"r": 4, "sorsa_dropout": 0.1}),
     "qsorsa": (PeftType.SORSA, {"r": 4, "sorsa_dropout": 0.1, "residual_base": True}),
@@ -226,11 +228,3 @@ def test_arguments_of_a_script_reach_the_adapter():
 
 def test_every_word_of_the_vocabulary_is_explained():
     assert all(text for text in VOCABULARY.values())
-
-
-@pytest.mark.parametrize("number", ["4e-4", "4E-4", "+4e-4", "4.e-4", "4.0e-04", "0.0004"])
-def test_numbers_need_no_dot_before_their_exponent(number: str, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"adapter: sorsa\nr: 4\ntarget_modules: [q_proj]\nsorsa:\n  gamma: {number}\n")
-    for options in (recipe, {"adapter": "sorsa", "adapter_options": f"{{gamma: {number}}}"}):
-        assert setup_adapter(options).peft_config.gamma == 4e-4

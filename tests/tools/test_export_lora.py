@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 
@@ -24,17 +22,19 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from typer.testing import CliRunner
 
-from sorsa_plugin import SORSAConfig, SORSAError, export_lora, save_adapter
-from sorsa_plugin.cli import build_app
-from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, OutputExistsError, RankError
+from sorsa_plugin import SORSAConfig, export_lora, save_adapter
+from sorsa_plugin.errors import ForeignAdapterError, RankError
 from sorsa_plugin.linalg.offset_form import Parts
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 from sorsa_plugin.tools.inspect_adapter import inspect_adapter
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
 TOKENS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
+
+
 U32, U16 = 2.0**-24, 2.0**-11
 """Unit roundoff of fp32 and fp16."""
 
@@ -76,6 +76,7 @@ CASES = {
     "rank-above-the-width": (tiny_llama, {"r": 16, "target_modules": ["k_proj"]}),
     "bfloat16-file": (tiny_llama, {}),
 }
+
 
 PLAIN_PEFT = """
 import json, sys, warnings
@@ -355,75 +356,6 @@ def test_a_rank_that_is_no_positive_integer_is_an_error_before_anything_is_writt
 
 # -- whole or not at all ---------------------------------------------------------------------------------------------
 
-KILLED = """
-import os, signal, sys
-import sorsa_plugin.tools.export_lora as export
-import sorsa_plugin.files.atomic_directory as outputs
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-def halfway(tensors, path, **kwargs):
-    path.write_bytes(bytes(1000))
-    die()
-{patch}
-export.export_lora(sys.argv[1], sys.argv[2])
-"""
-MOMENTS = {
-    "while-writing-tensors": "export.save_file = halfway",
-    "before-the-config": "export._lora_config = die",
-    "before-it-takes-its-name": "outputs.os.replace = die",
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_export_leaves_nothing_that_looks_like_an_adapter_and_can_be_repeated(saved, tmp_path, moment):
-    output = tmp_path / "lora"
-    program = KILLED.format(patch=MOMENTS[moment])
-    done = subprocess.run([sys.executable, "-c", program, str(saved), str(output)], timeout=300)
-    assert done.returncode == -signal.SIGKILL
-    assert not output.exists()
-    left = list(tmp_path.iterdir())
-    assert left, "it was killed before it wrote anything"
-    assert all(path.name.startswith(".lora.") and path.name.endswith(".partial") for path in left)
-    if moment != "before-it-takes-its-name":  # then it is complete
-        assert not list(tmp_path.rglob(CONFIG))
-    assert export_lora(saved, output).rank == 6
-    assert (output / CONFIG).exists()
-
-
-def test_an_export_that_fails_midway_leaves_nothing(saved, tmp_path):
-    source = tmp_path / "sorsa"
-    damage(
-        saved,
-        source,
-        lambda tensors: {n: t * float("nan") if "layers.1.mlp.up_proj" in n else t for n, t in tensors.items()},
-    )
-    with pytest.raises(IncompleteAdapterError, match=r"layers\.1\.mlp\.up_proj hold NaN or infinity"):
-        export_lora(source, tmp_path / "lora")
-    assert [path.name for path in tmp_path.iterdir()] == ["sorsa"]
-
-
-def test_an_output_that_is_in_use_is_refused_and_left_alone(saved, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "notes").write_text("mine")
-    for name, message in (("file", "is a file"), ("full", "is not empty")):
-        with pytest.raises(OutputExistsError, match=rf"{name} {message}; expected a new or empty directory"):
-            export_lora(saved, tmp_path / name)
-    with pytest.raises(OutputExistsError):
-        export_lora(saved, saved)
-    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "notes").read_text() == "mine"
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "full"}
-
-
-def test_a_mount_point_is_refused_before_the_work_that_could_not_take_its_place(saved, tmp_path, monkeypatch):
-    (tmp_path / "volume").mkdir()
-    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "volume")
-    monkeypatch.setattr("sorsa_plugin.tools.export_lora.open_tensors", lambda _: pytest.fail("work was begun"))
-    with pytest.raises(OutputExistsError, match="volume is a mount point"):
-        export_lora(saved, tmp_path / "volume")
-    monkeypatch.undo()
-    export_lora(saved, tmp_path / "volume" / "lora")
-
 
 class Wrapped(torch.nn.Module):
     """A model whose own modules have the name that PEFT gives to what it wraps, and one that begins with it."""
@@ -455,128 +387,7 @@ def test_a_models_own_base_layer_is_no_wrapper(tmp_path):
     torch.testing.assert_close(lora(x), model.eval()(x), rtol=0, atol=64 * U32 * float(model(x).abs().max()))
 
 
-def test_an_empty_output_is_used_and_missing_parents_are_made(saved, tmp_path):
-    (tmp_path / "empty").mkdir()
-    for output in (tmp_path / "empty", tmp_path / "a" / "b" / "lora"):
-        export_lora(saved, output)
-        assert (output / FILE).exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"empty", "a"}
-
-
-# -- damaged and foreign adapters ------------------------------------------------------------------------------------
-
-
-def damage(directory, target, change) -> None:
-    """A copy of a saved adapter whose tensors went through `change`."""
-    shutil.copytree(directory, target)
-    save_file(change(load_file(directory / FILE)), target / FILE)
-
-
-def without(pattern: str):
-    return lambda tensors: {name: t for name, t in tensors.items() if not re.search(pattern, name)}
-
-
-def renamed(old: str, new: str):
-    return lambda tensors: {name.replace(old, new): t for name, t in tensors.items()}
-
-
-def reshaped(pattern: str):
-    return lambda tensors: {
-        name: t[..., :-1].contiguous() if re.search(pattern, name) else t for name, t in tensors.items()
-    }
-
-
-LAYER = r"layers\.1\.mlp\.up_proj"
-DAMAGES = {
-    **{f"without-{part}": (without(rf"{LAYER}\..*\.{part}$"), IncompleteAdapterError, rf"lacks {part} of .*{LAYER}")
-       for part in ("dU", "dS", "dV", "U0", "S0", "V0", "fingerprint")},
-    **{f"other-shape-of-{part}": (reshaped(rf"{LAYER}\..*\.{part}$"), IncompleteAdapterError, rf"{LAYER}.* has shape")
-       for part in ("dU", "dS", "V0", "fingerprint")},
-    "another-method": (renamed("sorsa_factors.", "lora_A."), ForeignAdapterError, r"lora_A.*0 SORSA layers"),
-    "another-method-too": (lambda t: {**t, "base_model.model.x.lora_A.weight": torch.ones(2)}, ForeignAdapterError,
-                           r"holds base_model\.model\.x\.lora_A\.weight, and factors of 14"),
-    "an-unknown-part": (lambda t: {**t, "base_model.model.x.sorsa_factors.dW": torch.ones(2)}, ForeignAdapterError,
-                        r"sorsa_factors\.dW"),
-    "other-names": (renamed("base_model.model.", "transformer."), ForeignAdapterError, r"holds transformer\."),
-    "no-tensors": (lambda t: {}, ForeignAdapterError, r"holds no tensor"),
-    "a-scalar": (lambda t: {n: torch.ones(()) if n.endswith("up_proj.sorsa_factors.U0") else x for n, x in t.items()},
-                 IncompleteAdapterError, r"up_proj.* has shape"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("change", "error", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_damaged_tensors_are_refused_by_name_before_anything_is_written(saved, tmp_path, change, error, message):
-    damage(saved, tmp_path / "sorsa", change)
-    with pytest.raises(error, match=message) as caught:
-        export_lora(tmp_path / "sorsa", tmp_path / "lora")
-    assert isinstance(caught.value, SORSAError)
-    assert [path.name for path in tmp_path.iterdir()] == ["sorsa"]
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.001, 0.5, 0.999])
-def test_a_truncated_file_is_refused(saved, tmp_path, keep):
-    shutil.copytree(saved, tmp_path / "sorsa")
-    content = (saved / FILE).read_bytes()
-    (tmp_path / "sorsa" / FILE).write_bytes(content[: int(keep * len(content))])
-    with pytest.raises(IncompleteAdapterError, match=r"cannot be read .*take it from the original run again"):
-        export_lora(tmp_path / "sorsa", tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-
-
-CONFIGS = {
-    "garbage": ("{not json", IncompleteAdapterError, "cannot be read as an adapter's configuration"),
-    "empty": ("", IncompleteAdapterError, "cannot be read as an adapter's configuration"),
-    "a-list": ("[1]", IncompleteAdapterError, "cannot be read as an adapter's configuration"),
-    "no-type": ("{}", IncompleteAdapterError, "cannot be read as an adapter's configuration"),
-    "lora": ({"peft_type": "LORA"}, ForeignAdapterError, "peft_type 'LORA'; expected 'SORSA'"),
-    "another-rank": ({"r": 4}, IncompleteAdapterError, r"has shape \(32, 3\).*expected \(32, 4\)"),
-    "no-rank": ({"r": 0}, SORSAError, "r is 0; expected an integer >= 1"),
-    "other-targets": ({"target_modules": ["fc1"]}, IncompleteAdapterError, "target_modules .* does not select"),
-    "modules-missing": ({"modules_to_save": ["lm_head"]}, IncompleteAdapterError, "no tensors for modules_to_save"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("content", "error", "message"), CONFIGS.values(), ids=CONFIGS)
-def test_a_damaged_or_foreign_config_is_refused(saved, tmp_path, content, error, message):
-    shutil.copytree(saved, tmp_path / "sorsa")
-    path = tmp_path / "sorsa" / CONFIG
-    path.write_text(content if isinstance(content, str) else json.dumps({**json.loads(path.read_text()), **content}))
-    with pytest.raises(error, match=message):
-        export_lora(tmp_path / "sorsa", tmp_path / "lora")
-    assert not (tmp_path / "lora").exists()
-
-
-def test_directories_without_an_adapter_are_refused(saved, tmp_path):
-    for source in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(ForeignAdapterError, match=r"holds no adapter_config\.json"):
-            export_lora(source, tmp_path / "lora")
-    shutil.copytree(saved, tmp_path / "sorsa")
-    (tmp_path / "sorsa" / FILE).rename(tmp_path / "sorsa" / "adapter_model.bin")
-    with pytest.raises(IncompleteAdapterError, match=r"holds adapter_model\.bin; expected adapter_model\.safetensors"):
-        export_lora(tmp_path / "sorsa", tmp_path / "lora")
-
-
 # -- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_exports_and_reports(saved, tmp_path):
-    run = CliRunner().invoke(build_app(), ["export-lora", str(saved), "-o", str(tmp_path / "lora")])
-    assert run.exit_code == 0
-    assert "LoRA of rank 6 (alpha 6, scale 1) for 14 layers" in run.output
-    assert "Exact" in run.output
-    run = CliRunner().invoke(build_app(), ["export-lora", str(saved), "-o", str(tmp_path / "small"), "--rank", "2"])
-    assert run.exit_code == 0
-    report = export_lora(saved, tmp_path / "again", rank=2)
-    assert f"relative error {report.relative_error:.3g}" in run.output
-    assert f"{report.relative_error:.3g}, truncated" in (tmp_path / "small" / "README.md").read_text()
-
-
-def test_the_command_ends_with_the_error_in_one_sentence(saved, tmp_path):
-    (tmp_path / "mine").write_text("")
-    run = CliRunner().invoke(build_app(), ["export-lora", str(saved), "-o", str(tmp_path)])
-    assert run.exit_code == 1
-    assert "is not empty; expected a new or empty directory" in run.output
-    assert "Traceback" not in run.output
 
 
 def test_the_model_card_names_the_command(saved):

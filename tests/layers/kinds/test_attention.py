@@ -35,12 +35,6 @@ def test_torchs_fused_encoder_does_not_bypass_the_adapter(targets):
     torch.testing.assert_close(model(x[:1], src_key_padding_mask=padded[:1]), changed[:1], rtol=1e-5, atol=1e-5)
 
 
-def test_an_embedding_with_max_norm_is_refused(refused):
-    model = nn.ModuleDict({"inner": nn.Embedding(20, 4, max_norm=1.0)})
-    with refused(UnsupportedLayerError, r"max_norm=1\.0 rewrites its weight"):
-        get_peft_model(model, SORSAConfig(r=2, target_modules=["inner"]))
-
-
 def test_an_attention_with_three_input_matrices_is_refused_and_its_matrices_are_not(refused):
     model = nn.ModuleDict({"inner": nn.MultiheadAttention(8, 2, kdim=6, vdim=4)})
     with refused(UnsupportedLayerError, "target_parameters"):
@@ -48,9 +42,3 @@ def test_an_attention_with_three_input_matrices_is_refused_and_its_matrices_are_
     names = [f"inner.{part}_proj_weight" for part in "qkv"]
     adapted = get_peft_model(model, SORSAConfig(r=2, target_modules=[], target_parameters=names))
     assert [layer.parameter_name for layer in layers_of(adapted)] == ["v_proj_weight", "k_proj_weight", "q_proj_weight"]
-
-
-def test_a_parameter_that_is_no_matrix_is_refused(refused):
-    model = nn.ModuleDict({"inner": nn.Linear(8, 6)})
-    with refused(UnsupportedLayerError, r"has shape \(6,\); expected a matrix"):
-        get_peft_model(model, SORSAConfig(r=2, target_modules=[], target_parameters=["inner.bias"]))
