@@ -7,7 +7,9 @@ AXOLOTL := .venv-axolotl
 SHARED := -n 2 --dist loadfile# a file's tests share what they made
 FAST := -m "not slow and not distributed and not axolotl" $(SHARED)
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
-SHOWN := tests/layers tests/tuner tests/promises tests/tools/test_export_of_kinds.py tests/test_config.py
+SHOWN := tests/layers/kinds tests/layers/test_layer.py tests/tuner tests/tools/test_export_of_kinds.py tests/test_config.py \
+	$(addprefix tests/promises/test_,adapter_options.py architectures.py base_model_untouched.py bit_equal_start.py \
+	compile.py failed_attempts.py loading_and_generating.py peft_integration.py)
 RESULTS := runs/support
 GLOO_HELPER := -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
 AXOLOTL_BUILT := $(CURDIR)/$(AXOLOTL)/built# what DeepSpeed compiles, apart from the other environment's

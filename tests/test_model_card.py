@@ -5,24 +5,14 @@ from __future__ import annotations
 import re
 
 import pytest
+from builders.adapters import trained
 from builders.llama import tiny_llama
-from builders.one_layer import perturb
+from builders.saved import FILE
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.model_card import HEADING, complete_model_card
-
-FILE = "adapter_model.safetensors"
-
-
-def trained(adapter: str = "default", seed: int = 3, base=None, **options) -> PeftModel:
-    """A tiny Llama with an adapter that has moved, in eval mode."""
-    options = {"r": 3, "target_modules": "all-linear", **options}
-    base = tiny_llama() if base is None else base
-    model = get_peft_model(base, SORSAConfig(**options), adapter_name=adapter)
-    perturb(model, adapter, seed=seed)
-    return model.eval()
 
 
 def test_the_model_card_says_how_to_load_the_adapter_once_however_often_it_is_saved(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from builders.one_layer import perturb
+from builders.adapters import perturb
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from typer.testing import CliRunner

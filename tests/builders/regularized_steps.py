@@ -7,11 +7,10 @@ from peft import PeftModel
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from builders.one_layer import adapt, inputs, make_base, only_layer, perturb
+from builders.adapters import perturb
+from builders.one_layer import adapt, inputs, make_base, only_layer
 
 LR = 1e-3
-
-
 GAMMA = 0.1
 
 
@@ -69,3 +68,13 @@ def exact_step(model: nn.Module, *, gamma: float, update: str, lr: float = LR) -
         for part in "UV":
             P[part] = P[part] - gamma * P[part] @ (P[part].mT @ P[part] - eye)
     return P
+
+
+def regularized(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
+    """What a step without task moves."""
+    before = values(model)
+    for parameter in trained(model):
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    return {name: value - before[name] for name, value in values(model).items()}

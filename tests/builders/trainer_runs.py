@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from builders.adapters import perturb
 from builders.llama import tiny_llama, token_batches
-from builders.one_layer import perturb
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.regularizer.attach import attach
 from sorsa_plugin.regularizer.engines import innermost

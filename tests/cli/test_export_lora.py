@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from builders.llama import tiny_llama
-from builders.one_layer import perturb
-from peft import PeftModel, get_peft_model
+from builders.saved import saved_adapter
 from typer.testing import CliRunner
 
-from sorsa_plugin import SORSAConfig, export_lora
+from sorsa_plugin import export_lora
 from sorsa_plugin.cli import build_app
-
-
-def trained(base, **options) -> PeftModel:
-    """A model with an adapter that has moved, in eval mode."""
-    options = {"r": 3, "target_modules": "all-linear", **options}
-    model = get_peft_model(base, SORSAConfig(**options))
-    perturb(model)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Directory of a saved adapter of rank 3 on 14 layers; tests copy what they damage."""
-    directory = tmp_path_factory.mktemp("saved")
-    trained(tiny_llama()).save_pretrained(directory)
-    return directory
+    return saved_adapter(tmp_path_factory.mktemp("saved"))
 
 
 def test_the_command_exports_and_reports(saved, tmp_path):

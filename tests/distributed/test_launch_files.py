@@ -34,7 +34,6 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 
-
 TRAINING = shlex.split("--rank 4 --max-steps 3 --max-length 256 --lr 1e-3 --eval-examples 4")
 
 

@@ -16,8 +16,6 @@ from sorsa_plugin.files.checkpoint_copy import copy_shard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
-
-
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 
 

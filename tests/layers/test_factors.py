@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.one_layer import SHAPES, adapt, make_base, only_layer, perturb
+from builders.adapters import perturb
+from builders.one_layer import SHAPES, adapt, make_base, only_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,21 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb, snapshot
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    KINDS,
-    ROUNDOFF,
-    SHAPES,
-    adapt,
-    assert_same_tensors,
-    inputs,
-    make_base,
-    only_layer,
-    paper_forward,
-    paper_weights,
-    perturb,
-    snapshot,
-)
+from builders.one_layer import KINDS, SHAPES, adapt, inputs, make_base, only_layer
+from builders.references import ROUNDOFF, paper_forward, paper_weights
 from peft import PeftModel, get_peft_model
 from torch import nn
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from builders.adapters import assert_same_tensors, snapshot
 from builders.llama import tiny_llama
-from builders.one_layer import adapt, assert_same_tensors, inputs, make_base, only_layer, snapshot
+from builders.one_layer import adapt, inputs, make_base, only_layer
 from peft import PeftModel, get_peft_model
 from torch import nn
 

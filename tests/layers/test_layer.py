@@ -1,4 +1,4 @@
-"""The SORSA layer: bit-equal to the base at init and when disabled, the paper's formula and gradients otherwise."""
+"""The SORSA layer: the paper's formula and gradients, alone and beside other adapters."""
 
 from __future__ import annotations
 
@@ -6,19 +6,10 @@ import contextlib
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    KINDS,
-    ROUNDOFF,
-    SHAPES,
-    adapt,
-    forward_bound,
-    inputs,
-    make_base,
-    only_layer,
-    paper_forward,
-    perturb,
-)
+from builders.one_layer import KINDS, SHAPES, adapt, inputs, make_base, only_layer
+from builders.references import ROUNDOFF, forward_bound, paper_forward
 from peft import PeftConfig, get_peft_model
 from torch import nn
 
@@ -26,7 +17,6 @@ from sorsa_plugin import SORSAConfig
 from sorsa_plugin.layers.factors import OFFSETS
 
 DTYPES = [torch.float32, torch.bfloat16]
-
 
 ALL_LAYERS = [
     pytest.param(kind, shape, rank, id=f"{kind}-{name}-rank{rank}")

@@ -1,4 +1,4 @@
-"""Merging: rounded once, undone bit for bit, PEFT's own messages; the base weight survives every path."""
+"""Merging: rounded once, undone bit for bit, with PEFT's own messages."""
 
 from __future__ import annotations
 
@@ -6,27 +6,15 @@ import hashlib
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    KINDS,
-    ROUNDOFF,
-    SHAPES,
-    adapt,
-    forward_bound,
-    inputs,
-    make_base,
-    only_layer,
-    paper_forward,
-    paper_weights,
-    perturb,
-)
+from builders.one_layer import KINDS, SHAPES, adapt, inputs, make_base, only_layer
+from builders.references import ROUNDOFF, forward_bound, paper_forward, paper_weights
 from torch import nn
 
 from sorsa_plugin import SORSAConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
-
-
 U32 = ROUNDOFF[torch.float32]
 
 

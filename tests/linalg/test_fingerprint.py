@@ -7,8 +7,8 @@ import logging
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import perturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import ROUNDOFF, adapt, inputs, make_base, only_layer, paper_forward, perturb
+from builders.one_layer import adapt, inputs, make_base, only_layer
+from builders.references import ROUNDOFF, paper_forward
 from peft import get_peft_model
 from torch import nn
 

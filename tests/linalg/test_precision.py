@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import perturb
 from peft import PeftModel, get_peft_model
 
 from sorsa_plugin import SORSAConfig, attach, factorise, gaps, orthonormality

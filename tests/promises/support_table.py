@@ -36,6 +36,13 @@ LIFE_CYCLE = (
     "test_compiled_kinds",
     "test_peft_integration",
     "test_layer",
+    "test_bit_equal_start",
+    "test_base_model_untouched",
+    "test_initialise",
+    "test_layer_choice",
+    "test_model",
+    "test_ranks",
+    "test_tied",
     "test_config",
 )
 """Files whose tests are listed by name."""

@@ -8,18 +8,10 @@ import warnings
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb, snapshot
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    adapt,
-    assert_same_tensors,
-    forward_bound,
-    inputs,
-    make_base,
-    only_layer,
-    paper_forward,
-    perturb,
-    snapshot,
-)
+from builders.one_layer import adapt, inputs, make_base, only_layer
+from builders.references import forward_bound, paper_forward
 from peft import get_peft_model
 from torch import nn
 

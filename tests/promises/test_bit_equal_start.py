@@ -6,19 +6,9 @@ import contextlib
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb, snapshot
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    KINDS,
-    SHAPES,
-    OneLayer,
-    adapt,
-    assert_same_tensors,
-    inputs,
-    make_base,
-    only_layer,
-    perturb,
-    snapshot,
-)
+from builders.one_layer import KINDS, SHAPES, OneLayer, adapt, inputs, make_base, only_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -27,7 +17,6 @@ from torch import nn
 from sorsa_plugin import SORSAConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
-
 
 ALL_LAYERS = [
     pytest.param(kind, shape, rank, id=f"{kind}-{name}-rank{rank}")

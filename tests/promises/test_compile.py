@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from builders.llama import tiny_llama
+from builders.one_layer import TwoLayers
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from sorsa_plugin import SORSAConfig, attach, gaps
 
@@ -21,16 +21,6 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-class TwoLayers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(7, 12)
-        self.conv1d = Conv1D(5, 12)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv1d(torch.tanh(self.linear(x)))
 
 
 def adapted(base: nn.Module, **options: Any) -> PeftModel:

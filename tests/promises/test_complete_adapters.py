@@ -1,11 +1,12 @@
-"""A saved adapter is complete: exact without a decomposition, refused by name where it is damaged."""
+"""A saved adapter is complete: it loads exactly, without a decomposition."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb, refuse_to_factorise, trained
 from builders.llama import tiny_llama
-from builders.one_layer import assert_same_tensors, perturb, refuse_to_factorise
+from builders.saved import FILE, saved_with_outputs
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -15,30 +16,13 @@ from sorsa_plugin.errors import FactorsNotLoadedError, RankError
 from sorsa_plugin.layers.factors import FROZEN, OFFSETS
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
-FILE = "adapter_model.safetensors"
-
-
 LAYERS = 14
-
-
-def trained(adapter: str = "default", seed: int = 3, base=None, **options) -> PeftModel:
-    """A tiny Llama with an adapter that has moved, in eval mode."""
-    options = {"r": 3, "target_modules": "all-linear", **options}
-    base = tiny_llama() if base is None else base
-    model = get_peft_model(base, SORSAConfig(**options), adapter_name=adapter)
-    perturb(model, adapter, seed=seed)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directory of a saved adapter, and the logits of the model that saved it; tests copy what they damage."""
-    directory = tmp_path_factory.mktemp("saved")
-    model = trained()
-    model.save_pretrained(directory)
-    tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        return directory, model(tokens).logits, model.state_dict()
+    """Directory of a saved adapter, its logits and tensors; tests copy what they damage."""
+    return saved_with_outputs(tmp_path_factory.mktemp("saved"))
 
 
 def adapter_tensors(model) -> dict[str, torch.Tensor]:
@@ -107,7 +91,7 @@ def test_training_goes_on_from_a_loaded_adapter_as_if_it_had_never_been_saved(tm
 def test_adapters_of_any_name_load_beside_each_other_and_exactly(names, tokens, tmp_path, monkeypatch):
     logits = {}
     for seed, name in enumerate(names):
-        model = trained(name, seed=seed, r=3 + seed)
+        model = trained(adapter=name, seed=seed, r=3 + seed)
         logits[name] = model(tokens).logits
         model.save_pretrained(tmp_path)
     paths = {name: tmp_path if name == "default" else tmp_path / name for name in names}

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb, snapshot
 from builders.llama import tiny_llama
-from builders.one_layer import assert_same_tensors, perturb, snapshot
 from peft import PeftModel, get_peft_model
 
 import sorsa_plugin.tuner.initialise

@@ -7,10 +7,11 @@ from contextlib import suppress
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import perturb
+from builders.models import tiny_mixtral
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, pipeline
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError
@@ -18,18 +19,8 @@ from sorsa_plugin.layers.factors import FROZEN, OFFSETS
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 GREEDY = {"min_new_tokens": 6, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-
-
-def tiny_mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = MixtralConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64
-    )
-    return MixtralForCausalLM(config).eval()
-
-
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
 MODELS = {
     "linear and embedding": (tiny_llama, {"target_modules": ["q_proj", "up_proj", "embed_tokens"]}),
     "experts": (tiny_mixtral, {"target_modules": ["v_proj"], **EXPERTS}),

@@ -11,7 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-
 PACKAGES = {
     "sorsa_plugin",
     "sorsa_transformers",
@@ -55,19 +54,26 @@ def test_the_wheel_holds_every_module_the_types_and_the_base_model(wheel: Path) 
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_the_core_imports_no_trainer_and_no_integration() -> None:
-    code = (
-        "import sys, sorsa_plugin; "
-        "print([name for name in sys.modules if name.split('.')[0] in ('trl', 'axolotl', 'bitsandbytes', 'torchao', "
-        "'deepspeed', 'sorsa_transformers', 'sorsa_trl', 'sorsa_axolotl', 'sorsa_bitsandbytes', 'sorsa_torchao', "
-        "'sorsa_quickstart') or name == 'transformers.trainer'])"
+@pytest.fixture(scope="module")
+def imported() -> dict[str, list[str]]:
+    """What is imported in a fresh process with this package, and with PEFT alone."""
+    names = {}
+    for package in ("sorsa_plugin", "peft"):
+        code = f"import sys, {package}; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        names[package] = done.stdout.splitlines()[-1].split()
+    return names
+
+
+def test_the_core_imports_no_trainer_and_no_integration(imported: dict[str, list[str]]) -> None:
+    """PEFT itself imports bitsandbytes where it is installed, so what PEFT brings is not ours."""
+    others = {"trl", "axolotl", "bitsandbytes", "torchao", "deepspeed"}
+    others |= PACKAGES - {"sorsa_plugin"}
+    ours, pefts = (
+        [name for name in imported[package] if name.split(".")[0] in others or name == "transformers.trainer"]
+        for package in ("sorsa_plugin", "peft")
     )
-    # PEFT itself imports bitsandbytes where it is installed, so what PEFT brings is not ours
-    peft = subprocess.run(
-        [sys.executable, "-c", code.replace("sorsa_plugin;", "peft;")], capture_output=True, text=True
-    )
-    ours = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ours.stdout.splitlines()[-1] == peft.stdout.splitlines()[-1]
+    assert ours == pefts
 
 
 @pytest.mark.slow
@@ -86,12 +92,14 @@ def test_the_wheel_works_in_a_clean_environment(wheel: Path, tmp_path: Path) -> 
     assert "base weights untouched" in result.stdout
 
 
-def test_importing_the_core_brings_nothing_that_peft_does_not() -> None:
+def test_importing_the_core_brings_nothing_that_peft_does_not(imported: dict[str, list[str]]) -> None:
     """Beyond PEFT's own imports: pluggy, and what this package is made of."""
+    ours, pefts = (
+        {name.split(".")[0] for name in imported[package]} - sys.stdlib_module_names
+        for package in ("sorsa_plugin", "peft")
+    )
+    assert ours - pefts == {"pluggy", "sorsa_plugin"}
 
-    def packages(name: str) -> set[str]:
-        code = f"import sys, {name}; print(*{{name.split('.')[0] for name in sys.modules}})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return {found for found in done.stdout.split() if found not in sys.stdlib_module_names}
 
-    assert packages("sorsa_plugin") - packages("peft") == {"pluggy", "sorsa_plugin"}
+def test_importing_the_package_imports_no_plotting(imported: dict[str, list[str]]) -> None:
+    assert "matplotlib" not in imported["sorsa_plugin"]

@@ -6,8 +6,8 @@ import re
 
 import pytest
 import torch
+from builders.adapters import perturb, refuse_to_factorise
 from builders.llama import tiny_llama
-from builders.one_layer import perturb, refuse_to_factorise
 from peft import (
     AutoPeftModelForCausalLM,
     PeftConfig,

@@ -11,17 +11,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from builders.one_layer import (
-    ROUNDOFF,
-    SHAPES,
-    adapt,
-    forward_bound,
-    inputs,
-    make_base,
-    only_layer,
-    paper_weights,
-    perturb,
-)
+from builders.adapters import perturb
+from builders.one_layer import SHAPES, adapt, inputs, make_base, only_layer
+from builders.references import ROUNDOFF, forward_bound, paper_weights
 from torch import nn
 
 from sorsa_plugin import orthonormality

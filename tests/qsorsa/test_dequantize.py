@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.one_layer import adapt, inputs, only_layer, perturb
+from builders.adapters import perturb
+from builders.one_layer import adapt, inputs, only_layer
 from builders.quantised import IN, kinds, quantised_base
 
 from sorsa_plugin import merge_and_dequantize

@@ -12,7 +12,6 @@ from builders.quantised import (
     OUT,
     load_llama,
     quantised_base,
-    save_llama,
 )
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
@@ -43,11 +42,6 @@ def test_wrong_or_absent_full_weights_are_refused() -> None:
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 def config(**options: Any) -> SORSAConfig:

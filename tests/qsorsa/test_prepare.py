@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.one_layer import assert_same_tensors, perturb
+from builders.adapters import assert_same_tensors, perturb
 from builders.quantised import base_tensors, save_llama
 from peft import PeftModel
 from safetensors.torch import load_file

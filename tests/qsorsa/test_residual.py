@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.one_layer import ROUNDOFF, adapt, assert_same_tensors, inputs, make_base, only_layer, perturb
+from builders.adapters import assert_same_tensors, perturb
+from builders.one_layer import adapt, inputs, make_base, only_layer
 from builders.quantised import (
     FOUR_BITS,
     IN,
@@ -19,6 +20,7 @@ from builders.quantised import (
     quantised_base,
     rounding_bound,
 )
+from builders.references import ROUNDOFF
 from peft import PeftModel, get_peft_model
 
 from sorsa_plugin import SORSAConfig, merge_and_dequantize, quantize_residual

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.one_layer import assert_same_tensors, inputs, only_layer, perturb
+from builders.adapters import assert_same_tensors, perturb
+from builders.one_layer import inputs, only_layer
 from builders.quantised import (
     CONFIGS,
     IN,
@@ -48,11 +49,6 @@ def test_a_refused_deletion_leaves_the_adapter_whole(tmp_path: Path) -> None:
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 def config(**options: Any) -> SORSAConfig:

@@ -23,7 +23,6 @@ from sorsa_transformers import AdapterArguments, SORSACallback
 
 COMMON = {"r": 4, "target_modules": ["q_proj", "v_proj"], "dropout": 0.1, "modules_to_save": ["lm_head"]}
 
-
 KINDS = {
     "sorsa": (PeftType.SORSA, {"r": 4, "sorsa_dropout": 0.1}),
     "qsorsa": (PeftType.SORSA, {"r": 4, "sorsa_dropout": 0.1, "residual_base": True}),

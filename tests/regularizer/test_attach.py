@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import pytest
 import torch
-from builders.one_layer import inputs, only_layer, perturb
-from builders.regularized_steps import GAMMA, LR, backward, exact_step, one_layer, same, sgd, step, trained, values
+from builders.adapters import perturb
+from builders.one_layer import inputs, only_layer
+from builders.regularized_steps import (
+    GAMMA,
+    LR,
+    backward,
+    exact_step,
+    one_layer,
+    regularized,
+    same,
+    sgd,
+    step,
+    trained,
+    values,
+)
 from peft import get_peft_model
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, AdamW
 from transformers.optimization import Adafactor
 
 from sorsa_plugin import SORSAConfig, attach, gaps
@@ -20,13 +32,6 @@ from sorsa_plugin.regularizer.optimizers import ETA_MAX
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 ATTACHED = "attached itself"
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """The lines logged by the attachment that contain a text."""
-    caplog.set_level(logging.INFO, logger="sorsa_plugin")
-    return lambda text: [r.getMessage() for r in caplog.records if text in r.getMessage()]
 
 
 # -- what a step does -------------------------------------------------------------------------------------------------
@@ -141,16 +146,6 @@ def test_two_optimizers_that_share_the_factors_act_as_one(explicit: bool, log: C
         optimizer.step()
     assert same(values(together), values(apart))
     assert len(log(ATTACHED)) == (1 if explicit else 3)
-
-
-def regularized(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
-    """What a step without task moves."""
-    before = values(model)
-    for parameter in trained(model):
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {name: value - before[name] for name, value in values(model).items()}
 
 
 def test_adapters_with_other_options_may_train_with_optimizers_of_their_own(log: Callable) -> None:

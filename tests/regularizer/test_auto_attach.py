@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
-import logging
 import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import inputs, only_layer, perturb
-from builders.regularized_steps import GAMMA, LR, one_layer, same, sgd, step, trained, values
+from builders.one_layer import inputs, only_layer
+from builders.regularized_steps import GAMMA, LR, one_layer, regularized, same, sgd, step, trained, values
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -23,13 +23,6 @@ from sorsa_plugin.regularizer.optimizers import ETA_MAX
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 ATTACHED = "attached itself"
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """The lines logged by the attachment that contain a text."""
-    caplog.set_level(logging.INFO, logger="sorsa_plugin")
-    return lambda text: [r.getMessage() for r in caplog.records if text in r.getMessage()]
 
 
 # -- learning rates ---------------------------------------------------------------------------------------------------
@@ -89,16 +82,6 @@ def two_layers() -> PeftModel:
     )
     perturb(model, scale=0.3)
     return model
-
-
-def regularized(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
-    """What a step without task moves."""
-    before = values(model)
-    for parameter in trained(model):
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {name: value - before[name] for name, value in values(model).items()}
 
 
 def test_optimizers_of_a_part_of_the_layers_each_count_all_factors() -> None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import ROUNDOFF, perturb
+from builders.references import ROUNDOFF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -20,8 +21,6 @@ from sorsa_plugin.regularizer.gaps import all_gaps, deviations
 from sorsa_plugin.regularizer.trained_factors import Factor, model_factors, sorsa_layers
 
 RANK = 4
-
-
 FACTORS = 2 * 7 * 2  # two decoder layers, seven projections, U and V
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import pytest
@@ -13,13 +12,6 @@ from torch.optim import SGD, Optimizer
 from sorsa_plugin import attach
 
 ATTACHED = "attached itself"
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """The lines logged by the attachment that contain a text."""
-    caplog.set_level(logging.INFO, logger="sorsa_plugin")
-    return lambda text: [r.getMessage() for r in caplog.records if text in r.getMessage()]
 
 
 class Around(Optimizer):

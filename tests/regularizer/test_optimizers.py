@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 
 import pytest
 import torch
 from builders.one_layer import only_layer
 from builders.regularized_steps import GAMMA, LR, exact_step, one_layer, same, sgd, step, trained, values
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
@@ -18,14 +16,6 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, On
 from sorsa_plugin import attach, gaps
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.regularizer.optimizers import ETA_MAX
-
-
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
-    """The lines logged by the attachment that contain a text."""
-    caplog.set_level(logging.INFO, logger="sorsa_plugin")
-    return lambda text: [r.getMessage() for r in caplog.records if text in r.getMessage()]
-
 
 # -- learning rates ---------------------------------------------------------------------------------------------------
 
@@ -155,19 +145,6 @@ def test_a_checkpoint_of_torch_distributed_resumes_the_peak_rate(flat: bool) -> 
     assert fresh.param_groups[0][ETA_MAX] == LR
     step(model, fresh)
     assert fresh.param_groups[0][ETA_MAX] == LR
-
-
-# -- attaching by itself ----------------------------------------------------------------------------------------------
-
-
-def regularized(model: nn.Module, optimizers: list[Optimizer]) -> dict[str, torch.Tensor]:
-    """What a step without task moves."""
-    before = values(model)
-    for parameter in trained(model):
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-    return {name: value - before[name] for name, value in values(model).items()}
 
 
 # -- what is refused, and advice --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The regularizer in a plain torch loop: what attach delivers, when, how often, and what it refuses."""
+"""One optimizer step in a plain torch loop: what the regularizer adds to it, and where."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import pytest
 import torch
 from builders.llama import tiny_llama
 from builders.one_layer import adapt, inputs, make_base, only_layer
-from builders.regularized_steps import GAMMA, LR, backward, exact_step, one_layer, same, sgd, step, trained, values
+from builders.regularized_steps import (
+    GAMMA,
+    LR,
+    backward,
+    exact_step,
+    one_layer,
+    same,
+    sgd,
+    step,
+    trained,
+    values,
+)
 from peft import get_peft_model
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import perturb
 from peft import PeftModel, get_peft_model
 
 from sorsa_plugin import SORSAConfig, gaps, orthonormality
@@ -13,11 +13,7 @@ from sorsa_plugin.errors import NoAdaptedLayersError
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 RANK = 4
-
-
 FACTORS = 2 * 7 * 2  # two decoder layers, seven projections, U and V
-
-
 WIDEST = 48  # rows of the tallest factor
 
 

@@ -27,6 +27,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+
 PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
@@ -117,18 +118,3 @@ def test_an_absent_engine_comes_with_its_command_and_is_no_problem(monkeypatch):
     trl = json.loads(run.stdout)["packages"]["trl"]
     assert (trl["installed"], trl["in_range"]) == (None, False)
     assert re.fullmatch(r'pip install "trl(>=1\.9,<2|<2,>=1\.9)"', trl["command"])
-
-
-def test_json_is_the_diagnosis(monkeypatch):
-    run = CliRunner().invoke(build_app(), ["doctor", "--json"])
-    assert run.exit_code == 0
-    assert json.loads(run.stdout) == json.loads(json.dumps(examine().to_json()))
-
-
-def test_the_table_names_every_package():
-    run = CliRunner().invoke(build_app(), ["doctor"])
-    assert run.exit_code == 0
-    for package in examine().packages:
-        assert package.name in run.output
-    assert "registered with PEFT: yes" in run.output
-    assert "plug-ins: " in run.output

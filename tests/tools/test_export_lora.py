@@ -10,63 +10,35 @@ import sys
 
 import pytest
 import torch
-from builders.llama import tiny_llama
-from builders.one_layer import SHAPES, adapt, make_base, only_layer, perturb, refuse_to_factorise
+from builders.adapters import perturb, refuse_to_factorise, trained
+from builders.llama import TOKENS, tiny_llama
+from builders.models import tiny_deepseek, tiny_gpt2
+from builders.one_layer import adapt, make_base
+from builders.saved import CONFIG, FILE, saved_adapter
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 from sorsa_plugin import SORSAConfig, export_lora, save_adapter
-from sorsa_plugin.errors import ForeignAdapterError, RankError
+from sorsa_plugin.errors import ForeignAdapterError
 from sorsa_plugin.linalg.offset_form import Parts
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 from sorsa_plugin.tools.inspect_adapter import inspect_adapter
 
-FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-TOKENS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
-
-
 U32, U16 = 2.0**-24, 2.0**-11
 """Unit roundoff of fp32 and fp16."""
 
-
-def llama_with_biases() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    options = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True}
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, pad_token_id=0, **options)
-    return LlamaForCausalLM(config).eval()
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    """Conv1D layers and, with lm_head, an nn.Linear."""
-    torch.manual_seed(2)
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16, tie_word_embeddings=False)
-    return GPT2LMHeadModel(config).eval()
-
-
-def trained(base, **options) -> PeftModel:
-    """A model with an adapter that has moved, in eval mode."""
-    options = {"r": 3, "target_modules": "all-linear", **options}
-    model = get_peft_model(base, SORSAConfig(**options))
-    perturb(model)
-    return model.eval()
-
-
 CASES = {
     "llama-all-linear": (tiny_llama, {"task_type": "CAUSAL_LM"}),
-    "biases": (llama_with_biases, {"target_modules": r".*\.(q_proj|down_proj)"}),
+    "biases": (lambda: tiny_llama(attention_bias=True), {"target_modules": r".*\.(q_proj|down_proj)"}),
     "rank-pattern": (tiny_llama, {"rank_pattern": {"q_proj": 5, r"layers\.1\.mlp\.up_proj": 1}}),
-    "conv1d": (tiny_gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "conv1d-and-linear": (tiny_gpt2, {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True}),
+    "conv1d": (
+        lambda: tiny_gpt2(tie_word_embeddings=False),
+        {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    ),
+    "conv1d-and-linear": (
+        lambda: tiny_gpt2(tie_word_embeddings=False),
+        {"target_modules": ["c_attn", "lm_head"], "fan_in_fan_out": True},
+    ),
     "modules-to-save": (
         tiny_llama,
         {"target_modules": ["q_proj", "up_proj"], "modules_to_save": ["lm_head", "model.norm"]},
@@ -76,7 +48,6 @@ CASES = {
     "rank-above-the-width": (tiny_llama, {"r": 16, "target_modules": ["k_proj"]}),
     "bfloat16-file": (tiny_llama, {}),
 }
-
 
 PLAIN_PEFT = """
 import json, sys, warnings
@@ -145,9 +116,7 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Directory of a saved adapter of rank 3 on 14 layers; tests copy what they damage."""
-    directory = tmp_path_factory.mktemp("saved")
-    trained(tiny_llama()).save_pretrained(directory)
-    return directory
+    return saved_adapter(tmp_path_factory.mktemp("saved"))
 
 
 # -- the same function -----------------------------------------------------------------------------------------------
@@ -181,7 +150,7 @@ def test_the_product_is_the_change_bit_for_bit(served, case):
     source, lora = load_file(directory / "sorsa" / FILE), load_file(directory / "lora" / FILE)
     for exported in served[case]["report"].layers:
         prefix = f"base_model.model.{exported.name}"
-        # the pair that the layer computes with; that it is U S V^T - U0 S0 V0^T, tests/test_lowrank.py shows
+        # the pair that the layer computes with; that it is U S V^T - U0 S0 V0^T, tests/linalg/test_offset_form.py shows
         L, R = Parts(*(source[f"{prefix}.sorsa_factors.{part}"].float() for part in Parts._fields)).pair()
         A, B = lora[f"{prefix}.lora_A.weight"], lora[f"{prefix}.lora_B.weight"]
         columns, found = B.shape[1], torch.zeros(())
@@ -288,70 +257,9 @@ def test_an_adapter_of_another_name_is_exported_from_its_own_directory(tmp_path)
     assert export_lora(tmp_path / "mine", tmp_path / "lora").rank == 4
 
 
-@pytest.mark.parametrize(
-    ("r", "advice"), [(8, None), (9, "--max-lora-rank 32"), (256, "--max-lora-rank 512"), (257, "--rank 512")]
-)
-def test_a_rank_above_what_vllm_takes_by_default_is_pointed_out(tmp_path, caplog, r, advice):
-    adapt(make_base(shape=(300, 300)), r=r, init_weights=False).save_pretrained(tmp_path / "sorsa")
-    export_lora(tmp_path / "sorsa", tmp_path / "lora")
-    assert (advice in caplog.text) if advice else not caplog.records
-
-
 def test_whole_tensors_that_servers_refuse_are_pointed_out(served, tmp_path, caplog):
     export_lora(served["modules-to-save"]["directory"] / "sorsa", tmp_path / "lora")
     assert "carries whole tensors (modules_to_save or embeddings; 2, the first" in caplog.text
-
-
-# -- truncation ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rank", [1, 3, 7])
-@pytest.mark.parametrize(("shape", "r"), [*((s, 4) for s in SHAPES.values()), ((40, 6), 5)], ids=str)
-def test_the_truncation_error_is_the_optimum_by_svd_of_the_dense_change(tmp_path, shape, r, rank):
-    model = adapt(make_base(shape=shape), r=r)
-    perturb(model)
-    model.save_pretrained(tmp_path / "sorsa")
-    report = export_lora(tmp_path / "sorsa", tmp_path / "lora", rank=rank)
-    L, R = (part.detach().double() for part in only_layer(model).factors("default").low_rank_pair())
-    S = torch.linalg.svdvals(L @ R.T)
-    optimum = S[rank:].norm()
-    # Both are float64 computations from the same numbers: they differ by 2^-53 S_1 times modest powers of the
-    # dimension, far below 1e-12 of the norm.
-    assert report.rank == rank
-    assert abs(report.relative_error - optimum / S.norm()) <= 1e-12
-    assert report.layers[0].relative_error == report.relative_error
-    A, B = (load_file(tmp_path / "lora" / FILE)[f"base_model.model.proj.lora_{part}.weight"] for part in "AB")
-    # On disk each factor is rounded once: (2u + u^2) |B||A| elementwise, and |B||A| <= sum of S_k in the norm.
-    rounding = (2 * U32 + U32**2) * S[:rank].sum() * (1 + U32)
-    assert abs((L @ R.T - B.double() @ A.double()).norm() - optimum) <= rounding + 1e-12 * S[0]
-
-
-def test_the_total_error_is_that_of_all_layers_together_and_whole_layers_stay_whole(tmp_path):
-    model = trained(tiny_llama(), rank_pattern={"q_proj": 1})
-    model.save_pretrained(tmp_path / "sorsa")
-    report = export_lora(tmp_path / "sorsa", tmp_path / "lora", rank=2)
-    lost = total = 0.0
-    errors = {layer.name: layer.relative_error for layer in report.layers}
-    for layer in sorsa_layers(model):
-        S = torch.linalg.svdvals(layer.get_delta_weight("default").detach().double())
-        lost, total = lost + float(S[2:].square().sum()), total + float(S.square().sum())
-        assert (errors[layer.name] == 0) == ("q_proj" in layer.name)
-    # the change as get_delta_weight forms it is rounded in fp32, here: 1e-5 covers 2r u with room
-    assert report.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-5)
-
-
-def test_a_rank_that_truncates_nothing_gives_the_exact_file(saved, tmp_path):
-    export_lora(saved, tmp_path / "exact")
-    report = export_lora(saved, tmp_path / "more", rank=64)
-    assert (report.rank, report.relative_error) == (6, 0.0)
-    assert (tmp_path / "exact" / FILE).read_bytes() == (tmp_path / "more" / FILE).read_bytes()
-
-
-@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "4"])
-def test_a_rank_that_is_no_positive_integer_is_an_error_before_anything_is_written(saved, tmp_path, rank):
-    with pytest.raises(RankError, match=r"rank is .*; expected an integer >= 1"):
-        export_lora(saved, tmp_path / "new" / "lora", rank=rank)
-    assert not any(tmp_path.iterdir())
 
 
 # -- whole or not at all ---------------------------------------------------------------------------------------------
@@ -394,29 +302,19 @@ def test_the_model_card_names_the_command(saved):
     assert "sorsa export-lora path/to/this/adapter -o lora" in (saved / "README.md").read_text()
 
 
-def deepseek():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
-    heads |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
-    config = DeepseekV3Config(**sizes, **heads, **experts, num_hidden_layers=2, first_k_dense_replace=1)
-    return DeepseekV3ForCausalLM(config).eval()
-
-
 def test_dense_layers_beside_experts_stay_what_they_are(tmp_path, tokens):
     """PEFT takes a LoRA's target named gate_proj for the fused experts' in such a model."""
-    model = get_peft_model(deepseek(), SORSAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(tiny_deepseek(), SORSAConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     perturb(model, scale=0.3)
     model.save_pretrained(tmp_path / "sorsa")
     export_lora(tmp_path / "sorsa", tmp_path / "lora")
-    loaded = PeftModel.from_pretrained(deepseek(), tmp_path / "lora").eval()
+    loaded = PeftModel.from_pretrained(tiny_deepseek(), tmp_path / "lora").eval()
     with torch.no_grad():
-        found, expected, base = loaded(tokens).logits, model.eval()(tokens).logits, deepseek()(tokens).logits
+        found, expected, base = loaded(tokens).logits, model.eval()(tokens).logits, tiny_deepseek()(tokens).logits
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert (expected - base).abs().max() > 1e-2
 
 
 def test_peft_refuses_to_convert_dense_layers_beside_experts():
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
-        convert_to_lora(get_peft_model(deepseek(), SORSAConfig(r=2, target_modules=["gate_proj"])), rank=4)
+        convert_to_lora(get_peft_model(tiny_deepseek(), SORSAConfig(r=2, target_modules=["gate_proj"])), rank=4)

@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from builders.llama import tiny_llama
-from builders.one_layer import perturb
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from builders.forks import exit_code_of_program
+from builders.saved import CONFIG, FILE, damaged, renamed, reshaped, saved_adapter, without
 
-from sorsa_plugin import SORSAConfig, SORSAError, export_lora
+from sorsa_plugin import SORSAError, export_lora
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, OutputExistsError
-
-FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def trained(base, **options) -> PeftModel:
-    """A model with an adapter that has moved, in eval mode."""
-    options = {"r": 3, "target_modules": "all-linear", **options}
-    model = get_peft_model(base, SORSAConfig(**options))
-    perturb(model)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Directory of a saved adapter of rank 3 on 14 layers; tests copy what they damage."""
-    directory = tmp_path_factory.mktemp("saved")
-    trained(tiny_llama()).save_pretrained(directory)
-    return directory
+    return saved_adapter(tmp_path_factory.mktemp("saved"))
 
 
 # -- whole or not at all ---------------------------------------------------------------------------------------------
@@ -54,7 +37,6 @@ def halfway(tensors, path, **kwargs):
 export.export_lora(sys.argv[1], sys.argv[2])
 """
 
-
 MOMENTS = {
     "while-writing-tensors": "export.save_file = halfway",
     "before-the-config": "export._lora_config = die",
@@ -66,8 +48,7 @@ MOMENTS = {
 def test_a_killed_export_leaves_nothing_that_looks_like_an_adapter_and_can_be_repeated(saved, tmp_path, moment):
     output = tmp_path / "lora"
     program = KILLED.format(patch=MOMENTS[moment])
-    done = subprocess.run([sys.executable, "-c", program, str(saved), str(output)], timeout=300)
-    assert done.returncode == -signal.SIGKILL
+    assert exit_code_of_program(program, saved, output) == -signal.SIGKILL
     assert not output.exists()
     left = list(tmp_path.iterdir())
     assert left, "it was killed before it wrote anything"
@@ -80,7 +61,7 @@ def test_a_killed_export_leaves_nothing_that_looks_like_an_adapter_and_can_be_re
 
 def test_an_export_that_fails_midway_leaves_nothing(saved, tmp_path):
     source = tmp_path / "sorsa"
-    damage(
+    damaged(
         saved,
         source,
         lambda tensors: {n: t * float("nan") if "layers.1.mlp.up_proj" in n else t for n, t in tensors.items()},
@@ -124,28 +105,7 @@ def test_an_empty_output_is_used_and_missing_parents_are_made(saved, tmp_path):
 # -- damaged and foreign adapters ------------------------------------------------------------------------------------
 
 
-def damage(directory, target, change) -> None:
-    """A copy of a saved adapter whose tensors went through `change`."""
-    shutil.copytree(directory, target)
-    save_file(change(load_file(directory / FILE)), target / FILE)
-
-
-def without(pattern: str):
-    return lambda tensors: {name: t for name, t in tensors.items() if not re.search(pattern, name)}
-
-
-def renamed(old: str, new: str):
-    return lambda tensors: {name.replace(old, new): t for name, t in tensors.items()}
-
-
-def reshaped(pattern: str):
-    return lambda tensors: {
-        name: t[..., :-1].contiguous() if re.search(pattern, name) else t for name, t in tensors.items()
-    }
-
-
 LAYER = r"layers\.1\.mlp\.up_proj"
-
 
 DAMAGES = {
     **{f"without-{part}": (without(rf"{LAYER}\..*\.{part}$"), IncompleteAdapterError, rf"lacks {part} of .*{LAYER}")
@@ -166,7 +126,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize(("change", "error", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_damaged_tensors_are_refused_by_name_before_anything_is_written(saved, tmp_path, change, error, message):
-    damage(saved, tmp_path / "sorsa", change)
+    damaged(saved, tmp_path / "sorsa", change)
     with pytest.raises(error, match=message) as caught:
         export_lora(tmp_path / "sorsa", tmp_path / "lora")
     assert isinstance(caught.value, SORSAError)

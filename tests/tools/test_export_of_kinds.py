@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders.adapted_kinds import adapted, layers_of
+from builders.adapters import perturb
 from builders.layer_kinds import KINDS, make_model, sample
-from builders.one_layer import perturb
 from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
 from safetensors.torch import load_file
 from torch import nn

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
-from builders.llama import tiny_llama, token_batches
-from builders.one_layer import refuse_to_factorise
-from files.test_base_checkpoint import SIZES, tied_llama, tiny_gpt2, tiny_llava, tiny_mixtral
+from builders.adapters import refuse_to_factorise
+from builders.llama import tied_llama, tiny_llama, token_batches
+from builders.models import tiny_gpt2, tiny_gpt_oss, tiny_llava, tiny_mixtral, tiny_siglip, tiny_whisper
+from builders.saved import everything
 from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     Trainer,
     TrainingArguments,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
-from typer.testing import CliRunner
 
 import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, init_adapter
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import (
     BaseFilesError,
     DecompositionError,
@@ -37,31 +28,9 @@ from sorsa_plugin.errors import (
 )
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
-
-def tiny_gpt_oss():
-    """Experts stored (experts x in x out), as they are in the model."""
-    torch.manual_seed(0)
-    sizes = {**SIZES, "intermediate_size": 24, "head_dim": 8, "num_local_experts": 3}
-    return GptOssForCausalLM(GptOssConfig(**sizes))
-
-
-def tiny_whisper():
-    torch.manual_seed(0)
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 1}
-    lengths = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16, "vocab_size": 64}
-    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **lengths, **tokens))
-
-
-def tiny_siglip():
-    """With an nn.MultiheadAttention."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=8))
-
-
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+
+
 CASES = {
     "all-linear": (tiny_llama, {"target_modules": "all-linear"}),
     "bfloat16": (lambda: tiny_llama(torch.bfloat16), {"target_modules": ["q_proj", "up_proj"]}),
@@ -82,15 +51,24 @@ CASES = {
     "fused-experts": (tiny_mixtral, {"target_modules": ["q_proj", "o_proj"]}),
     "prefix-added": (lambda: tiny_llama().model, {"target_modules": ["k_proj"]}),
     "modules-to-save": (tiny_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "tied-head": (tied_llama, {"target_modules": ["lm_head", "down_proj"]}),
+    "tied-head": (lambda: tied_llama(torch.bfloat16), {"target_modules": ["lm_head", "down_proj"]}),
     "experts": (tiny_mixtral, {"target_modules": ["q_proj"], **EXPERTS}),
     "experts-bfloat16": (lambda: tiny_mixtral().bfloat16(), {"target_modules": [], **EXPERTS}),
     "experts-stored-fused": (tiny_gpt_oss, {"target_modules": ["q_proj"], **EXPERTS}),
     "embedding-and-head": (tiny_llama, {"target_modules": ["embed_tokens", "lm_head"]}),
-    "tied-embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
-    "tied-to-the-head": (tied_llama, {"target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "tied-embedding": (
+        lambda: tied_llama(torch.bfloat16),
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
+    "tied-to-the-head": (
+        lambda: tied_llama(torch.bfloat16),
+        {"target_modules": ["lm_head"], "ensure_weight_tying": True},
+    ),
     "tokens": (tiny_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
-    "tokens-bfloat16-tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "tokens-bfloat16-tied": (
+        lambda: tied_llama(torch.bfloat16),
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ),
     "tokens-of-two": (
         tiny_llama,
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [9, 4]}},
@@ -192,25 +170,7 @@ def test_the_dtype_that_the_base_will_be_loaded_in_is_honoured(tmp_path):
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["base_storage"] == "bfloat16"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def whole(base, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("whole") / "adapter"
-    init_adapter(base, directory, everything(), progress=False)
-    return directory
-
-
-def everything() -> SORSAConfig:
-    return SORSAConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def test_what_cannot_be_done_is_said_before_anything_is_factorised(base, whole, tmp_path, monkeypatch):
+def test_what_cannot_be_done_is_said_before_anything_is_factorised(llama_files, whole, tmp_path, monkeypatch):
     refuse_to_factorise(monkeypatch)
     output = tmp_path / "adapter"
     causal = {"task_type": "CAUSAL_LM"}
@@ -222,11 +182,11 @@ def test_what_cannot_be_done_is_said_before_anything_is_factorised(base, whole, 
     ]
     for error, message, options in cases:
         with pytest.raises(error, match=message):
-            init_adapter(base, output, SORSAConfig(**options), progress=False)
+            init_adapter(llama_files, output, SORSAConfig(**options), progress=False)
     with pytest.raises(SORSAConfigError, match="config is that of a saved adapter"):
-        init_adapter(base, output, SORSAConfig.from_pretrained(str(whole)), progress=False)
+        init_adapter(llama_files, output, SORSAConfig.from_pretrained(str(whole)), progress=False)
     with pytest.raises(OutputExistsError):
-        init_adapter(base, whole, everything(), progress=False)
+        init_adapter(llama_files, whole, everything(), progress=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -238,29 +198,3 @@ def test_a_weight_with_nan_is_named_and_leaves_no_output(tmp_path):
     with pytest.raises(DecompositionError, match=r"layers\.1\.mlp\.up_proj holds NaN"):
         init_adapter(tmp_path / "base", tmp_path / "adapter", everything(), progress=False)
     assert not (tmp_path / "adapter").exists()
-
-
-def test_the_command_writes_the_same(base, whole, tmp_path):
-    runner, app = CliRunner(), build_app()
-    done = runner.invoke(app, ["init", "--model", str(base), "-r", "3", "-o", str(tmp_path / "adapter")])
-    assert done.exit_code == 0, done.output
-    assert "Adapter of 14 layers" in done.output
-    for path in whole.iterdir():
-        assert (tmp_path / "adapter" / path.name).read_bytes() == path.read_bytes()
-    options = "--target-modules q_proj,v_proj --rank-pattern q_proj=5 --layers 0 --gamma 0.1 --reg-update decoupled"
-    done = runner.invoke(app, ["init", "--model", str(base), "-r", "3", "-o", str(tmp_path / "b"), *options.split()])
-    assert done.exit_code == 0, done.output
-    saved = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
-    assert set(saved["target_modules"]) == {"q_proj", "v_proj"}
-    expected = {"rank_pattern": {"q_proj": 5}, "layers_to_transform": [0], "gamma": 0.1, "reg_update": "decoupled"}
-    assert {name: saved[name] for name in expected} == expected
-    experts = ["--target-modules", "", "--target-parameters", "mlp.experts.gate_up_proj,mlp.experts.down_proj"]
-    tiny_mixtral().save_pretrained(tmp_path / "mixtral")
-    command = ["init", "--model", str(tmp_path / "mixtral"), "-r", "3", "-o", str(tmp_path / "experts"), *experts]
-    done = runner.invoke(app, command)
-    assert "Adapter of 4 layers" in done.output
-    for wrong, message in {"--rank-pattern q_proj": "expected NAME=RANK", "--dtype int8": "expected one of"}.items():
-        done = runner.invoke(app, ["init", "--model", str(base), "-o", str(tmp_path / "c"), *wrong.split()])
-        assert done.exit_code == 1
-        assert message in done.output
-    assert os.listdir(tmp_path).count("c") == 0

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.forks import exit_code_of
 from builders.llama import tiny_llama
+from builders.saved import everything
 from safetensors.torch import load_file, save_file
 
 import sorsa_plugin.files.atomic_directory
@@ -18,24 +20,6 @@ import sorsa_plugin.tools.init_adapter
 import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, init_adapter
 from sorsa_plugin.errors import OutputExistsError
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("base")
-    tiny_llama().save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def whole(base, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("whole") / "adapter"
-    init_adapter(base, directory, everything(), progress=False)
-    return directory
-
-
-def everything() -> SORSAConfig:
-    return SORSAConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def die(*args, **kwargs):
@@ -91,21 +75,20 @@ MOMENTS = {  # and the layers that are then finished
 
 def killed(moment, base: Path, output: Path) -> int:
     """The exit code of a process that wrote until the moment and was killed there."""
-    child = os.fork()
-    if not child:
-        try:
-            signal.alarm(120)
-            moment()
-            init_adapter(base, output, everything(), progress=False)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def work() -> None:
+        moment()
+        init_adapter(base, output, everything(), progress=False)
+
+    return exit_code_of(work)
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: moment.__name__)
-def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole, tmp_path, moment, monkeypatch, caplog):
+def test_killed_it_leaves_nothing_that_looks_finished_and_continues(
+    llama_files, whole, tmp_path, moment, monkeypatch, caplog
+):
     output = tmp_path / "adapter"
-    assert killed(moment, base, output) == -signal.SIGKILL
+    assert killed(moment, llama_files, output) == -signal.SIGKILL
     assert not output.exists()
     (partial,) = tmp_path.iterdir()
     assert partial.name.startswith(".adapter.")
@@ -117,7 +100,7 @@ def test_killed_it_leaves_nothing_that_looks_finished_and_continues(base, whole,
     monkeypatch.setattr(
         sorsa_plugin.tuner.initialise, "factorise", lambda *a, **k: factorised.append(k["name"]) or original(*a, **k)
     )
-    report = init_adapter(base, output, everything(), progress=False)
+    report = init_adapter(llama_files, output, everything(), progress=False)
     assert report.resumed == MOMENTS[moment] == 14 - len(factorised)
     assert f"{MOMENTS[moment]} of 14 layers are done" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
@@ -142,10 +125,10 @@ def interrupted(base, output, monkeypatch) -> None:
             init_adapter(base, output, everything(), progress=False)
 
 
-def test_other_options_begin_anew(base, tmp_path, monkeypatch):
-    interrupted(base, tmp_path / "adapter", monkeypatch)
+def test_other_options_begin_anew(llama_files, tmp_path, monkeypatch):
+    interrupted(llama_files, tmp_path / "adapter", monkeypatch)
     other = SORSAConfig(r=3, svd_seed=1, target_modules="all-linear", task_type="CAUSAL_LM")
-    assert init_adapter(base, tmp_path / "adapter", other, progress=False).resumed == 0
+    assert init_adapter(llama_files, tmp_path / "adapter", other, progress=False).resumed == 0
 
 
 def test_a_layer_whose_weight_has_changed_meanwhile_is_done_again(whole, tmp_path, monkeypatch):
@@ -161,23 +144,23 @@ def test_a_layer_whose_weight_has_changed_meanwhile_is_done_again(whole, tmp_pat
     assert torch.equal(found[name + "U0"], before[name + "U0"])
 
 
-def test_a_journal_cut_off_in_a_line_does_not_count_that_line(base, whole, tmp_path, monkeypatch):
-    interrupted(base, tmp_path / "adapter", monkeypatch)
+def test_a_journal_cut_off_in_a_line_does_not_count_that_line(llama_files, whole, tmp_path, monkeypatch):
+    interrupted(llama_files, tmp_path / "adapter", monkeypatch)
     (journal,) = tmp_path.glob(".adapter.*/layers.finished")
     journal.write_text(journal.read_text() + "model.layers.1.mlp.down_proj")
-    assert init_adapter(base, tmp_path / "adapter", everything(), progress=False).resumed == 5
+    assert init_adapter(llama_files, tmp_path / "adapter", everything(), progress=False).resumed == 5
     for path in whole.iterdir():
         assert (tmp_path / "adapter" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_two_writers_of_one_adapter_are_kept_apart(base, tmp_path, monkeypatch):
-    interrupted(base, tmp_path / "adapter", monkeypatch)
+def test_two_writers_of_one_adapter_are_kept_apart(llama_files, tmp_path, monkeypatch):
+    interrupted(llama_files, tmp_path / "adapter", monkeypatch)
     (partial,) = tmp_path.glob(".adapter.*")
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
     command = [sys.executable, "-c", hold, str(partial / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         with pytest.raises(OutputExistsError, match="Another process is writing this adapter"):
-            init_adapter(base, tmp_path / "adapter", everything(), progress=False)
+            init_adapter(llama_files, tmp_path / "adapter", everything(), progress=False)
         other.communicate(b"\n")
-    assert init_adapter(base, tmp_path / "adapter", everything(), progress=False).resumed == 5
+    assert init_adapter(llama_files, tmp_path / "adapter", everything(), progress=False).resumed == 5

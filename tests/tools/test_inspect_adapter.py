@@ -7,11 +7,10 @@ import shutil
 
 import pytest
 import torch
+from builders.adapters import perturb, refuse_to_factorise
 from builders.llama import tiny_llama
-from builders.one_layer import perturb, refuse_to_factorise
+from builders.models import tiny_mixtral
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, save_adapter
@@ -22,6 +21,8 @@ from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 from sorsa_plugin.tools.inspect_adapter import inspect_adapter
 
 FILE = "adapter_model.safetensors"
+
+
 OPTIONS = {"r": 3, "target_modules": "all-linear", "rank_pattern": {"q_proj": 5}, "modules_to_save": ["lm_head"]}
 
 
@@ -69,15 +70,11 @@ def test_every_number_is_that_of_the_tensors(saved, monkeypatch):
     assert summary.dtypes == ("float32",)
 
 
-def tiny_mixtral():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    return MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=4, num_local_experts=3))
-
-
 def test_a_stack_of_experts_is_one_layer_with_its_largest_gap_and_norms_over_all(tmp_path):
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    model = get_peft_model(tiny_mixtral(), SORSAConfig(r=2, target_modules=[], target_parameters=names))
+    model = get_peft_model(
+        tiny_mixtral(layers=1, experts=3), SORSAConfig(r=2, target_modules=[], target_parameters=names)
+    )
     perturb(model)
     model.save_pretrained(tmp_path)
     summary = inspect_adapter(tmp_path)
@@ -155,43 +152,6 @@ def test_a_base_of_several_dtypes_is_described_by_all_of_them(tmp_path):
     get_peft_model(base, SORSAConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path)])
     assert "stored as bfloat16 and float32" in " ".join(run.output.split())
-
-
-def test_json_holds_config_and_layers(saved):
-    run = CliRunner().invoke(build_app(), ["inspect", str(saved[0]), "--json"])
-    assert run.exit_code == 0
-    found = json.loads(run.stdout)
-    assert found == json.loads(json.dumps(inspect_adapter(saved[0]).to_json()))
-    assert found["config"]["gamma"] == found["config"]["resolved_gamma"] == 0.25
-    assert found["config"]["target_modules"] == sorted(found["config"]["target_modules"])
-    assert found["config"]["base_storage"] == "float32"
-    assert len(found["layers"]) == 14
-    assert found["bytes"] == (saved[0] / FILE).stat().st_size
-
-
-def test_the_table_names_every_layer_and_the_options(saved):
-    run = CliRunner().invoke(build_app(), ["inspect", str(saved[0])])
-    assert run.exit_code == 0
-    for layer in inspect_adapter(saved[0]).layers:
-        line = next(line for line in run.output.splitlines() if layer.name in line)
-        assert f"{layer.S_min:.3g}..{layer.S_max:.3g}" in line
-        assert f"{layer.out_features} x {layer.in_features}" in line
-    assert "gamma 0.25, decoupled, lr" in run.output
-    assert "base_model.model.lm_head.weight" in run.output
-
-
-def test_nan_is_shown_and_is_still_json(saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "nan")
-    tensors = load_file(saved[0] / FILE)
-    broken = next(name for name in tensors if name.endswith("1.mlp.up_proj.sorsa_factors.dU"))
-    save_file({**tensors, broken: tensors[broken] * float("nan")}, tmp_path / "nan" / FILE)
-    layers = {layer.name: layer for layer in inspect_adapter(tmp_path / "nan").layers}
-    assert [name for name, layer in layers.items() if not layer.finite] == ["model.layers.1.mlp.up_proj"]
-    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path / "nan"), "--json"])
-    found = json.loads(run.stdout, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
-    assert [layer["name"] for layer in found["layers"] if layer["gap_U"] is None] == ["model.layers.1.mlp.up_proj"]
-    run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path / "nan")])
-    assert "1 layers hold NaN or infinity, the first of them model.layers.1.mlp.up_proj" in run.output
 
 
 def test_damaged_and_foreign_adapters_are_named(saved, tmp_path):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from builders.llama import tiny_llama
-from files.test_base_checkpoint import tied_llama, tiny_gpt2, tiny_mixtral
+from builders.llama import tied_llama, tiny_llama
+from builders.models import tiny_gpt2, tiny_mixtral
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
@@ -21,7 +20,10 @@ from sorsa_plugin.tools.plan import LayerGroup, Memory, estimate_activations, es
 
 CASES = {
     "dense": (tiny_llama, {"target_modules": "all-linear"}),
-    "bfloat16": (tied_llama, {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}}),
+    "bfloat16": (
+        lambda: tied_llama(torch.bfloat16),
+        {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 5}},
+    ),
     "experts": (tiny_mixtral, {"target_modules": "all-linear"}),
     "conv1d": (tiny_gpt2, {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
     "experts-adapted": (
@@ -33,9 +35,15 @@ CASES = {
         },
     ),
     "embedding-and-head": (tiny_llama, {"target_modules": ["embed_tokens", "lm_head"]}),
-    "tied-embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    "tied-embedding": (
+        lambda: tied_llama(torch.bfloat16),
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+    ),
     "tokens": (tiny_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
-    "tokens-tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "tokens-tied": (
+        lambda: tied_llama(torch.bfloat16),
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ),
     "modules-to-save": (tiny_llama, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]}),
 }
 
@@ -243,23 +251,3 @@ def test_impossible_adapters_and_models_are_sentences(tmp_path):
         plan(tmp_path, config(r=100), unit_seconds=1.0)
     with pytest.raises(SORSAConfigError, match="nope"):
         plan(tmp_path, config(target_modules=["nope"]), unit_seconds=1.0)
-
-
-def test_the_command_prints_a_table_or_json(tmp_path):
-    config_only(tiny_llama(), tmp_path)
-    runner, app = CliRunner(), build_app()
-    arguments = ["plan", "--model", str(tmp_path), "-r", "3", "--unit-seconds", "1", "--gpus", "2", "--engine", "fsdp2"]
-    shown = runner.invoke(app, arguments)
-    assert shown.exit_code == 0, shown.output
-    found = plan(tmp_path, config(), gpus=2, engine="fsdp2", unit_seconds=1.0)
-    assert f"{found.trainable_parameters:,}" in shown.output
-    assert f"{found.adapter_bytes:,} bytes" in shown.output
-    content = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
-    assert content["memory"]["total"] == found.memory.total
-    assert content["adapter_bytes"] == found.adapter_bytes
-    refused = runner.invoke(app, [*arguments, "--engine", "tpu"])
-    assert refused.exit_code == 1
-    assert "engine is 'tpu'" in refused.output
-    refused = runner.invoke(app, [*arguments, "--task-type", "CHAT"])
-    assert refused.exit_code == 1
-    assert "--task-type is 'CHAT'; expected one of SEQ_CLS," in refused.output

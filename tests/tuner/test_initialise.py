@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    ROUNDOFF,
-    adapt,
-    forward_bound,
-    inputs,
-    make_base,
-    only_layer,
-    paper_forward,
-    perturb,
-)
+from builders.one_layer import adapt, inputs, make_base, only_layer
+from builders.references import ROUNDOFF, forward_bound, paper_forward
 from peft import get_peft_model
 from torch import nn
 

@@ -7,26 +7,14 @@ from typing import Any
 import pytest
 import torch
 from builders.llama import tiny_llama
+from builders.one_layer import TwoLayers
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
-from transformers.pytorch_utils import Conv1D
 
 from sorsa_plugin import SORSAConfig
 
 NAMES = ["first", "__base__", "second", "first", "second", "__base__"]
-
-
-class TwoLayers(nn.Module):
-    """A Linear and a Conv1D, of which "second" adapts the first only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(7, 12)
-        self.conv1d = Conv1D(5, 12)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv1d(torch.tanh(self.linear(x)))
 
 
 def two_adapters(base: nn.Module, first: Any, second: Any, **options: Any) -> PeftModel:

@@ -7,17 +7,10 @@ import io
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    adapt,
-    assert_same_tensors,
-    forward_bound,
-    inputs,
-    make_base,
-    only_layer,
-    paper_forward,
-    perturb,
-)
+from builders.one_layer import adapt, inputs, make_base, only_layer
+from builders.references import forward_bound, paper_forward
 from peft import get_peft_model
 from torch import nn
 

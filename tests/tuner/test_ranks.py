@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb
 from builders.llama import tiny_llama
-from builders.one_layer import (
-    assert_same_tensors,
-    perturb,
-)
 from peft import PeftModel, get_peft_model
 from torch import nn
 

@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders.adapters import trained
 from builders.llama import tiny_llama
-from builders.one_layer import perturb
-from peft import PeftModel, get_peft_model
+from builders.saved import FILE, saved_with_outputs
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from sorsa_plugin import SORSAConfig, save_adapter
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
-FILE = "adapter_model.safetensors"
-
-
-def trained(adapter: str = "default", seed: int = 3, base=None, **options) -> PeftModel:
-    """A tiny Llama with an adapter that has moved, in eval mode."""
-    options = {"r": 3, "target_modules": "all-linear", **options}
-    base = tiny_llama() if base is None else base
-    model = get_peft_model(base, SORSAConfig(**options), adapter_name=adapter)
-    perturb(model, adapter, seed=seed)
-    return model.eval()
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directory of a saved adapter, and the logits of the model that saved it; tests copy what they damage."""
-    directory = tmp_path_factory.mktemp("saved")
-    model = trained()
-    model.save_pretrained(directory)
-    tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        return directory, model(tokens).logits, model.state_dict()
+    """Directory of a saved adapter, its logits and tensors; tests copy what they damage."""
+    return saved_with_outputs(tmp_path_factory.mktemp("saved"))
 
 
 def adapter_tensors(model) -> dict[str, torch.Tensor]:

@@ -3,64 +3,29 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 
 import pytest
 import torch
+from builders.adapters import perturb, trained
 from builders.llama import tiny_llama
-from builders.one_layer import perturb
+from builders.saved import FILE, damaged, reshaped, saved_with_outputs, without
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError
 from sorsa_plugin.layers.factors import FROZEN, OFFSETS
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
-FILE = "adapter_model.safetensors"
-
-
-def trained(adapter: str = "default", seed: int = 3, base=None, **options) -> PeftModel:
-    """A tiny Llama with an adapter that has moved, in eval mode."""
-    options = {"r": 3, "target_modules": "all-linear", **options}
-    base = tiny_llama() if base is None else base
-    model = get_peft_model(base, SORSAConfig(**options), adapter_name=adapter)
-    perturb(model, adapter, seed=seed)
-    return model.eval()
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directory of a saved adapter, and the logits of the model that saved it; tests copy what they damage."""
-    directory = tmp_path_factory.mktemp("saved")
-    model = trained()
-    model.save_pretrained(directory)
-    tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))
-    with torch.no_grad():
-        return directory, model(tokens).logits, model.state_dict()
+    """Directory of a saved adapter, its logits and tensors; tests copy what they damage."""
+    return saved_with_outputs(tmp_path_factory.mktemp("saved"))
 
 
 DAMAGED_LAYER = r"layers\.1\.mlp\.up_proj"
-
-
-def damage(directory, target, change) -> None:
-    """A copy of a saved adapter whose tensors went through `change`."""
-    shutil.copytree(directory, target, dirs_exist_ok=True)
-    save_file(change(load_file(directory / FILE)), target / FILE)
-
-
-def without(pattern: str):
-    return lambda tensors: {name: t for name, t in tensors.items() if not re.search(pattern, name)}
-
-
-def reshaped(part: str):
-    def change(tensors):
-        name = next(n for n in tensors if re.search(rf"{DAMAGED_LAYER}\..*{part}$", n))
-        return {**tensors, name: tensors[name][..., :-1].contiguous()}
-
-    return change
-
 
 DAMAGES = {
     **{f"without-{part}": (without(rf"{DAMAGED_LAYER}\..*\.{part}$"), rf"lacks {part} of .*{DAMAGED_LAYER}")
@@ -68,7 +33,8 @@ DAMAGES = {
     "without-frozen": (without(r"\.(U0|S0|V0)$"), r"lacks U0, S0, V0 of .*q_proj"),
     "without-a-layer": (without(DAMAGED_LAYER), rf"no tensors for 1 of the 14 adapted layers.*{DAMAGED_LAYER}"),
     "without-half-the-layers": (without(r"layers\.1\."), r"no tensors for 7 of the 14 adapted layers"),
-    **{f"other-shape-of-{part}": (reshaped(part), rf"{DAMAGED_LAYER}.*{part} has shape \(.*expected \(")
+    **{f"other-shape-of-{part}": (reshaped(rf"{DAMAGED_LAYER}\..*{part}$"),
+       rf"{DAMAGED_LAYER}.*{part} has shape \(.*expected \(")
        for part in ("dU", "V0", "fingerprint")},
 }  # fmt: skip
 
@@ -76,14 +42,14 @@ DAMAGES = {
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize(("change", "message"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_refused_by_layer_and_part(saved, tmp_path, tokens, change, message, low_cpu_mem_usage):
-    damage(saved[0], tmp_path, change)
+    damaged(saved[0], tmp_path, change)
     with pytest.raises(IncompleteAdapterError, match=message):
         PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
 
 
 @pytest.mark.parametrize("change", [DAMAGES["without-U0"][0], DAMAGES["without-a-layer"][0]], ids=["part", "layer"])
 def test_a_refused_second_adapter_is_never_used_half_loaded(saved, tmp_path, tokens, change):
-    damage(saved[0], tmp_path, change)
+    damaged(saved[0], tmp_path, change)
     model = trained(seed=5)
     expected = model(tokens).logits
     with pytest.raises(IncompleteAdapterError):
@@ -130,7 +96,7 @@ def test_a_file_of_another_method_is_not_taken_for_a_second_adapter(saved, tmp_p
 def test_a_refused_file_leaves_an_adapter_as_it_was(saved, tmp_path, tokens):
     from peft import set_peft_model_state_dict
 
-    damage(saved[0], tmp_path, DAMAGES["without-U0"][0])
+    damaged(saved[0], tmp_path, DAMAGES["without-U0"][0])
     model = trained(seed=5)
     expected = model(tokens).logits
     with pytest.raises(IncompleteAdapterError):
@@ -156,7 +122,7 @@ def test_a_corrupted_file_is_an_error(saved, tmp_path, content):
 
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_tensors_of_another_method_are_never_taken_for_the_adapter(saved, tmp_path, tokens):
-    damage(saved[0], tmp_path, lambda tensors: {n.replace("sorsa_factors", "lora_A"): t for n, t in tensors.items()})
+    damaged(saved[0], tmp_path, lambda tensors: {n.replace("sorsa_factors", "lora_A"): t for n, t in tensors.items()})
     with pytest.raises((FactorsNotLoadedError, IncompleteAdapterError)):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)(tokens)
 

@@ -20,7 +20,6 @@ from sorsa_plugin.errors import IncompleteAdapterError
 
 pytestmark = pytest.mark.axolotl
 
-
 TWO_PROCESSES = {"gradient_accumulation_steps": 1, "dataset_num_proc": 1}
 """Each takes every other batch of the single process's accumulated two."""
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import assert_same_tensors, perturb
 from builders.llama import token_batches
-from builders.one_layer import assert_same_tensors, perturb
 from builders.quantised import CONFIGS, base_tensors, load_llama, save_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama, token_batches
-from builders.one_layer import perturb
 from builders.trainer_runs import attachment_of, make_trainer
 from peft import PeftModel, get_peft_model
 from torch import nn

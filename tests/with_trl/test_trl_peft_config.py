@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from builders.one_layer import perturb
+from builders.adapters import perturb
 from builders.trl_runs import EXAMPLES, adapter_tensors, build, logged, options, sorsa_config
 from datasets import Dataset
 from peft import PeftModel, get_peft_model

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from builders.one_layer import assert_same_tensors, perturb
+from builders.adapters import assert_same_tensors, perturb
 from builders.quantised import CONFIGS, base_tensors, load_llama
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -28,7 +28,6 @@ pytest.importorskip("bitsandbytes")
 
 LN2 = round(math.log(2.0), 4)
 
-
 OPTIONS: dict[str, Any] = {
     "max_steps": 3,
     "per_device_train_batch_size": 4,
@@ -40,10 +39,7 @@ OPTIONS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
-
 EXAMPLES = train_examples(32)
-
-
 PREFERENCES = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in EXAMPLES]
 
 

@@ -1,11 +1,11 @@
-"""Modules of torch that would bypass an adapter, or that no adapter fits: made to call it, or refused."""
+"""Attention of torch that would bypass an adapter, or that no adapter fits: made to call it, or refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from builders.adapted_kinds import layers_of
-from builders.one_layer import perturb
+from builders.adapters import perturb
 from peft import get_peft_model
 from torch import nn
 

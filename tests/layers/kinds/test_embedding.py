@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from builders.adapted_kinds import adapted, layers_of
-from builders.one_layer import perturb
+from builders.adapters import perturb
 from peft import get_peft_model
 from torch import nn
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from builders.adapted_kinds import adapted, layers_of
+from builders.adapters import perturb
 from builders.layer_kinds import BOTH, EXPERTS
-from builders.one_layer import perturb
 
 from sorsa_plugin import SORSAConfig, attach, gaps, orthonormality
 from sorsa_plugin.errors import SORSAConfigError

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders.one_layer import KINDS, ROUNDOFF, OneLayer, adapt, inputs, make_base, only_layer, perturb
+from builders.adapters import perturb
+from builders.one_layer import KINDS, OneLayer, adapt, inputs, make_base, only_layer
+from builders.references import ROUNDOFF
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules import module as global_hooks

@@ -7,8 +7,8 @@ from weakref import ref
 import pytest
 import torch
 from builders.adapted_kinds import adapted, exact_delta, layers_of, reference
+from builders.adapters import assert_same_tensors, perturb, snapshot
 from builders.layer_kinds import KINDS, make_model, sample
-from builders.one_layer import assert_same_tensors, perturb, snapshot
 from peft import PeftModel, get_peft_model
 
 import sorsa_plugin.tuner.initialise
@@ -16,13 +16,8 @@ from sorsa_plugin import SORSAConfig, attach, orthonormality
 from sorsa_plugin.errors import DecompositionError, FoldError, RankError, SORSAConfigError
 
 ADDITIVE = [name for name, kind in KINDS.items() if not kind.lends]
-
-
 LENDING = [name for name, kind in KINDS.items() if kind.lends]
-
-
 DTYPES = (torch.float32, torch.bfloat16)
-
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 """fp32 against float64: outputs of order 1 after at most two layers of sums over fewer than 60 terms, each term with

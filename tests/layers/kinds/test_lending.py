@@ -9,8 +9,8 @@ from threading import Barrier, BrokenBarrierError
 import pytest
 import torch
 from builders.adapted_kinds import adapted, layers_of
+from builders.adapters import perturb
 from builders.layer_kinds import KINDS, sample
-from builders.one_layer import perturb
 from peft import get_peft_model
 from torch import nn
 
@@ -18,7 +18,6 @@ from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import UnsupportedLayerError
 
 LENDING = [name for name, kind in KINDS.items() if kind.lends]
-
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 """fp32 against float64: outputs of order 1 after at most two layers of sums over fewer than 60 terms, each term with

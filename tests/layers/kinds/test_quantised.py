@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders.one_layer import ROUNDOFF, adapt, assert_same_tensors, inputs, only_layer, perturb
+from builders.adapters import assert_same_tensors, perturb
+from builders.one_layer import adapt, inputs, only_layer
 from builders.quantised import IN, KINDS, OUT, base_tensors, kinds, quantised_base, rounding_bound
+from builders.references import ROUNDOFF
 from peft import PeftModel, convert_to_lora
 
 from sorsa_plugin.errors import BaseMismatchError, FoldError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.models import tied_llama
-from builders.one_layer import assert_same_tensors, perturb, snapshot
+from builders.adapters import assert_same_tensors, perturb, snapshot
+from builders.llama import tied_llama
 from peft import PeftModel, get_peft_model
 
 from sorsa_plugin import SORSAConfig

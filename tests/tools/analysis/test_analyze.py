@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from builders.adapters import perturb
 from builders.llama import tiny_llama, token_batches
-from builders.one_layer import perturb
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
@@ -254,9 +253,3 @@ def test_without_matplotlib_a_sentence_comes_before_the_work(runs, tmp_path, mon
     assert not (tmp_path / "out").exists()
     assert issubclass(MissingPackageError, ImportError)
     assert command(*arguments, "--no-plots").exit_code == 0
-
-
-def test_importing_the_package_imports_no_plotting():
-    program = "import sys, sorsa_plugin; print('matplotlib' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=300)
-    assert done.stdout.strip() == "False"

@@ -7,8 +7,9 @@ import shutil
 
 import pytest
 import torch
-from builders.llama import tiny_llama
-from builders.one_layer import perturb
+from builders.adapters import perturb
+from builders.llama import tied_llama, tiny_llama
+from builders.models import tiny_gpt2, tiny_mixtral
 from peft import (
     HRAConfig,
     IA3Config,
@@ -23,38 +24,12 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import load_file, save_file
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
 
 from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, ForeignAdapterError, IncompleteAdapterError
 from sorsa_plugin.tools.analysis.trained_weights import BaseWeights, complete_checkpoints, open_trained
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-
-
-def tiny_gpt2():
-    torch.manual_seed(2)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16)).eval()
-
-
-def tied_llama():
-    torch.manual_seed(3)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).eval()
-
-
-def tiny_mixtral():
-    torch.manual_seed(3)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    return MixtralForCausalLM(MixtralConfig(**sizes, num_attention_heads=4, num_local_experts=3)).eval()
-
 
 ADAPTERS = {
     "sorsa": (tiny_llama, SORSAConfig(r=3, target_modules=TARGETS, rank_pattern={"v_proj": 5})),

@@ -4,88 +4,62 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.merging import llama, mixtral, stored, trained
+from builders.adapters import trained
+from builders.llama import tied_llama, tiny_llama
+from builders.models import (
+    VISION,
+    made,
+    tiny_gpt_oss,
+    tiny_mixtral,
+    tiny_opt,
+    tiny_qwen3_moe,
+    tiny_siglip,
+    tiny_whisper,
+)
+from builders.saved import stored
 from peft import PeftModel
 from transformers import (
     ConvNextConfig,
     ConvNextModel,
-    GptOssConfig,
-    GptOssForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    SiglipVisionConfig,
-    SiglipVisionModel,
     ViTConfig,
     ViTModel,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
 from sorsa_plugin import SORSALayer, merge_adapter
 
-TOKENS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-VISION = {**SIZES, "image_size": 16, "patch_size": 8}
-
-
-def made(model_class, config):
-    torch.manual_seed(1)
-    return model_class(config).eval()
-
-
-def opt():
-    sizes = {**SIZES, **TOKENS, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
-    return made(OPTForCausalLM, OPTConfig(**sizes))
-
-
-def whisper():
-    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 1}
-    lengths = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
-    return made(WhisperForConditionalGeneration, WhisperConfig(**sizes, **heads, **lengths, **TOKENS))
-
-
-def gpt_oss():
-    sizes = {**SIZES, **TOKENS, "num_key_value_heads": 2, "head_dim": 8}
-    return made(GptOssForCausalLM, GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)).bfloat16()
-
-
-def qwen3_moe():
-    sizes = {**SIZES, **TOKENS, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 24}
-    return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2))
-
-
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 TIED = {"ensure_weight_tying": True}
+
 CASES = {
-    "embedding": (llama, {"target_modules": ["embed_tokens"]}),
-    "embedding-and-head": (llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
-    "tied-embedding": (lambda: llama(tied=True), {"target_modules": ["embed_tokens", "q_proj"], **TIED}),
-    "tied-head-bfloat16": (lambda: llama(True, torch.bfloat16), {"target_modules": ["lm_head"], **TIED}),
-    "positions": (opt, {"target_modules": ["embed_positions", "fc1"]}),
-    "convolutions": (whisper, {"target_modules": ["conv1", "conv2", "q_proj", "embed_positions"]}),
-    "encoder-decoder-tied": (whisper, {"target_modules": ["conv1", "embed_tokens"], **TIED}),
+    "embedding": (tiny_llama, {"target_modules": ["embed_tokens"]}),
+    "embedding-and-head": (tiny_llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "tied-embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"], **TIED}),
+    "tied-head-bfloat16": (lambda: tied_llama(torch.bfloat16), {"target_modules": ["lm_head"], **TIED}),
+    "positions": (tiny_opt, {"target_modules": ["embed_positions", "fc1"]}),
+    "convolutions": (tiny_whisper, {"target_modules": ["conv1", "conv2", "q_proj", "embed_positions"]}),
+    "encoder-decoder-tied": (tiny_whisper, {"target_modules": ["conv1", "embed_tokens"], **TIED}),
     "grouped-convolution": (
         lambda: made(ConvNextModel, ConvNextConfig(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1])),
         {"target_modules": ["dwconv", "pwconv1"]},
     ),
-    "patches": (lambda: made(ViTModel, ViTConfig(**VISION)), {"target_modules": ["projection"]}),
+    "patches": (lambda: made(ViTModel, ViTConfig(**VISION, num_hidden_layers=2)), {"target_modules": ["projection"]}),
     "attention": (
-        lambda: made(SiglipVisionModel, SiglipVisionConfig(**VISION)),
+        lambda: tiny_siglip(layers=2),
         {"target_modules": ["head.attention", "q_proj"]},
     ),
-    "experts": (mixtral, {"target_modules": ["q_proj"], "target_parameters": BOTH}),
-    "experts-bfloat16": (lambda: mixtral().bfloat16(), {"target_modules": [], "target_parameters": BOTH}),
-    "one-of-the-experts": (qwen3_moe, {"target_modules": ["v_proj"], "target_parameters": BOTH[:1]}),
-    "experts-stored-fused": (gpt_oss, {"target_modules": ["q_proj"], "target_parameters": BOTH}),
-    "experts-in-whole": (mixtral, {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
-    "matrix-parameter": (llama, {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}),
-    "tokens": (llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
-    "tokens-tied": (lambda: llama(True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "experts": (tiny_mixtral, {"target_modules": ["q_proj"], "target_parameters": BOTH}),
+    "experts-bfloat16": (lambda: tiny_mixtral().bfloat16(), {"target_modules": [], "target_parameters": BOTH}),
+    "one-of-the-experts": (tiny_qwen3_moe, {"target_modules": ["v_proj"], "target_parameters": BOTH[:1]}),
+    "experts-stored-fused": (
+        lambda: tiny_gpt_oss(experts=4).bfloat16(),
+        {"target_modules": ["q_proj"], "target_parameters": BOTH},
+    ),
+    "experts-in-whole": (tiny_mixtral, {"target_modules": ["q_proj"], "modules_to_save": ["experts"]}),
+    "matrix-parameter": (tiny_llama, {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"]}),
+    "tokens": (tiny_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "tokens-tied": (tied_llama, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
     "tokens-of-two": (
-        lambda: llama(dtype=torch.bfloat16),
+        lambda: tiny_llama(torch.bfloat16),
         {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3], "lm_head": [9, 4]}},
     ),
 }

@@ -9,19 +9,11 @@ import sys
 
 import pytest
 import torch
-from builders.merging import (
-    INDEX,
-    TOKENS,
-    digests,
-    gpt2,
-    llama,
-    mixtral,
-    save_adapter,
-    save_base,
-    stored,
-    trained,
-)
-from builders.one_layer import ROUNDOFF
+from builders.adapters import trained
+from builders.llama import TOKENS, tied_llama, tiny_llama
+from builders.models import tiny_gpt2, tiny_mixtral
+from builders.references import ROUNDOFF
+from builders.saved import INDEX, digests, stored
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
@@ -30,28 +22,31 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
-from typer.testing import CliRunner
 
 from sorsa_plugin import SORSAConfig, merge_adapter
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.regularizer.trained_factors import sorsa_layers
 
 CASES = {
-    "sharded": (llama, {}, "20KB"),
-    "one-file": (llama, {"task_type": "CAUSAL_LM"}, "5GB"),
-    "bfloat16-sharded": (lambda: llama(dtype=torch.bfloat16), {}, "20KB"),
-    "bfloat16-tied": (lambda: llama(tied=True, dtype=torch.bfloat16), {}, "5GB"),
-    "rank-pattern": (llama, {"target_modules": r".*(q_proj|up_proj)", "rank_pattern": {"q_proj": 5}}, "20KB"),
-    "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}, "40KB"),
-    "modules-to-save": (llama, {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "model.norm"]}, "20KB"),
+    "sharded": (tiny_llama, {}, "20KB"),
+    "one-file": (tiny_llama, {"task_type": "CAUSAL_LM"}, "5GB"),
+    "bfloat16-sharded": (lambda: tiny_llama(torch.bfloat16), {}, "20KB"),
+    "bfloat16-tied": (lambda: tied_llama(torch.bfloat16), {}, "5GB"),
+    "rank-pattern": (tiny_llama, {"target_modules": r".*(q_proj|up_proj)", "rank_pattern": {"q_proj": 5}}, "20KB"),
+    "conv1d": (tiny_gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}, "40KB"),
+    "modules-to-save": (
+        tiny_llama,
+        {"target_modules": ["v_proj"], "modules_to_save": ["lm_head", "model.norm"]},
+        "20KB",
+    ),
     "bfloat16-modules-to-save": (
-        lambda: llama(dtype=torch.bfloat16),
+        lambda: tiny_llama(torch.bfloat16),
         {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
         "5GB",
     ),
-    "lm-head": (llama, {"target_modules": ["lm_head", "o_proj"]}, "20KB"),
-    "fused-experts": (mixtral, {"target_modules": ["q_proj", "o_proj"]}, "20KB"),
+    "lm-head": (tiny_llama, {"target_modules": ["lm_head", "o_proj"]}, "20KB"),
+    "fused-experts": (tiny_mixtral, {"target_modules": ["q_proj", "o_proj"]}, "20KB"),
 }
+
 
 PLAIN_TRANSFORMERS = """
 import sys
@@ -107,16 +102,6 @@ def merged(tmp_path_factory):
     for name, result in results.items():
         result.update(torch.load(root / name / "found.pt", weights_only=False))
     return results
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    return save_adapter(tmp_path_factory.mktemp("adapter"))
 
 
 # -- the same model --------------------------------------------------------------------------------------------------
@@ -185,16 +170,16 @@ def test_the_base_directory_is_untouched(merged, case):
     assert digests(merged[case]["directory"] / "base") == merged[case]["before"]
 
 
-def test_an_adapter_on_the_model_without_a_head_finds_its_layers_in_the_checkpoint_with_one(base, tmp_path):
+def test_an_adapter_on_the_model_without_a_head_finds_its_layers_in_the_checkpoint_with_one(sharded_llama, tmp_path):
     """...and the other way round: transformers adds or drops the prefix `model.` while it loads."""
-    model = trained(AutoModel.from_pretrained(base), task_type="FEATURE_EXTRACTION", target_modules=["q_proj"])
+    model = trained(AutoModel.from_pretrained(sharded_llama), task_type="FEATURE_EXTRACTION", target_modules=["q_proj"])
     model.save_pretrained(tmp_path / "sorsa")
-    merge_adapter(base, tmp_path / "sorsa", tmp_path / "merged")
+    merge_adapter(sharded_llama, tmp_path / "sorsa", tmp_path / "merged")
     reference = model.merge_and_unload().state_dict()
     found = AutoModel.from_pretrained(tmp_path / "merged").state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in reference.items())
 
-    llama(tied=True).model.save_pretrained(tmp_path / "headless")
+    tied_llama().model.save_pretrained(tmp_path / "headless")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "headless"), target_modules=["q_proj"])
     model.save_pretrained(tmp_path / "sorsa2")
     merge_adapter(tmp_path / "headless", tmp_path / "sorsa2", tmp_path / "merged2")
@@ -206,8 +191,8 @@ def test_an_adapter_on_the_model_without_a_head_finds_its_layers_in_the_checkpoi
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_all_other_files_are_copied_but_no_unmerged_weights_no_card_and_no_adapter(base, adapter, tmp_path):
-    shutil.copytree(base, tmp_path / "base")
+def test_all_other_files_are_copied_but_no_unmerged_weights_no_card_and_no_adapter(sharded_llama, adapter, tmp_path):
+    shutil.copytree(sharded_llama, tmp_path / "base")
     copied = ["tokenizer.json", "chat_template.jinja", "modeling_own.py", "LICENSE", "1_Pooling/config.json"]
     copied += ["2_Dense/model.safetensors", "2_Dense/pytorch_model.bin"]
     left = ["pytorch_model.bin", "consolidated.00.pth", "onnx/model.onnx", "model.fp16.safetensors", "model.gguf"]
@@ -218,7 +203,7 @@ def test_all_other_files_are_copied_but_no_unmerged_weights_no_card_and_no_adapt
     (tmp_path / "base" / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n\n# The base\n")
     report = merge_adapter(tmp_path / "base", adapter, tmp_path / "merged")
     names = set(digests(tmp_path / "merged"))
-    assert names == set(digests(base)) | {*copied, "README.md"}
+    assert names == set(digests(sharded_llama)) | {*copied, "README.md"}
     assert all((tmp_path / "merged" / name).read_text() == name for name in copied)
     assert sorted(report.left_out) == sorted(left)
     card = (tmp_path / "merged" / "README.md").read_text()
@@ -228,8 +213,8 @@ def test_all_other_files_are_copied_but_no_unmerged_weights_no_card_and_no_adapt
 
 
 @pytest.mark.parametrize("card", [b"---\nA rule: with: colons\n---\n", b"---\nlicense: mit\n---\ncaf\xe9\n"])
-def test_a_base_whose_card_cannot_be_read_is_merged_as_one_without(base, adapter, card, tmp_path):
-    shutil.copytree(base, tmp_path / "base")
+def test_a_base_whose_card_cannot_be_read_is_merged_as_one_without(sharded_llama, adapter, card, tmp_path):
+    shutil.copytree(sharded_llama, tmp_path / "base")
     (tmp_path / "base" / "README.md").write_bytes(card)
     merge_adapter(tmp_path / "base", adapter, tmp_path / "merged")
     written = (tmp_path / "merged" / "README.md").read_text()
@@ -273,17 +258,3 @@ def test_merging_holds_neither_the_model_nor_two_shards(tmp_path):
     _, sharded, one_file = map(int, done.stdout.split()[-3:])
     # The largest weight takes 2 MB; as base, change, sum, rounded result and buffer about five of these are held.
     assert max(sharded, one_file) < 2 * 15e6
-
-
-# -- the command -----------------------------------------------------------------------------------------------------
-
-
-def test_the_command_merges_and_reports(base, adapter, tmp_path):
-    options = ["merge", "--base", str(base), "--adapter", str(adapter), "-o", str(tmp_path / "merged"), "--safe"]
-    run = CliRunner().invoke(build_app(), options)
-    assert run.exit_code == 0
-    assert "Merged 14 layers" in run.output
-    again = CliRunner().invoke(build_app(), options)
-    assert again.exit_code == 1
-    assert "is not empty; expected a new or empty directory" in again.output
-    assert "Traceback" not in again.output

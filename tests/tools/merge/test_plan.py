@@ -6,13 +6,9 @@ import json
 
 import pytest
 import torch
-from builders.merging import (
-    INDEX,
-    TOKENS,
-    llama,
-    stored,
-    trained,
-)
+from builders.adapters import trained
+from builders.llama import TOKENS, tied_llama
+from builders.saved import INDEX, stored
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +36,7 @@ TIED = {
 @pytest.mark.parametrize("shard_size", ["20KB", "5GB"])
 @pytest.mark.parametrize("options", TIED.values(), ids=TIED)
 def test_a_change_of_one_of_two_tied_weights_unties_them_as_it_does_in_the_adapted_model(tmp_path, options, shard_size):
-    llama(tied=True).save_pretrained(tmp_path / "base", max_shard_size=shard_size)
+    tied_llama().save_pretrained(tmp_path / "base", max_shard_size=shard_size)
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), **options)
     model.save_pretrained(tmp_path / "sorsa")
     report = merge_adapter(tmp_path / "base", tmp_path / "sorsa", tmp_path / "merged")
@@ -61,7 +57,7 @@ def test_a_change_of_one_of_two_tied_weights_unties_them_as_it_does_in_the_adapt
 @pytest.mark.filterwarnings("ignore:(Model has `tie_word_embeddings=True`|Model with|Setting)")
 def test_shards_that_are_in_a_folder_stay_in_it(tmp_path):
     base, folder = tmp_path / "base", tmp_path / "base" / "weights"
-    llama(tied=True).save_pretrained(base, max_shard_size="20KB")
+    tied_llama().save_pretrained(base, max_shard_size="20KB")
     model = trained(AutoModelForCausalLM.from_pretrained(base), **TIED["adapted-head"])  # which adds a tensor
     model.save_pretrained(tmp_path / "sorsa")
     merge_adapter(base, tmp_path / "sorsa", tmp_path / "plain")
@@ -83,7 +79,7 @@ def test_shards_that_are_in_a_folder_stay_in_it(tmp_path):
 
 
 def test_tied_weights_that_stay_alike_stay_tied(tmp_path):
-    llama(tied=True).save_pretrained(tmp_path / "base")
+    tied_llama().save_pretrained(tmp_path / "base")
     model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), target_modules=["q_proj"])
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(2)  # as if it had been trained along
@@ -99,11 +95,11 @@ def test_tied_weights_that_stay_alike_stay_tied(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:(Model with|Setting)")
 def test_tied_weights_that_are_stored_twice_are_both_written(tmp_path):
-    llama(tied=True).save_pretrained(tmp_path / "base")
+    tied_llama().save_pretrained(tmp_path / "base")
     path = tmp_path / "base" / "model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
-    model = trained(llama(tied=True), target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = trained(tied_llama(), target_modules=["embed_tokens"], ensure_weight_tying=True)
     model.save_pretrained(tmp_path / "sorsa")
     report = merge_adapter(tmp_path / "base", tmp_path / "sorsa", tmp_path / "merged")
     assert report.merged == ("model.embed_tokens",)
