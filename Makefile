@@ -9,8 +9,9 @@ SHARED := -n 2 --dist loadfile# a file's tests share what they made
 FAST := -m "not slow and not distributed and not axolotl" $(SHARED)
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
 COMPAT := tests/compat -m "not slow and not distributed and not axolotl"
-SHOWN := tests/kinds tests/life_cycle tests/architectures tests/test_mixed_batch.py tests/test_compile.py \
-	tests/test_peft_integration.py tests/test_layer.py tests/test_config.py
+SHOWN := tests/layers/kinds tests/layers/test_layer.py tests/tuner tests/tools/test_export_of_kinds.py tests/test_config.py \
+	$(addprefix tests/promises/test_,adapter_options.py architectures.py base_model_untouched.py bit_equal_start.py \
+	compile.py failed_attempts.py loading_and_generating.py peft_integration.py)
 RESULTS := runs/support
 GLOO_HELPER := -c "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load()"
 AXOLOTL_BUILT := $(CURDIR)/$(AXOLOTL)/built# what DeepSpeed compiles, apart from the other environment's
@@ -50,7 +51,7 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/peft.xml
 	-OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/oldest.xml
 	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --borrowed --junit-xml=$(CURDIR)/$(RESULTS)/lora.xml
-	$(VENV)/bin/python tests/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > $(RESULTS)/support.md
+	$(VENV)/bin/python tests/promises/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > $(RESULTS)/support.md
 	mv $(RESULTS)/support.md docs/support.md
 
 test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)

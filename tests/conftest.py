@@ -19,7 +19,7 @@ import peft
 import pytest
 import torch
 import transformers
-from tiny_llama import tiny_llama
+from builders.llama import tiny_llama
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import LlamaForCausalLM

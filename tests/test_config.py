@@ -10,15 +10,15 @@ import subprocess
 import sys
 
 import pytest
+from builders.llama import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftConfig, get_peft_config, get_peft_model
-from tiny_llama import tiny_llama
 
 from sorsa_plugin import SORSAConfig, SORSAError
 from sorsa_plugin.config import DEFAULT_GAMMA
 from sorsa_plugin.errors import SORSAConfigError
-from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+from sorsa_plugin.layers.layer import sorsa_layers
 
 REFUSED = [
     (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from builders.adapters import perturb
 from peft import LoraConfig, get_peft_model
-from safetensors import SafetensorError
-from support import perturb
 from torch import nn
 from typer.testing import CliRunner
 
@@ -36,7 +33,7 @@ from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import AdapterOptionsError, AttachError, PluginError, UnsupportedLayerError
 from sorsa_plugin.layers.kinds.linear import SORSALinear
 from sorsa_plugin.plugins import manager
-from sorsa_plugin.recipes.setup_adapter import AdapterOptions
+from sorsa_plugin.recipes.adapter_type import AdapterOptions
 from sorsa_plugin.regularizer.engines import Engine, WholeFactors
 from sorsa_plugin.regularizer.trained_factors import Factor
 
@@ -185,29 +182,6 @@ def test_plugin_adds_a_command() -> None:
     assert CliRunner().invoke(build_app(), ["greet", "you"]).exit_code != 0
 
 
-@pytest.mark.parametrize(
-    ("error", "output"),
-    [
-        (OSError(28, "No space left on device", "out/file"), "Error: [Errno 28] No space left on device: 'out/file'\n"),
-        (SafetensorError("I/O error: No space left on device"), "Error: I/O error: No space left on device\n"),
-        (BrokenPipeError(32, "Broken pipe"), ""),  # of `sorsa write | head`
-    ],
-)
-def test_an_error_of_the_disk_ends_a_command_without_a_traceback(error: Exception, output: str) -> None:
-    class Plugin:
-        @staticmethod
-        @hookimpl
-        def sorsa_commands(app: typer.Typer) -> None:
-            @app.command()
-            def write() -> None:
-                raise error
-
-    with registered(Plugin):
-        result = CliRunner().invoke(build_app(), ["write"])
-    assert (result.exit_code, result.output) == (1, output)
-    assert isinstance(result.exception, SystemExit)
-
-
 @pytest.fixture
 def forget_failures() -> Iterator[None]:
     before = dict(plugins.broken)
@@ -326,14 +300,3 @@ def test_the_list_of_plugins_says_who_adds_what() -> None:
     assert "lora" in listed["sorsa_plugin.recipes.peft_methods"]["adapters"]
     table = CliRunner().invoke(build_app(), ["plugins"]).output
     assert all(name in table for name in ("quickstart", "transformers", "trl", "adalora"))
-
-
-def test_importing_the_core_brings_nothing_that_peft_does_not() -> None:
-    """Beyond PEFT's own imports: pluggy, and what this package is made of."""
-
-    def packages(name: str) -> set[str]:
-        code = f"import sys, {name}; print(*{{name.split('.')[0] for name in sys.modules}})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return {found for found in done.stdout.split() if found not in sys.stdlib_module_names}
-
-    assert packages("sorsa_plugin") - packages("peft") == {"pluggy", "sorsa_plugin"}

@@ -12,14 +12,14 @@ import os
 from pathlib import Path
 
 import torch
-from engines import ENGINES, engine_arguments, leave, prepare
-from tiny_llama import token_batches
+from builders.engines import ENGINES, engine_arguments, leave, prepare
+from builders.llama import token_batches
 
 
 def digest(model: torch.nn.Module) -> str:
     """Of the frozen factors and fingerprints as this process has them."""
-    from sorsa_plugin.layers.factors import FROZEN
-    from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+    from sorsa_plugin.files.adapter_format import FROZEN
+    from sorsa_plugin.layers.layer import sorsa_layers
 
     total = hashlib.sha256()
     for layer in sorsa_layers(model):
@@ -48,7 +48,7 @@ def main() -> None:
 
     import sorsa_plugin.tuner.initialise
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.regularizer.trained_factors import sorsa_layers
+    from sorsa_plugin.layers.layer import sorsa_layers
     from sorsa_transformers import SORSACallback
 
     factorised = []

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import ENGINES, build_model, engine_arguments, leave, perturb, prepare
-from tiny_llama import token_batches
+from builders.engines import ENGINES, build_model, engine_arguments, leave, perturb, prepare
+from builders.llama import token_batches
 from transformers import TrainerCallback
 
 STEPS = 6

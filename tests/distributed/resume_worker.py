@@ -12,8 +12,8 @@ import signal
 from pathlib import Path
 
 import torch
-from engines import ENGINES, build_model, engine_arguments, leave, perturb, prepare
-from tiny_llama import token_batches
+from builders.engines import ENGINES, build_model, engine_arguments, leave, perturb, prepare
+from builders.llama import token_batches
 from transformers import TrainerCallback
 
 

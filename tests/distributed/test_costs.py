@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from launching import run
+from builders.processes import run
 
 pytestmark = pytest.mark.distributed
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import report, run
+from builders.engine_scenarios import BF16, CLASSES, FP32, GAMMA, SCENARIOS, STEPS, adapter
+from builders.processes import report, run
 from peft import PeftModel
-from safetensors.torch import load_file
-from train_worker import GAMMA, SCENARIOS, STEPS
 
 pytestmark = pytest.mark.distributed
 
@@ -21,7 +20,6 @@ TRAINED = {
     "zero2": [*UPDATES, "adamw", "two groups", "attached early", "offloaded", "bf16 decoupled"],
     "zero3": ["coupled", "decoupled self-attached", "two groups", "attached early", "offloaded", "bf16 coupled"],
 }
-CLASSES = {"ddp": "WholeFactors", "fsdp2": "FSDP2", "zero1": "ZeRO12", "zero2": "ZeRO12", "zero3": "ZeRO3"}
 SAME_AS = {  # what one process calls it
     "coupled self-attached": "coupled",
     "decoupled self-attached": "decoupled",
@@ -31,19 +29,6 @@ SAME_AS = {  # what one process calls it
 }
 ALONE = ["coupled", "decoupled", "adamw", "two groups", "gamma 0", "unclipped"]
 ALONE += ["bf16 coupled", "bf16 decoupled", "bf16 base ram-efficient"]
-
-FP32 = 5e-6
-"""Entries of the factors are below 1, their offsets below 0.3. Each of 30 steps rounds the offset (2^-25 of it), and
-gamma P E (up to 49 terms of 0.3 at 0.05: 4e-8), at most 30 (1e-8 + 4e-8) = 2e-6 in all; the task's gradients are
-below 0.02 and differ in their last digits, times the rate 1e-2."""
-
-BF16 = 3e-5
-"""A bf16 gradient differs by 2^-7 of itself when its sums are split otherwise; 30 steps of clipped gradients of norm
-0.02 at a rate that falls from 1e-2 move a factor by 3e-3 at most."""
-
-
-def adapter(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
 def load_all(output: Path) -> torch.Tensor:
@@ -114,7 +99,7 @@ def test_penalty_and_clipping_in_these_runs_are_large_enough_to_matter(alone: Pa
 
 
 def test_an_adapter_of_two_processes_loads_on_one(together: tuple[str, Path]) -> None:
-    from engines import build_model
+    from builders.engines import build_model
 
     engine, output = together
     tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))

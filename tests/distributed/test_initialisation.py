@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import build_model
-from launching import report, run
+from builders.engines import build_model
+from builders.processes import report, run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
@@ -16,16 +16,16 @@ LAYERS = 14
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     directory = tmp_path_factory.mktemp("base")
     build_model().save_pretrained(directory)
     return str(directory)
 
 
 @pytest.fixture(scope="module")
-def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(saved_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone")
-    run("init_worker.py", 1, str(output), "single", base)
+    run("init_worker.py", 1, str(output), "single", saved_llama)
     assert report(output)["processes"][0]["factorised"] == LAYERS
     return output
 
@@ -50,15 +50,17 @@ def assert_same_run(output: Path, expected: Path) -> None:
             assert torch.equal(found[key], tensor), key
 
 
-def test_each_process_factorises_its_share_and_all_have_the_same_bits(base: str, alone: Path, tmp_path: Path) -> None:
-    run("init_worker.py", 3, str(tmp_path), "ddp", base, "--steps", "1")
+def test_each_process_factorises_its_share_and_all_have_the_same_bits(
+    saved_llama: str, alone: Path, tmp_path: Path
+) -> None:
+    run("init_worker.py", 3, str(tmp_path), "ddp", saved_llama, "--steps", "1")
     processes = report(tmp_path)["processes"]
     assert [process["factorised"] for process in processes] == [5, 5, 4]
     assert {process["digest"] for process in processes} == {report(alone)["processes"][0]["digest"]}
 
 
-def test_zero3_factorises_partitioned_weights_one_at_a_time(base: str, alone: Path, tmp_path: Path) -> None:
-    run("init_worker.py", 2, str(tmp_path), "zero3", base)
+def test_zero3_factorises_partitioned_weights_one_at_a_time(saved_llama: str, alone: Path, tmp_path: Path) -> None:
+    run("init_worker.py", 2, str(tmp_path), "zero3", saved_llama)
     processes = report(tmp_path)["processes"]
     assert {process["base"] for process in processes} == {process["base_after"] for process in processes} == {"apart"}
     assert [process["factorised"] for process in processes] == [7, 7]
@@ -66,8 +68,8 @@ def test_zero3_factorises_partitioned_weights_one_at_a_time(base: str, alone: Pa
     assert_same_run(tmp_path, alone)
 
 
-def test_fsdp2_with_weights_on_the_first_process_only(base: str, alone: Path, tmp_path: Path) -> None:
-    run("init_worker.py", 2, str(tmp_path), "fsdp2", base, "--meta")
+def test_fsdp2_with_weights_on_the_first_process_only(saved_llama: str, alone: Path, tmp_path: Path) -> None:
+    run("init_worker.py", 2, str(tmp_path), "fsdp2", saved_llama, "--meta")
     processes = report(tmp_path)["processes"]
     assert [process["base"] for process in processes] == ["whole", "meta"]
     assert [process["factorised"] for process in processes] == [LAYERS, 0]
@@ -77,9 +79,9 @@ def test_fsdp2_with_weights_on_the_first_process_only(base: str, alone: Path, tm
 
 @pytest.mark.parametrize(("engine", "options"), [("zero3", ()), ("fsdp2", ("--meta",))])
 def test_a_complete_adapter_starts_without_any_factorisation(
-    engine: str, options: tuple[str, ...], base: str, alone: Path, untrained: str, tmp_path: Path
+    engine: str, options: tuple[str, ...], saved_llama: str, alone: Path, untrained: str, tmp_path: Path
 ) -> None:
-    run("init_worker.py", 2, str(tmp_path), engine, base, "--adapter", untrained, *options)
+    run("init_worker.py", 2, str(tmp_path), engine, saved_llama, "--adapter", untrained, *options)
     assert [process["factorised"] for process in report(tmp_path)["processes"]] == [0, 0]
     assert_same_run(tmp_path, alone)
 

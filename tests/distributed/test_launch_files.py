@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from launching import ANNOUNCED, HERE
+from builders.processes import ANNOUNCED, HERE, TESTS
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig
@@ -27,13 +27,12 @@ from sorsa_quickstart.task import train_examples
 
 pytestmark = pytest.mark.distributed
 
-ROOT = HERE.parents[1]
+ROOT = TESTS.parent
 FILES = ROOT / "examples" / "distributed"
 SMALL = {
     "vocab_size": 1024, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
-
 
 TRAINING = shlex.split("--rank 4 --max-steps 3 --max-length 256 --lr 1e-3 --eval-examples 4")
 
@@ -124,7 +123,7 @@ def run_together(started: list[list[str]], report: Path, data_parallel: bool, ti
     """Run the commands of all machines at once."""
     environment = {key: value for key, value in os.environ.items() if key not in ANNOUNCED}
     environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "SORSA_TEST_REPORT": str(report)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE / "on_cpus"), str(HERE)])
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [HERE / "on_cpus", HERE, TESTS]))
     if data_parallel:
         environment["ACCELERATE_USE_CPU"] = "true"
     logs = [report / f"machine-{number}.log" for number in range(len(started))]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import report, run
-from test_engines import CLASSES, FP32, adapter
-from tiny_llama import tiny_llama
+from builders.engine_scenarios import CLASSES, FP32, adapter
+from builders.llama import tiny_llama
+from builders.processes import report, run
 
 pytestmark = pytest.mark.distributed
 
@@ -17,7 +17,7 @@ KINDS = ["coupled", "residual"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+def saved_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny Llama whose rows fit bitsandbytes' blocks of 64: its CPU kernels misread shorter ones."""
     directory = tmp_path_factory.mktemp("base")
     tiny_llama(hidden=64, intermediate=128).save_pretrained(directory)
@@ -25,17 +25,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alone(saved_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone")
-    run("train_worker.py", 1, str(output), "single", *KINDS, "--quantised", base)
+    run("train_worker.py", 1, str(output), "single", *KINDS, "--quantised", saved_llama)
     return output
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_two_processes_on_four_bits_follow_the_trajectory_of_one(
-    engine: str, base: str, alone: Path, tmp_path: Path
+    engine: str, saved_llama: str, alone: Path, tmp_path: Path
 ) -> None:
-    run("train_worker.py", 2, str(tmp_path), engine, *KINDS, "--quantised", base)
+    run("train_worker.py", 2, str(tmp_path), engine, *KINDS, "--quantised", saved_llama)
     for kind in KINDS:
         assert report(tmp_path)[kind]["engine"] == CLASSES[engine]
         # as in test_engines.py

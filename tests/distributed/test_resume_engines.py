@@ -9,7 +9,7 @@ from subprocess import run as run_command
 
 import pytest
 import torch
-from launching import environment, report, run
+from builders.processes import environment, report, run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed
@@ -126,7 +126,7 @@ def test_a_checkpoint_is_converted_to_the_adapter_that_the_run_saved(
 
 
 def loads_on_one_process(converted: Path, saved: Path, rounded: bool) -> None:
-    from engines import build_model
+    from builders.engines import build_model
     from peft import PeftModel
 
     tokens = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(7))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import report, run
+from builders.processes import report, run
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -50,7 +50,7 @@ def test_a_sampler_reads_the_merged_weights_and_training_goes_on_undisturbed(
     _, output, _ = together
     expected = load_file(alone / "read.safetensors")
     assert_close(load_file(output / "read.safetensors"), expected)
-    from engines import build_model
+    from builders.engines import build_model
 
     base = dict(build_model().named_parameters())
     assert expected.keys() == base.keys()
@@ -63,7 +63,7 @@ def test_a_sampler_reads_the_merged_weights_and_training_goes_on_undisturbed(
 def test_the_adapter_saved_in_mid_run_is_complete_and_serves_on_one_process(
     together: tuple[str, Path, str], alone: Path, tmp_path: Path
 ) -> None:
-    from engines import build_model
+    from builders.engines import build_model
 
     from sorsa_plugin.tools.export_lora import export_lora
 

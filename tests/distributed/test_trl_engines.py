@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import report, run
+from builders.processes import report, run
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.distributed

@@ -13,28 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engines import ENGINES, build_model, engine_arguments, leave, load_quantised, perturb, prepare
-from tiny_llama import token_batches
-
-GAMMA = 0.05
-STEPS = 30
-SCENARIOS: dict[str, dict] = {
-    "coupled": {},
-    "decoupled": {"reg_update": "decoupled"},
-    "coupled self-attached": {"attached": False},
-    "decoupled self-attached": {"reg_update": "decoupled", "attached": False},
-    "adamw": {"optim": "adamw_torch", "adam_epsilon": 1e-2},
-    "bf16 coupled": {"bf16": True},
-    "bf16 decoupled": {"reg_update": "decoupled", "bf16": True},
-    "gamma 0": {"gamma": 0.0},
-    "unclipped": {"max_grad_norm": 0.0},
-    "two groups": {"groups": True},
-    "attached early": {"early": True},
-    "ram-efficient": {"ram_efficient": True},
-    "bf16 base ram-efficient": {"ram_efficient": True, "bf16": True, "base": torch.bfloat16},
-    "residual": {"residual_base": True},
-    "offloaded": {"zero": {"offload_optimizer": {"device": "cpu"}}},
-}
+from builders.engine_scenarios import GAMMA, SCENARIOS, STEPS
+from builders.engines import ENGINES, build_model, engine_arguments, leave, load_quantised, perturb, prepare
+from builders.llama import token_batches
 
 
 def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> dict:
@@ -43,7 +24,7 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     from transformers import Trainer, TrainingArguments
 
     from sorsa_plugin import SORSAConfig
-    from sorsa_plugin.regularizer.engines import innermost
+    from sorsa_plugin.regularizer.optimizers import innermost
     from sorsa_plugin.regularizer.step_hooks import attachment_of
     from sorsa_plugin.regularizer.trained_factors import model_factors
     from sorsa_transformers import SORSACallback

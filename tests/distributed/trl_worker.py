@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
-from engines import engine_arguments, leave, perturb, prepare
+from builders.engines import engine_arguments, leave, perturb, prepare
 
 
 def train(kind: str, engine: str, output: Path) -> dict[str, list[float]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quickstart_base.corpus import HELD_OUT_WORDS
 
 from sorsa_plugin import SORSAConfig
 from sorsa_quickstart.answering import BASE, answer, load_base
-from sorsa_quickstart.corpus import HELD_OUT_WORDS
 from sorsa_quickstart.run import adapter_config, run
 from sorsa_quickstart.task import final_number, is_correct, test_examples, train_examples
 
@@ -49,7 +49,7 @@ def test_only_a_number_on_the_closing_line_is_an_answer(text, number):
 def test_the_tasks_words_were_held_out_of_the_base_models_corpus():
     from itertools import islice
 
-    from sorsa_quickstart.corpus import generate
+    from quickstart_base.corpus import generate
 
     text = " ".join(f"{item.prompt}{item.completion}" for item in islice(generate(seed=0), 3000)).lower()
     assert [word for word in HELD_OUT_WORDS if word in text] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from axolotl_runs import LORA_RECIPE, SORSA_RECIPE, Run, trained
+from builders.axolotl_runs import LORA_RECIPE, SORSA_RECIPE, Run, trained
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("axolotl")
 
-from axolotl_runs import (
+from builders.axolotl_runs import (
     GSM8K,
     SORSA_RECIPE,
     Run,
@@ -21,7 +21,7 @@ from axolotl_runs import (
     recipe,
     trained,
 )
-from probe_plugin import INPUT_IDS
+from with_axolotl.probe_plugin import INPUT_IDS
 
 pytestmark = pytest.mark.axolotl
 

@@ -17,7 +17,7 @@ from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
-from axolotl_runs import ROOT, environment
+from builders.axolotl_runs import ROOT, environment
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.axolotl

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("axolotl")
 
-from axolotl_runs import PREFERENCES, Run, axolotl, base_model, plain_peft_logits, recipe, trained
+from builders.axolotl_runs import PREFERENCES, Run, axolotl, base_model, plain_peft_logits, recipe, trained
 
 pytestmark = pytest.mark.axolotl
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("axolotl")
 pytest.importorskip("bitsandbytes")
 
-from axolotl_runs import (
+from builders.axolotl_runs import (
     BASE,
     Run,
     assert_the_change_was_added,
@@ -22,8 +22,8 @@ from axolotl_runs import (
     trained,
 )
 from peft import PeftModel
-from probe_plugin import INPUT_IDS
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from with_axolotl.probe_plugin import INPUT_IDS
 
 pytestmark = pytest.mark.axolotl
 

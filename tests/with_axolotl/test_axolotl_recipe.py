@@ -16,7 +16,7 @@ from axolotl.cli.config import prepare_plugins
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
-from axolotl_runs import axolotl, base_model, recipe
+from builders.axolotl_runs import axolotl, base_model, recipe
 from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import ValidationError
 

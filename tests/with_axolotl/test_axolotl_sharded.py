@@ -13,13 +13,12 @@ import yaml
 pytest.importorskip("axolotl")
 
 from axolotl.utils.dict import DictDefault
-from axolotl_runs import ROOT, Run, assert_the_same_end, base_logits, plain_peft_logits, recipe, trained
+from builders.axolotl_runs import ROOT, Run, assert_the_same_end, base_logits, plain_peft_logits, recipe, trained
 
 from sorsa_axolotl.checkpoints import choose_checkpoint
 from sorsa_plugin.errors import IncompleteAdapterError
 
 pytestmark = pytest.mark.axolotl
-
 
 TWO_PROCESSES = {"gradient_accumulation_steps": 1, "dataset_num_proc": 1}
 """Each takes every other batch of the single process's accumulated two."""

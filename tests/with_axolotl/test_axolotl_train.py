@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("axolotl")
 
-from axolotl_runs import (
+from builders.axolotl_runs import (
     GSM8K,
     LORA_RECIPE,
     METRICS,

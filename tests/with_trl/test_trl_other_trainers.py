@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import trl
+from builders.trl_runs import EXAMPLES, PREFERENCES, logged, options, sorsa_config
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
-from trl_runs import EXAMPLES, PREFERENCES, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
-from sorsa_plugin.regularizer.engines import innermost
+from sorsa_plugin.regularizer.optimizers import innermost
 from sorsa_plugin.regularizer.step_hooks import attachment_of
 from sorsa_quickstart.answering import BASE, load_base
 

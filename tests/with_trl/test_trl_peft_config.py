@@ -8,15 +8,16 @@ import math
 
 import pytest
 import torch
+from builders.adapters import perturb
+from builders.trl_runs import EXAMPLES, adapter_tensors, build, logged, options, sorsa_config
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from support import perturb
 from trl import DPOTrainer, SFTConfig, SFTTrainer
-from trl_runs import EXAMPLES, adapter_tensors, build, logged, options, sorsa_config
 
 from sorsa_plugin import gaps
-from sorsa_plugin.layers.factors import OFFSETS
-from sorsa_plugin.regularizer.trained_factors import model_factors, sorsa_layers
+from sorsa_plugin.files.adapter_format import OFFSETS
+from sorsa_plugin.layers.layer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import model_factors
 from sorsa_quickstart.answering import load_base
 
 LN2 = float(torch.tensor(math.log(2.0), dtype=torch.float32))

@@ -9,7 +9,7 @@ if "LOCAL_RANK" in os.environ:
     os.environ["DS_ACCELERATOR"] = "cpu"
     if os.environ.get("ACCELERATE_USE_CPU") != "true":  # which is enough for DDP
         from accelerate.parallelism_config import ParallelismConfig
-        from engines import pretend_cpu_is_an_accelerator
+        from builders.engines import pretend_cpu_is_an_accelerator
 
         pretend_cpu_is_an_accelerator()
         build_device_mesh = ParallelismConfig.build_device_mesh

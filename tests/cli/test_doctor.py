@@ -1,0 +1,25 @@
+"""`sorsa doctor` prints its diagnosis as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from typer.testing import CliRunner
+
+from sorsa_plugin.cli import build_app
+from sorsa_plugin.tools.doctor import examine
+
+
+def test_json_is_the_diagnosis(monkeypatch):
+    run = CliRunner().invoke(build_app(), ["doctor", "--json"])
+    assert run.exit_code == 0
+    assert json.loads(run.stdout) == json.loads(json.dumps(examine().to_json()))
+
+
+def test_the_table_names_every_package():
+    run = CliRunner().invoke(build_app(), ["doctor"])
+    assert run.exit_code == 0
+    for package in examine().packages:
+        assert package.name in run.output
+    assert "registered with PEFT: yes" in run.output
+    assert "plug-ins: " in run.output

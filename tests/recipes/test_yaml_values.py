@@ -1,0 +1,17 @@
+"""Numbers of a YAML recipe are numbers, with or without a dot before the exponent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sorsa_plugin import setup_adapter
+
+
+@pytest.mark.parametrize("number", ["4e-4", "4E-4", "+4e-4", "4.e-4", "4.0e-04", "0.0004"])
+def test_numbers_need_no_dot_before_their_exponent(number: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"adapter: sorsa\nr: 4\ntarget_modules: [q_proj]\nsorsa:\n  gamma: {number}\n")
+    for options in (recipe, {"adapter": "sorsa", "adapter_options": f"{{gamma: {number}}}"}):
+        assert setup_adapter(options).peft_config.gamma == 4e-4

@@ -1,0 +1,135 @@
+"""A damaged or foreign file is refused by layer and part, and changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from builders.adapters import perturb, trained
+from builders.llama import tiny_llama
+from builders.saved import FILE, damaged, reshaped, saved_with_outputs, without
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from sorsa_plugin import SORSAConfig
+from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError
+from sorsa_plugin.files.adapter_format import FROZEN, OFFSETS
+from sorsa_plugin.layers.layer import sorsa_layers
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Directory of a saved adapter, its logits and tensors; tests copy what they damage."""
+    return saved_with_outputs(tmp_path_factory.mktemp("saved"))
+
+
+DAMAGED_LAYER = r"layers\.1\.mlp\.up_proj"
+
+DAMAGES = {
+    **{f"without-{part}": (without(rf"{DAMAGED_LAYER}\..*\.{part}$"), rf"lacks {part} of .*{DAMAGED_LAYER}")
+       for part in (*OFFSETS, *FROZEN)},
+    "without-frozen": (without(r"\.(U0|S0|V0)$"), r"lacks U0, S0, V0 of .*q_proj"),
+    "without-a-layer": (without(DAMAGED_LAYER), rf"no tensors for 1 of the 14 adapted layers.*{DAMAGED_LAYER}"),
+    "without-half-the-layers": (without(r"layers\.1\."), r"no tensors for 7 of the 14 adapted layers"),
+    **{f"other-shape-of-{part}": (reshaped(rf"{DAMAGED_LAYER}\..*{part}$"),
+       rf"{DAMAGED_LAYER}.*{part} has shape \(.*expected \(")
+       for part in ("dU", "V0", "fingerprint")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("change", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_is_refused_by_layer_and_part(saved, tmp_path, tokens, change, message, low_cpu_mem_usage):
+    damaged(saved[0], tmp_path, change)
+    with pytest.raises(IncompleteAdapterError, match=message):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+
+
+@pytest.mark.parametrize("change", [DAMAGES["without-U0"][0], DAMAGES["without-a-layer"][0]], ids=["part", "layer"])
+def test_a_refused_second_adapter_is_never_used_half_loaded(saved, tmp_path, tokens, change):
+    damaged(saved[0], tmp_path, change)
+    model = trained(seed=5)
+    expected = model(tokens).logits
+    with pytest.raises(IncompleteAdapterError):
+        model.load_adapter(tmp_path, adapter_name="second")
+    assert torch.equal(model(tokens).logits, expected)
+    assert all(layer.factors("second").pending for layer in sorsa_layers(model))
+    model.set_adapter("second")
+    with pytest.raises(FactorsNotLoadedError):
+        model(tokens)
+
+
+def test_a_file_with_factors_of_other_layers_alone_is_refused_and_changes_nothing(tmp_path, tokens):
+    """What resuming with other target modules comes to; PEFT would load nothing and say nothing."""
+    get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["v_proj"]))
+    perturb(model)
+    expected = model(tokens).logits
+    with pytest.raises(
+        IncompleteAdapterError,
+        match=r"any of the 2 adapted layers, but for 2 others, the first of them model.layers.0.self_attn.q_proj",
+    ):
+        model.load_adapter(tmp_path, adapter_name="default", is_trainable=True)
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_the_base_models_weights_load_into_an_adapted_model_without_its_adapter(tokens):
+    model = trained(seed=5)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".sorsa_" not in name}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert len(missing) == 7 * len(sorsa_layers(model))
+    assert not unexpected
+
+
+def test_a_file_of_another_method_is_not_taken_for_a_second_adapter(saved, tmp_path, tokens):
+    get_peft_model(tiny_llama(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path)
+    shutil.copy(saved[0] / "adapter_config.json", tmp_path)
+    model = trained(seed=5)
+    model.load_adapter(tmp_path, adapter_name="second")
+    model.set_adapter("second")
+    with pytest.raises(FactorsNotLoadedError):
+        model(tokens)
+
+
+def test_a_refused_file_leaves_an_adapter_as_it_was(saved, tmp_path, tokens):
+    from peft import set_peft_model_state_dict
+
+    damaged(saved[0], tmp_path, DAMAGES["without-U0"][0])
+    model = trained(seed=5)
+    expected = model(tokens).logits
+    with pytest.raises(IncompleteAdapterError):
+        set_peft_model_state_dict(model, load_file(tmp_path / FILE))
+    assert torch.equal(model(tokens).logits, expected)
+
+
+def test_a_truncated_file_is_an_error(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    content = (saved[0] / FILE).read_bytes()
+    (tmp_path / FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(Exception, match=r"(?i)header|incomplete|invalid"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file"], ids=["empty", "garbage"])
+def test_a_corrupted_file_is_an_error(saved, tmp_path, content):
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / FILE).write_bytes(content)
+    with pytest.raises(Exception, match=r"(?i)header|invalid"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_tensors_of_another_method_are_never_taken_for_the_adapter(saved, tmp_path, tokens):
+    damaged(saved[0], tmp_path, lambda tensors: {n.replace("sorsa_factors", "lora_A"): t for n, t in tensors.items()})
+    with pytest.raises((FactorsNotLoadedError, IncompleteAdapterError)):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)(tokens)
+
+
+def test_another_rank_in_the_config_than_in_the_file_is_an_error(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
+    with pytest.raises(IncompleteAdapterError, match=r"dU has shape \(32, 3\).*expected \(32, 4\).*rank"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)

@@ -1,0 +1,201 @@
+"""SORSACallback: where its metrics go, what they are, and when it refuses."""
+
+from __future__ import annotations
+
+import ast
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from builders.llama import tiny_llama
+from builders.trainer_runs import adapted, attachment_of, make_trainer
+from transformers import Trainer, TrainerCallback
+
+from sorsa_plugin import gaps
+from sorsa_plugin.errors import AttachError, NoAdaptedLayersError, NonFiniteGradientError
+from sorsa_plugin.regularizer.nonfinite_gradients import GradientWatch, Norms
+from sorsa_transformers import SORSACallback
+
+METRICS = {"sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma"}
+GAMMA, LR = 1e-3, 1e-4
+
+
+def losses(trainer: Trainer) -> list[dict[str, float]]:
+    """The Trainer's own training entries, without the clock."""
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def metrics(trainer: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in trainer.state.log_history if METRICS & entry.keys()]
+
+
+def test_plain_callback_writes_to_the_console_and_not_to_the_history(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, callbacks=[SORSACallback()], learning_rate=LR)
+    trainer.train()
+    lines = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
+    assert len(lines) == 4
+    for line in lines:
+        assert line.keys() >= METRICS
+        assert {"grad_norm", "learning_rate"} <= line.keys()
+    assert len(losses(trainer)) == 4
+    assert not metrics(trainer)
+
+
+def test_plain_callback_passes_metrics_to_the_callbacks_after_it(tmp_path: Path) -> None:
+    seen = []
+
+    class Listener(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+            seen.append(dict(logs))
+
+    make_trainer(
+        adapted(gamma=GAMMA), tmp_path, callbacks=[SORSACallback(), Listener()], eval_strategy="steps", eval_steps=2
+    ).train()
+    assert [logs.keys() >= METRICS for logs in seen if "loss" in logs] == [True] * 4
+    assert not any(METRICS & logs.keys() for logs in seen if "loss" not in logs), "evaluation logs are not ours"
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"logging_steps": 1}, [1, 2, 3, 4]),
+        ({"logging_steps": 2}, [2, 4]),
+        ({"logging_steps": 3, "logging_first_step": True}, [1, 3]),
+        ({"logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}, [4, 8]),
+        ({"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1}, [2, 4]),
+    ],
+)
+def test_callback_with_its_trainer_writes_every_log_to_the_history(
+    options: dict, steps: list[int], tmp_path: Path
+) -> None:
+    without = make_trainer(adapted(gamma=GAMMA), tmp_path, examples=8, learning_rate=LR, **options)
+    without.train()
+    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, examples=8, learning_rate=LR, **options)
+    trainer.add_callback(SORSACallback(trainer))
+    trainer.train()
+    assert [entry["step"] for entry in metrics(trainer)] == steps
+    assert all(entry.keys() >= METRICS for entry in metrics(trainer))
+    assert losses(trainer) == losses(without), "the Trainer's own entries are not all there"
+
+
+def test_callback_with_its_trainer_reaches_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, learning_rate=LR, report_to="tensorboard")
+    trainer.add_callback(SORSACallback(trainer))
+    trainer.train()
+    (directory,) = {path.parent for path in (tmp_path / "events").rglob("events.out*")}
+    events = accumulator.EventAccumulator(str(directory)).Reload()
+    for name in METRICS:
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        expected = [(entry["step"], entry[name]) for entry in metrics(trainer)]
+        assert [step for step, _ in found] == [1, 2, 3, 4]
+        for (_, value), (_, logged) in zip(found, expected, strict=True):
+            assert value == pytest.approx(logged, rel=2.0**-23)  # event files hold fp32
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("update", "schedule", "follows"),
+    [("coupled", None, True), ("decoupled", "lr", True), ("decoupled", "constant", False)],
+)
+def test_metrics_are_those_of_the_step_just_made(
+    update: str, schedule: str | None, follows: bool, tmp_path: Path
+) -> None:
+    """Gaps in fp32 of the same tensors, so equal up to the order of one mean: 28 roundings of 6e-8."""
+    model = adapted(gamma=GAMMA, reg_update=update, reg_schedule=schedule)
+    trainer = make_trainer(model, tmp_path, learning_rate=LR)
+    trainer.add_callback(SORSACallback(trainer))
+    trainer.train()
+    values = list(gaps(model).values())
+    last, rate = metrics(trainer)[-1], losses(trainer)[-1]["learning_rate"]
+    assert 0 < rate < LR
+    assert last["sorsa/gap_mean"] == pytest.approx(sum(values) / len(values), rel=2e-6)
+    assert last["sorsa/gap_max"] == max(values)
+    assert last["sorsa/gamma"] == pytest.approx(GAMMA * rate / LR if follows else GAMMA, rel=1e-12)
+    penalty = sum(values) / len(values) if update == "coupled" else sum(gap**2 for gap in values) / 4
+    assert last["sorsa/reg_loss"] == pytest.approx(GAMMA / LR * penalty, rel=2e-6)
+
+
+@pytest.mark.parametrize("with_trainer", [True, False])
+def test_gamma_overrides_the_adapters(with_trainer: bool, tmp_path: Path) -> None:
+    results = []
+    for configured, override in ((1e-2, None), (0.0, 1e-2)):
+        model = adapted(gamma=configured)
+        trainer = make_trainer(model, tmp_path)
+        trainer.add_callback(SORSACallback(trainer if with_trainer else None, gamma=override))
+        trainer.train()
+        results.append(gaps(model))
+    assert results[0] == results[1]
+
+
+def hide(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """An optimizer whose step() runs no hook, as one that steps inside backward() or in another process."""
+
+    def quiet_step(self: torch.optim.Optimizer, closure: object = None) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.sub_(parameter.grad, alpha=group["lr"])
+
+    optimizer.step = types.MethodType(quiet_step, optimizer)
+    return optimizer
+
+
+def test_optimizer_that_never_runs_the_hook_is_an_error_at_the_first_step(tmp_path: Path) -> None:
+    model = adapted(gamma=GAMMA)
+    optimizer = hide(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR))
+    trainer = make_trainer(model, tmp_path, callbacks=[SORSACallback()], optimizers=(optimizer, None))
+    with pytest.raises(AttachError, match="A training step ended and SGD never called the regularizer's hook"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_an_optimizer_that_leaves_s_out_is_an_error_before_the_first_step(tmp_path: Path) -> None:
+    model = adapted(gamma=GAMMA)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]  # as Axolotl's Muon takes them
+    optimizer = torch.optim.SGD(matrices, lr=LR)
+    trainer = make_trainer(model, tmp_path, callbacks=[SORSACallback()], optimizers=(optimizer, None))
+    with pytest.raises(AttachError, match=r"SGD steps U, V of .*\.default and not S, which would stay as it is"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_hidden_optimizer_trains_with_gamma_zero_as_the_error_advises(tmp_path: Path) -> None:
+    model = adapted(gamma=0.0)
+    optimizer = hide(torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR))
+    trainer = make_trainer(model, tmp_path, callbacks=[SORSACallback()], optimizers=(optimizer, None))
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_a_bad_gradient_of_the_last_step_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, which is simulated here, the norms of a step are read when the next one begins."""
+
+    def note(watch: GradientWatch, step: int, *_: object) -> None:
+        watch.settle()
+        on_its_way = types.SimpleNamespace(synchronize=lambda: None)
+        values = torch.tensor([float("nan") if step == 4 else 1.0])
+        watch._pending.append(Norms(step, ["a.factor"], values, on_its_way, {}))
+
+    monkeypatch.setattr(GradientWatch, "note", note)
+    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, callbacks=[SORSACallback()])
+    with pytest.raises(NonFiniteGradientError, match=r"in optimizer step 4, the first of them a\.factor"):
+        trainer.train()
+
+
+def test_model_without_an_adapter_is_an_error_when_training_begins(tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_llama(layers=1), tmp_path, callbacks=[SORSACallback()])
+    with pytest.raises(NoAdaptedLayersError, match="no active, trainable SORSA adapter"):
+        trainer.train()
+
+
+def test_training_again_goes_on_with_the_regularizer_once_a_step(tmp_path: Path) -> None:
+    """The Trainer keeps its optimizer for a second train()."""
+    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, callbacks=[SORSACallback()])
+    trainer.train()
+    trainer.train()
+    assert attachment_of(trainer).steps == 8

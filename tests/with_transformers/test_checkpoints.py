@@ -1,0 +1,104 @@
+"""last_complete_checkpoint: what counts as complete, and that training resumes from it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from builders.trainer_runs import adapted, make_trainer
+from safetensors.torch import save_file
+
+from sorsa_transformers import SORSACallback, last_complete_checkpoint
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def checkpoint(directory: Path, step: int) -> Path:
+    """The files of a complete checkpoint, as small as they can be."""
+    path = directory / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"dU": torch.ones(4, 3)}, path / WEIGHTS)
+    (path / "trainer_state.json").write_text('{"global_step": 1}')
+    return path
+
+
+def cut(path: Path, length: int) -> None:
+    """Keep the first bytes only; a negative length counts from the end."""
+    path.write_bytes(path.read_bytes()[:length])
+
+
+DAMAGE = {
+    "no trainer state": lambda path: (path / "trainer_state.json").unlink(),
+    "empty trainer state": lambda path: cut(path / "trainer_state.json", 0),
+    "half a trainer state": lambda path: cut(path / "trainer_state.json", 9),
+    "no weights": lambda path: (path / WEIGHTS).unlink(),
+    "empty weights": lambda path: cut(path / WEIGHTS, 0),
+    "half a header": lambda path: cut(path / WEIGHTS, 20),
+    "half the weights": lambda path: cut(path / WEIGHTS, -24),
+    "all but one byte": lambda path: cut(path / WEIGHTS, -1),
+    "an empty directory": lambda path: (shutil.rmtree(path), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> None:
+    earlier, later = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
+    assert last_complete_checkpoint(tmp_path) == str(later)
+    DAMAGE[damage](later)
+    assert last_complete_checkpoint(tmp_path) == str(earlier)
+    DAMAGE[damage](earlier)
+    assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_newest_is_by_number_and_other_names_are_ignored(tmp_path: Path) -> None:
+    for step in (9, 10, 100):
+        checkpoint(tmp_path, step)
+    for name in ("checkpoint-best", "checkpoint-101.tmp", "old-checkpoint-200", "checkpoint-"):
+        shutil.copytree(tmp_path / "checkpoint-9", tmp_path / name)
+    (tmp_path / "checkpoint-300").write_text("a file")
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-100")
+
+
+def test_nothing_to_resume_from_is_none(tmp_path: Path) -> None:
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    (tmp_path / "file").write_text("")
+    assert last_complete_checkpoint(tmp_path / "file") is None
+
+
+@pytest.mark.parametrize("damage", ["no trainer state", "half the weights"])
+def test_training_resumes_from_the_checkpoint_before_the_one_killed_while_saving(damage: str, tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-4}
+
+    def run(resume: str | None = None) -> list[dict[str, float]]:
+        trainer = make_trainer(adapted(gamma=1e-3), tmp_path, callbacks=[SORSACallback()], max_steps=6, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = run()
+    DAMAGE[damage](tmp_path / "run" / "checkpoint-6")
+    found = last_complete_checkpoint(tmp_path / "run")
+    assert found == str(tmp_path / "run" / "checkpoint-4")
+    assert run(found) == whole
+
+
+@pytest.mark.parametrize("damage", ["", "no metadata", "half an optimizer partition"])
+def test_sharded_checkpoints_are_complete_with_all_their_parts(damage: str, tmp_path: Path) -> None:
+    earlier, later = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
+    if damage == "half an optimizer partition":  # DeepSpeed's, beside the adapter
+        partition = later / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        partition.parent.mkdir()
+        torch.save({"exp_avg": torch.ones(100)}, partition)
+        assert last_complete_checkpoint(tmp_path) == str(later)
+        cut(partition, 200)
+    else:  # FSDP2's, instead of the adapter
+        (later / WEIGHTS).unlink()
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            (later / part).mkdir()
+            (later / part / "__0_0.distcp").write_bytes(b"shard")
+            (later / part / ".metadata").write_bytes(b"written last")
+        if damage:
+            (later / "optimizer_0" / ".metadata").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(earlier if damage else later)
