@@ -22,4 +22,14 @@ def test_the_table_names_every_package():
     for package in examine().packages:
         assert package.name in run.output
     assert "registered with PEFT: yes" in run.output
-    assert "plug-ins: " in run.output
+    for plugin in examine().plugins:
+        assert plugin.name in run.output
+    assert "qsorsa" in run.output
+
+
+def test_the_old_command_shows_the_plug_ins_alone_and_says_where_they_are_now():
+    run = CliRunner().invoke(build_app(), ["plugins", "--json"])
+    assert run.exit_code == 0
+    whole = json.loads(json.dumps(examine().to_json()))
+    assert json.loads(run.stdout) == {"plugins": whole["plugins"], "broken": []}
+    assert "sorsa doctor" in run.stderr

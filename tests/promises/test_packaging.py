@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "sorsa_plugin",
     "sorsa_transformers",
+    "sorsa_distributed",
     "sorsa_trl",
     "sorsa_axolotl",
     "sorsa_bitsandbytes",
@@ -47,7 +48,8 @@ def test_the_wheel_holds_every_module_the_types_and_the_base_model(wheel: Path) 
     names = set(zipfile.ZipFile(wheel).namelist())
     for package in PACKAGES:
         folder = ROOT / package if (ROOT / package).is_dir() else ROOT / "integrations" / package
-        assert {f"{package}/{path.relative_to(folder)}" for path in folder.rglob("*.py")} <= names
+        modules = {f"{package}/{path.relative_to(folder)}" for path in folder.rglob("*.py")}
+        assert modules == {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")}
         assert f"{package}/py.typed" in names
     base = ROOT / "integrations/sorsa_quickstart/base"
     assert {f"sorsa_quickstart/base/{path.name}" for path in base.iterdir()} <= names

@@ -64,8 +64,12 @@ def test_here_everything_is_in_order():
     diagnosis = examine()
     assert diagnosis.healthy
     assert diagnosis.registered
-    assert {"sorsa_plugin.layers.kinds.linear", "sorsa_plugin.cli.commands", "quickstart"} <= set(diagnosis.plugins)
-    assert diagnosis.broken == {}
+    loaded = {plugin.name: plugin for plugin in diagnosis.plugins}
+    assert loaded["sorsa_plugin.recipes.sorsa"].adapters == ("sorsa", "qsorsa")
+    assert loaded["sorsa_plugin.layers.kinds.linear"].hooks == ("sorsa_layer",)
+    assert loaded["quickstart"].distribution.startswith("sorsa-plugin ")
+    assert diagnosis.broken == ()
+    assert diagnosis.conflict is None
     assert diagnosis.device.startswith("cpu" if not torch.accelerator.is_available() else "1 x")
 
 
@@ -77,11 +81,13 @@ def test_another_registration_is_noticed(monkeypatch):
 
 def test_a_plugin_that_cannot_be_loaded_is_named_with_its_error(monkeypatch):
     error = "ModuleNotFoundError: No module named 'a_package_that_is_not_there'"
-    monkeypatch.setitem(plugins.broken, "mine", plugins.BrokenPlugin("mine", "a-package 1.0", error, "Traceback"))
-    assert examine().broken == {"mine (a-package 1.0)": error}
+    broken = plugins.BrokenPlugin("mine", "a-package 1.0", error, "Traceback of mine")
+    monkeypatch.setitem(plugins.broken, "mine", broken)
+    assert examine().broken == (broken,)
     run = CliRunner().invoke(build_app(), ["doctor"])
     assert run.exit_code == 1
-    assert "broken plug-in mine" in run.output
+    assert "mine of a-package 1.0 failed" in run.output
+    assert "Traceback of mine" in run.output
 
 
 def offering(name):
@@ -107,7 +113,7 @@ def test_plugins_that_fail_when_asked_or_claim_one_name_are_found(monkeypatch):
         finally:
             plugins.manager().unregister(stranger)
         assert not found.healthy
-        assert any(message in reason for reason in found.broken.values())
+        assert message in "".join([*(plugin.error for plugin in found.broken), found.conflict or ""])
         broken.clear()
     assert examine().healthy
 
