@@ -305,3 +305,11 @@ def test_a_residual_is_stored_with_the_settings_of_the_weight(kind: str, dtype: 
     for name in ("quant_type", "blocksize", "nested", "dtype", "shape"):
         assert getattr(weight.quant_state, name) == getattr(intact.quant_state, name), name
     assert (weight.dtype, weight.shape) == (intact.dtype, intact.shape)
+
+
+def test_an_adapter_that_the_base_needs_stays_merged_when_its_deletion_is_refused() -> None:
+    layer = only_layer(on_residual("4bit" if "4bit" in KINDS else KINDS[0]))
+    layer.merge()
+    with pytest.raises(FoldError, match="no W to put back"):
+        layer.delete_adapter("default")
+    assert layer.merged_adapters == ["default"]

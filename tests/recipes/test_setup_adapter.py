@@ -15,7 +15,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
 from transformers import HfArgumentParser
 
-from sorsa_plugin import registered_adapters, setup_adapter
+from sorsa_plugin import AdapterSetup, registered_adapters, setup_adapter
 from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_plugin.recipes.peft_methods import NEEDS_A_CALL
 from sorsa_plugin.recipes.setup_adapter import SPELLINGS, VOCABULARY
@@ -227,3 +227,16 @@ def test_arguments_of_a_script_reach_the_adapter():
 
 def test_every_word_of_the_vocabulary_is_explained():
     assert all(text for text in VOCABULARY.values())
+
+
+def test_two_spellings_of_one_value_agree_however_a_command_line_wrote_it():
+    recipe = {"adapter": "sorsa", "target_modules": "all-linear", "lora_target_modules": ["all-linear"]}
+    for given_first in (recipe, dict(reversed(recipe.items()))):
+        assert setup_adapter(given_first).peft_config.target_modules == "all-linear"
+
+
+def test_callbacks_that_a_setup_brings_along_are_not_added_again():
+    mine = SORSACallback()
+    config = setup_adapter({"adapter": "sorsa", **COMMON}).peft_config
+    assert AdapterSetup("mine", config, [mine]).callbacks == [mine]
+    assert [type(callback) for callback in AdapterSetup("mine", config).callbacks] == [SORSACallback]

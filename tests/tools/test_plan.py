@@ -223,6 +223,13 @@ def test_a_measured_speed_is_of_each_shape_once_and_large_ones_scaled(monkeypatc
     assert basis.startswith("measured on this machine's cpu")
 
 
+def test_what_is_timed_stops_where_the_adapter_will(monkeypatch):
+    given = []
+    monkeypatch.setattr(sorsa_plugin.tools.plan, "factorise", lambda w, r, **options: given.append(options))
+    estimate_init((LayerGroup("a", (512, 512), 8, 1),), SORSAConfig(r=8, svd="randomized", svd_energy=0.9), None)
+    assert given[-1] == {"svd": "randomized", "energy": 0.9}
+
+
 def test_a_model_is_really_timed(tmp_path):
     config_only(tiny_llama(), tmp_path)
     assert 0 < plan(tmp_path, config()).init_seconds < 60

@@ -98,3 +98,20 @@ def test_tied_layers_need_an_adapted_embedding(refused):
     model.lm_head.weight = model.model.embed_tokens.weight
     with refused(UnsupportedLayerError, "lm_head of type Conv1d is tied to an embedding"):
         get_peft_model(model, SORSAConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True))
+
+
+def test_an_adapter_added_in_eval_mode_drops_nothing_on_either_layer(tokens):
+    options = {"r": 2, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    model = get_peft_model(tied_llama(), SORSAConfig(**options))
+    model.eval()
+    model.add_adapter("second", SORSAConfig(**options, sorsa_dropout=0.5))
+    assert not any(layer.sorsa_dropout["second"].training for layer in sorsa_layers(model))
+    model.set_adapter("second")
+    perturb(model, "second")
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, model(tokens).logits)
+
+
+def test_a_tied_layer_counts_as_adapted_by_its_name(caplog):
+    get_peft_model(tied_llama(), SORSAConfig(r=2, target_modules=["embed_tokens", "lm_head"], ensure_weight_tying=True))
+    assert "is adapted" not in caplog.text
