@@ -92,12 +92,12 @@ def test_the_card_in_the_folder_of_an_adapter_of_another_name_is_left_alone(tmp_
 @pytest.mark.parametrize("name", ["with no metadata between its rules", "in another encoding"])
 def test_a_card_that_cannot_be_read_stops_nobody(name, tmp_path, caplog):
     (tmp_path / "README.md").write_bytes(OTHERS_CARDS[name])
-    complete_model_card(str(tmp_path), SORSAConfig(r=2))
+    complete_model_card(str(tmp_path), SORSAConfig(r=2).card_values())
     assert "README.md stays without SORSA's section" in caplog.text
     assert (tmp_path / "README.md").read_bytes() == OTHERS_CARDS[name]
 
 
 def test_a_tag_that_a_person_wrote_as_one_word_stays_one(tmp_path):
     (tmp_path / "README.md").write_text("---\ntags: mine\n---\n\n# My adapter\n")
-    complete_model_card(str(tmp_path), SORSAConfig(r=2))
+    complete_model_card(str(tmp_path), SORSAConfig(r=2).card_values())
     assert ModelCard.load(tmp_path / "README.md").data.tags == ["mine", "sorsa"]

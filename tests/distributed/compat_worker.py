@@ -11,7 +11,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from engines import FORCED_PARTITIONS
+from builders.engines import FORCED_PARTITIONS
 from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 

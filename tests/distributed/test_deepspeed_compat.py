@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from launching import report, run
+from builders.processes import report, run
 
 pytestmark = pytest.mark.distributed
 

@@ -99,12 +99,16 @@ def ours(kind: type) -> bool:
 
 def fields(kind: Any) -> dict[str, str]:
     """{name: "type = default"} of the fields that our classes declare; PEFT's configs have others in each version."""
-    declared = {name for base in kind.__mro__ if ours(base) for name in inspect.get_annotations(base)}
-    return {item.name: field(item) for item in dataclasses.fields(kind) if item.name in declared}
+    declared = {
+        name: written for base in kind.__mro__ if ours(base) for name, written in inspect.get_annotations(base).items()
+    }
+    items = {item.name: item for item in dataclasses.fields(kind)}
+    return {name: field(item, declared[name]) for name, item in items.items() if name in declared}
 
 
-def field(item: Any) -> str:
-    text = annotation(item.type)
+def field(item: Any, written: Any) -> str:
+    """A field as its class writes it; HfArgumentParser changes the types that dataclasses keep."""
+    text = annotation(written)
     if item.default_factory is not dataclasses.MISSING:
         text += f" = {item.default_factory()!r}, made anew"
     elif item.default is not dataclasses.MISSING:

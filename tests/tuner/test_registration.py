@@ -13,7 +13,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import PeftType
 
 from sorsa_plugin import SORSAConfig, SORSAModel
-from sorsa_plugin.tuner.registration import add_peft_type, register
+from sorsa_plugin.compat.peft import add_peft_type
+from sorsa_plugin.tuner.registration import register
 
 
 def test_registering_again_changes_nothing():
@@ -23,7 +24,7 @@ def test_registering_again_changes_nothing():
 
     before = state()
     for _ in range(2):
-        add_peft_type()
+        add_peft_type("SORSA")
         register()
     assert state() == before
     assert PeftType.SORSA is before[2]
