@@ -1,4 +1,4 @@
-"""Every architecture that PEFT has default targets for: start, a step of training, files, merging."""
+"""Every architecture that PEFT has default targets for starts, trains, is saved and loaded, and merges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch.compile: one graph without breaks, whose outputs and gradients are those of the eager model."""
+"""torch.compile makes one graph without breaks, whose outputs and gradients are those of the eager model."""
 
 from __future__ import annotations
 

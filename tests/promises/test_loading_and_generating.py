@@ -1,4 +1,4 @@
-"""Adapted models in transformers' and accelerate's hands: generation, pipelines, offloaded weights, gradual loading."""
+"""Adapted models generate, run in pipelines, are offloaded and loaded gradually as models without an adapter are."""
 
 from __future__ import annotations
 

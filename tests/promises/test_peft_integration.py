@@ -1,4 +1,4 @@
-"""SORSA through the other doors: transformers' own adapter methods, PEFT's functional API, Auto classes."""
+"""transformers' own adapter methods, PEFT's functional API and the Auto classes take SORSA as they take LoRA."""
 
 from __future__ import annotations
 

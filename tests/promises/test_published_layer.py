@@ -1,5 +1,6 @@
-"""Parity with the published code (PyPI `sorsa` 1.0.1, its `layer.py` alone), alpha=None, fp32, perturbed factors.
+"""The layer computes and trains what the published code does (PyPI `sorsa` 1.0.1, its `layer.py` alone).
 
+Compared at alpha=None, in fp32, with perturbed factors.
 The published layer stores A = V^T (r x in), S (r), B = U (out x r) and the residual weight W_r = W - U S V^T.
 """
 

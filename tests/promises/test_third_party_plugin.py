@@ -1,4 +1,4 @@
-"""The example of a stranger's plug-in, installed with pip into an environment of its own and used from there."""
+"""A stranger's plug-in, the one in the examples, works once it is installed with pip."""
 
 from __future__ import annotations
 
