@@ -69,7 +69,8 @@ from .files.adapter_format import FROZEN, OFFSETS
 from .files.atomic_directory import appearing_whole, refuse_occupied
 from .files.run_checkpoints import checkpoints, is_complete
 from .files.saved_adapter import open_tensors, read_config, survey
-from .layers.factors import ROUNDED, SORSAFactors, frozen_as_parameters
+from .layers.factors import ROUNDED, SORSAFactors
+from .layers.frozen_placement import frozen_as_parameters
 from .layers.kinds.additive import AdditiveLayer
 from .layers.kinds.lending import LendingLayer
 from .layers.kinds.linear import SORSALinear

@@ -22,8 +22,10 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
-from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, MissingPackageError
+from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, MissingPackageError, SORSAError
 from sorsa_plugin.extend import FROZEN, OFFSETS, appearing_whole, open_tensors, read_config, refuse_occupied, survey
+
+from .checked_metadata import require_tensors_alone
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ def convert_checkpoint(
     refuse_occupied(output)
     try:
         state = read(source)
+    except SORSAError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
         raise IncompleteAdapterError(
             f"{source} cannot be read ({error!r}); expected every piece that {written_by} wrote. Copy the directory "
@@ -129,6 +133,7 @@ def _read_fsdp(source: Path) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint import CheckpointException
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+    require_tensors_alone(source / FSDP_SHARDS)
     with tempfile.TemporaryDirectory() as directory:
         whole = Path(directory) / "model.pt"
         try:

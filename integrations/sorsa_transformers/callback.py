@@ -189,7 +189,8 @@ def _require_singular_values(model: nn.Module, optimizer: Any) -> None:
     """
     stepped = groups_by_parameter(optimizer)
     for layer, name, tensors in trained_adapters(sorsa_layers(model)):
-        if id(tensors.dU) in stepped and tensors.dS.requires_grad and id(tensors.dS) not in stepped:
+        steps_vectors = id(tensors.dU) in stepped or id(tensors.dV) in stepped
+        if steps_vectors and tensors.dS.requires_grad and id(tensors.dS) not in stepped:
             raise AttachError(
                 f"{type(optimizer).__name__} steps U, V of {layer.name}.{name} and not S, which would stay as it is; "
                 "some optimizers (Muon) leave out tensors of one dimension. Use another, such as adamw_torch, or give "

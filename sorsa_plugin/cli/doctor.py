@@ -42,7 +42,7 @@ def _print(diagnosis: Diagnosis) -> None:
     registered = "yes" if diagnosis.registered else "no: PEFT's SORSA is not this package's"
     facts = [("registered with PEFT", registered), ("device", diagnosis.device)]
     if diagnosis.conflict is not None:
-        facts.append(("plug-ins contradict each other", diagnosis.conflict))
+        facts.append(("conflict", diagnosis.conflict))
     for name, value in facts:
         page.print(f"{escape(name)}: {escape(value)}", highlight=False, soft_wrap=True)
     print_plugins(diagnosis)

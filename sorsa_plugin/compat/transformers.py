@@ -16,6 +16,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.modeling_utils import load_state_dict, str_to_torch_dtype
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ContextManagers
@@ -29,6 +30,7 @@ ENTRIES = {
     "rename_source_key": "as above: which parameter a stored tensor belongs to",
     "revert_weight_conversion": "as above, back again: for `sorsa merge`",
     "is_deepspeed_zero3_enabled": "whether models are made in pieces; gone: ask the environment of accelerate",
+    "MIN_PEFT_VERSION": "which PEFT `model.add_adapter` and `load_adapter` take; gone: nothing to compare",
     "load_state_dict": "the header of a safetensors file as meta tensors; gone: read it with safetensors",
     "str_to_torch_dtype": "safetensors' names of dtypes; gone: list them here",
     "Conv1D": "GPT-2's linear layer",

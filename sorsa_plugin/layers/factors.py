@@ -17,7 +17,6 @@ they are buffers or parameters depends on the run:
 
 from __future__ import annotations
 
-import os
 import warnings
 import weakref
 from typing import Any
@@ -30,24 +29,8 @@ from ..files.adapter_format import FROZEN, OFFSETS, complete_names, factor_shape
 from ..linalg.offset_form import Parts, left_to_autograd
 from ..linalg.precision import full_precision
 from ..linalg.svd import Triplets
-from ..plugins import manager
 
 ROUNDED = (torch.float16, torch.bfloat16)
-
-
-def launched_on_many() -> bool:
-    """Whether torchrun, accelerate or a process group has announced several processes, or FSDP on one process."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        return True
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size() > 1
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def frozen_as_parameters() -> bool:
-    """Whether frozen factors should be parameters, not buffers: a plug-in's answer, else `launched_on_many()`."""
-    answer = manager().hook.sorsa_frozen_as_parameters()
-    return launched_on_many() if answer is None else answer
 
 
 class SORSAFactors(nn.Module):
@@ -95,6 +78,11 @@ class SORSAFactors(nn.Module):
     def rank(self) -> int:
         """The rank r: the number of triplets."""
         return self.S0.shape[-1]
+
+    @property
+    def trains(self) -> bool:
+        """Whether U or V trains; each may be frozen by itself."""
+        return any(self._parameters[name].requires_grad for name in ("dU", "dV"))  # type: ignore[union-attr]
 
     @property
     def pending(self) -> bool:
@@ -256,8 +244,8 @@ class SORSAFactors(nn.Module):
         Engines do not count: their offsets are views of the engine's flat memory.
         """
         offsets = [self.get_parameter(name) for name in OFFSETS]
-        return all(
-            offset.requires_grad and offset.dtype in ROUNDED and type(offset.data) is torch.Tensor
+        return any(offset.requires_grad for offset in offsets) and all(
+            offset.dtype in ROUNDED and type(offset.data) is torch.Tensor
             and offset.untyped_storage().nbytes() == offset.nbytes
             for offset in offsets
         )  # fmt: skip

@@ -17,8 +17,9 @@ from torch import nn
 
 from ..linalg.svd import require_triplets
 from .base_weight import with_base_weight
-from .factors import SORSAFactors, frozen_as_parameters
+from .factors import SORSAFactors
 from .folding import fold_layer
+from .frozen_placement import frozen_as_parameters
 from .merging import MergeableWeight
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class SORSALayer(MergeableWeight):
         # read from the dictionaries: every optimizer step asks every layer, and attributes of modules are slow
         factors: Any = self._modules["sorsa_factors"]._modules  # type: ignore[union-attr]
         active = ((name, factors[name]) for name in self.active_adapters if name in factors)
-        return {name: tensors for name, tensors in active if tensors._parameters["dU"].requires_grad}
+        return {name: tensors for name, tensors in active if tensors.trains}
 
     # -- methods that PEFT calls ------------------------------------------------------------------------------------
 

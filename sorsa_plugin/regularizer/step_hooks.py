@@ -30,7 +30,7 @@ from .engines import Engine, Share, WholeFactors, find_engine
 from .gaps import Batch, all_gaps, deviations
 from .nonfinite_gradients import GradientWatch, origin, own_gradients
 from .optimizers import ETA_MAX, enclosing_steps, only_makes_state, peak_rate
-from .trained_factors import Adapter, Factor, factors_of, trainable_factors, trained_adapters
+from .trained_factors import Adapter, Factor, trainable_factors, trained_adapters, trained_of
 
 
 def require_fp32(layers: list[Any], engine: Engine) -> None:
@@ -148,7 +148,7 @@ class Attachment:
             return None
         adapters = trained_adapters(self.layers)
         settings = self._settings_of(adapters)
-        factors = factors_of(adapters)
+        factors = trained_of(adapters)
         if self.steps == 0 and settings.gamma > 0.0 and factors:
             self._follow_parameters(factors, optimizer)
         begins = self.engine.begins_step()

@@ -45,8 +45,13 @@ def trained_adapters(layers: Iterable[SORSALayer]) -> list[Adapter]:
     return [Adapter(layer, name, tensors) for layer in layers for name, tensors in layer.trained().items()]
 
 
+def trained_of(adapters: Iterable[Adapter]) -> list[Factor]:
+    """Those of U and V of every adapter that train: each may be frozen by itself."""
+    return [factor for factor in factors_of(adapters) if factor.offset.requires_grad]
+
+
 def factors_of(adapters: Iterable[Adapter]) -> list[Factor]:
-    """U and V of every adapter."""
+    """U and V of every adapter, frozen ones included."""
     found = []
     for layer, adapter, tensors in adapters:
         # read from the dictionaries: every optimizer step comes here, and attributes of modules are slow
@@ -58,8 +63,8 @@ def factors_of(adapters: Iterable[Adapter]) -> list[Factor]:
 
 
 def trainable_factors(layers: Iterable[SORSALayer]) -> list[Factor]:
-    """U and V of every active, trainable adapter, in the layers' order."""
-    return factors_of(trained_adapters(layers))
+    """The trained ones of U and V of every active adapter, in the layers' order."""
+    return trained_of(trained_adapters(layers))
 
 
 def model_factors(model: nn.Module) -> list[Factor]:

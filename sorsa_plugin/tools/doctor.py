@@ -21,7 +21,7 @@ from ..errors import PluginError
 from ..plugins import BrokenPlugin, answers, broken, distributions, manager
 from ..recipes.setup_adapter import registered_adapters
 from ..tuner.model import SORSAModel
-from ..tuner.registration import NAME
+from ..tuner.registration import NAME, version_conflict
 
 OURS = "sorsa-plugin"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "axolotl", "deepspeed", "bitsandbytes", "torchao")
@@ -77,7 +77,7 @@ class Diagnosis:
     broken: tuple[BrokenPlugin, ...]
     """Plug-ins that could not be loaded or failed."""
     conflict: str | None
-    """What two plug-ins contradict each other about; None if all agree."""
+    """What two plug-ins, or two packages, contradict each other about; None if all agree."""
     device: str
 
     @property
@@ -108,7 +108,8 @@ class Diagnosis:
 
 def examine() -> Diagnosis:
     """Examine this process's environment."""
-    plugins, conflict = _plugins()
+    plugins, contradiction = _plugins()
+    conflict = " ".join(filter(None, (version_conflict(), contradiction))) or None
     kind = PeftType.__members__.get(NAME)
     registered = (PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind))
     ours = registered == (SORSAConfig, SORSAModel)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
@@ -17,14 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.utils import WeakFileLock
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..config import SORSAConfig
-from ..errors import OutputExistsError, SORSAConfigError
+from ..errors import SORSAConfigError
 from ..files.adapter_format import FROZEN, ROOT
 from ..files.atomic_directory import appearing_whole, refuse_occupied
 from ..files.base_checkpoint import BaseFiles
@@ -39,7 +36,7 @@ from .trained_tokens import TRAINED_TOKENS, trained_tokens
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED, FINISHED_LAYERS, LOCK = "tensors.unfinished", "layers.finished", "lock"
+UNFINISHED, FINISHED_LAYERS = "tensors.unfinished", "layers.finished"
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def init_adapter(
     carried = _carried(model, layout)
     for parameter in [*(entry.parameter for entry in carried), *(layer.parameter_path for layer in layers.values())]:
         weights.sources(parameter)  # raises now rather than after hours
-    with appearing_whole(output, kept_as=_key(files, config, layout)) as directory, _only_writer(directory):
+    with appearing_whole(output, kept_as=_key(files, config, layout)) as directory:
         _reopen(directory, layers)
         size, resumed = _write_tensors(directory, layout, layers, carried, weights, progress)
         _complete(directory, model, config)
@@ -223,16 +220,3 @@ def _key(files: BaseFiles, config: SORSAConfig, layout: dict[str, torch.Tensor])
     options = config.to_dict() | {"base_model_name_or_path": None}
     text = json.dumps(json_values([options, files.config.to_dict(), tensors]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-@contextmanager
-def _only_writer(directory: Path) -> Iterator[None]:
-    lock = directory / LOCK
-    try:
-        with WeakFileLock(lock, timeout=0.1):
-            yield
-            lock.unlink(missing_ok=True)
-    except TimeoutError as error:
-        raise OutputExistsError(
-            f"Another process is writing this adapter in {directory}. Wait for it, or choose another output."
-        ) from error

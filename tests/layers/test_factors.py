@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sorsa_plugin import factorise
 from sorsa_plugin.files.adapter_format import FROZEN, OFFSETS
-from sorsa_plugin.layers.factors import SORSAFactors, launched_on_many
+from sorsa_plugin.layers.factors import SORSAFactors
+from sorsa_plugin.layers.frozen_placement import launched_on_many
 
 U32 = 2.0**-24
 

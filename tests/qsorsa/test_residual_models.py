@@ -231,3 +231,17 @@ def test_a_residual_that_no_config_announces_is_recognised(tmp_path: Path) -> No
     base = quantised_base("nf4-double")
     base.proj.weight = only_layer(model).get_base_layer().weight
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), expected)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_merged_model_no_longer_says_that_its_weights_are_residuals(loaded: bool, llama: str, tmp_path: Path) -> None:
+    """Else it would refuse every later adapter, and write a false note into its config.json."""
+    model = get_peft_model(load_llama(llama), config())
+    if loaded:
+        directory = save_residual(model, tmp_path / "residual")
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        model = PeftModel.from_pretrained(base, directory / "adapter")
+    assert model.config.sorsa_residual["rank"] == 4
+    merged = model.merge_and_unload()
+    assert not hasattr(merged.config, "sorsa_residual")
+    assert sorsa_layers(get_peft_model(merged, SORSAConfig(r=2, target_modules=["q_proj"])))

@@ -6,11 +6,13 @@ import pytest
 import torch
 from builders.adapters import perturb
 from builders.llama import tiny_llama
+from builders.one_layer import adapt, inputs, make_base, only_layer
 from peft import PeftModel, get_peft_model
 
-from sorsa_plugin import SORSAConfig, gaps, orthonormality
+from sorsa_plugin import SORSAConfig, attach, gaps, orthonormality
 from sorsa_plugin.errors import NoAdaptedLayersError
 from sorsa_plugin.layers.layer import sorsa_layers
+from sorsa_plugin.regularizer.trained_factors import trainable_factors
 
 RANK = 4
 FACTORS = 2 * 7 * 2  # two decoder layers, seven projections, U and V
@@ -97,3 +99,26 @@ def test_nothing_to_regularize_is_an_error_that_says_what_to_do(kind: str, measu
     assert type(model).__name__ in str(error.value)
     assert "get_peft_model(model, SORSAConfig(...))" in str(error.value)
     assert "is_trainable=True" in str(error.value)
+
+
+@pytest.mark.parametrize(("frozen", "free"), [("dU", "dV"), ("dV", "dU")])
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_each_factor_trains_by_its_own_flag(frozen: str, free: str, update: str) -> None:
+    """The one that trains is regularized as before; the frozen one neither moves nor counts."""
+    model = adapt(make_base(), gamma=0.1, reg_update=update)
+    perturb(model)
+    layer = only_layer(model)
+    factors = layer.factors("default")
+    factors.get_parameter(frozen).requires_grad_(False)
+    assert [factor.name for factor in trainable_factors([layer])] == [f"proj.default.{free[1]}"]
+    before = {name: factors.get_parameter(name).detach().clone() for name in (frozen, free)}
+    P = factors.get()["USV".index(free[1])].detach()
+    E = P.T @ P - torch.eye(P.shape[1])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    attach(model, optimizer)
+    (0.0 * model(inputs(24)).sum()).backward()
+    optimizer.step()
+    # gamma/eta_max times the gradient of one gap, at rate eta_max; or gamma P E
+    step = 0.1 * P @ E * (2 / E.norm() if update == "coupled" else 1.0)
+    assert torch.equal(factors.get_parameter(frozen), before[frozen])
+    torch.testing.assert_close(factors.get_parameter(free).detach(), before[free] - step, rtol=1e-5, atol=1e-6)

@@ -90,7 +90,8 @@ def test_killed_it_leaves_nothing_that_looks_finished_and_continues(
     output = tmp_path / "adapter"
     assert killed(moment, llama_files, output) == -signal.SIGKILL
     assert not output.exists()
-    (partial,) = tmp_path.iterdir()
+    (partial,) = tmp_path.glob(".adapter.*.partial")
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".partial", ".lock"}
     assert partial.name.startswith(".adapter.")
     assert partial.name.endswith(".partial")
     if moment not in (before_the_journal_goes, before_it_takes_its_name):  # then it is complete
@@ -155,12 +156,37 @@ def test_a_journal_cut_off_in_a_line_does_not_count_that_line(llama_files, whole
 
 def test_two_writers_of_one_adapter_are_kept_apart(llama_files, tmp_path, monkeypatch):
     interrupted(llama_files, tmp_path / "adapter", monkeypatch)
-    (partial,) = tmp_path.glob(".adapter.*")
+    (partial,) = tmp_path.glob(".adapter.*.partial")
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    command = [sys.executable, "-c", hold, str(partial / "lock")]
+    command = [sys.executable, "-c", hold, str(partial.with_suffix(".lock"))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
-        with pytest.raises(OutputExistsError, match="Another process is writing this adapter"):
+        with pytest.raises(OutputExistsError, match=r"Another process is writing \S+adapter\."):
             init_adapter(llama_files, tmp_path / "adapter", everything(), progress=False)
         other.communicate(b"\n")
     assert init_adapter(llama_files, tmp_path / "adapter", everything(), progress=False).resumed == 5
+
+
+def test_of_many_that_start_at_once_one_writes_the_adapter_and_the_others_stop(llama_files, tmp_path):
+    """The lock is held until the output is there, so that nobody takes finished work apart."""
+    start = (
+        "import sys; from sorsa_plugin import SORSAConfig, init_adapter; from sorsa_plugin.errors import SORSAError\n"
+        "print('ready', flush=True); input()\n"
+        "try: init_adapter(sys.argv[1], sys.argv[2], SORSAConfig(r=2, target_modules='all-linear'), progress=False)\n"
+        "except SORSAError as error: print(type(error).__name__)\n"
+        "else: print('written')"
+    )
+    command = [sys.executable, "-c", start, str(llama_files), str(tmp_path / "adapter")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    ended = []
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in processes:
+        ended.append(process.communicate(timeout=120)[0].splitlines()[-1])
+    assert sorted(ended) == ["OutputExistsError"] * 3 + ["written"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")

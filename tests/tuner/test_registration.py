@@ -14,6 +14,8 @@ from peft.utils import PeftType
 
 from sorsa_plugin import SORSAConfig, SORSAModel
 from sorsa_plugin.compat.peft import add_peft_type
+from sorsa_plugin.tools import doctor
+from sorsa_plugin.tuner import registration
 from sorsa_plugin.tuner.registration import register
 
 
@@ -90,3 +92,14 @@ def test_a_peft_that_ships_its_own_sorsa_is_left_alone(monkeypatch):
     register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SORSA] == "upstream's"
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.SORSA] is SORSAModel
+
+
+def test_a_transformers_that_refuses_this_peft_is_named_with_what_to_do(monkeypatch, caplog):
+    assert registration.version_conflict() is None
+    monkeypatch.setattr(registration, "MIN_PEFT_VERSION", "99.0")
+    register()
+    assert "takes PEFT 99.0 or newer" in caplog.text
+    assert "pip install 'transformers<5.24'" in caplog.text
+    monkeypatch.setattr(doctor, "version_conflict", registration.version_conflict)
+    assert not doctor.examine().healthy
+    assert "takes PEFT 99.0" in doctor.examine().conflict

@@ -1,9 +1,11 @@
-"""Checkpoints in pieces become an adapter; tests/distributed/ has those that several processes wrote."""
+"""Checkpoints in pieces become an adapter; test_resume_engines.py has those that several processes wrote."""
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -120,3 +122,46 @@ def test_deepspeed_partitions_without_deepspeed_are_refused(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'sorsa-plugin\[deepspeed\]'"):
         convert_checkpoint(tmp_path, tmp_path / "adapter")
+
+
+class Hostile:
+    """A pickled call: reading it makes a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.made,))
+
+
+def test_metadata_that_would_run_code_is_refused_before_it_does(
+    shards: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    path, made = shards[0] / "pytorch_model_fsdp_0" / ".metadata", tmp_path / "made"
+    pickle.loads(pickle.dumps(Hostile(made)))
+    assert made.exists(), "the pickle is harmless, so this test shows nothing"
+    made.unlink()
+    path.write_bytes(pickle.dumps(Hostile(made)))
+    with pytest.raises(ForeignAdapterError, match=r"names \w+.*expected torch's own records of tensors"):
+        convert_checkpoint(shards[0], tmp_path / "adapter")
+    assert not made.exists()
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_pickled_object_beside_the_tensors_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    checkpoint, made = tmp_path / "checkpoint-3", tmp_path / "made"
+    state = {"model": {**get_peft_model_state_dict(adapted()), "extra": Hostile(made)}}
+    dcp.save(state, checkpoint_id=checkpoint / "pytorch_model_fsdp_0", no_dist=True)
+    adapted().peft_config["default"].save_pretrained(str(checkpoint))
+    with pytest.raises(ForeignAdapterError, match=r"lists model.extra, which is stored as a pickled object"):
+        convert_checkpoint(checkpoint, tmp_path / "adapter")
+    assert not made.exists()
+
+
+def test_damaged_metadata_is_a_sentence(shards: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    path = shards[0] / "pytorch_model_fsdp_0" / ".metadata"
+    whole = path.read_bytes()
+    for damaged in (b"", b"\x80", whole[: len(whole) // 2], whole[:-1], b"not a pickle"):
+        path.write_bytes(damaged)
+        with pytest.raises(IncompleteAdapterError, match="cannot be read"):
+            convert_checkpoint(shards[0], tmp_path / "adapter")
