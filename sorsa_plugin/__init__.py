@@ -1,5 +1,10 @@
 """SORSA (arXiv 2409.00055) as a PEFT adapter type. Importing this package registers it with PEFT."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .config import SORSAConfig
 from .errors import SORSAError
 from .layers.layer import SORSALayer
@@ -16,16 +21,45 @@ from .regularizer.attach import attach
 from .regularizer.gaps import gaps
 from .regularizer.step_hooks import Attachment
 from .regularizer.trained_factors import orthonormality
-from .tools.analysis.analyze import Analysis, analyze
-from .tools.export_lora import ExportReport, export_lora
-from .tools.init_adapter import InitReport, init_adapter
-from .tools.merge.merge_adapter import MergeReport, merge_adapter
-from .tools.plan import Plan, plan
 from .tuner.model import SORSAModel
 from .tuner.registration import register
 from .tuner.save_adapter import save_adapter
 
+if TYPE_CHECKING:
+    from .tools.analysis.analyze import Analysis, analyze
+    from .tools.export_lora import ExportReport, export_lora
+    from .tools.init_adapter import InitReport, init_adapter
+    from .tools.merge.merge_adapter import MergeReport, merge_adapter
+    from .tools.plan import Plan, plan
+
 register()
+
+_OFFLINE = {
+    "Analysis": "tools.analysis.analyze",
+    "ExportReport": "tools.export_lora",
+    "InitReport": "tools.init_adapter",
+    "MergeReport": "tools.merge.merge_adapter",
+    "Plan": "tools.plan",
+    "analyze": "tools.analysis.analyze",
+    "export_lora": "tools.export_lora",
+    "init_adapter": "tools.init_adapter",
+    "merge_adapter": "tools.merge.merge_adapter",
+    "plan": "tools.plan",
+}
+"""Public names whose modules are imported when the name is first used: training needs none of them."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OFFLINE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_OFFLINE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OFFLINE})
+
 
 __all__ = [
     "AdapterSetup",

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import sorsa_plugin
+from sorsa_plugin.tools.export_lora import export_lora
+
 ROOT = Path(__file__).parents[2]
 
 PACKAGES = {
@@ -76,6 +79,14 @@ def test_the_core_imports_no_trainer_and_no_integration(imported: dict[str, list
         for package in ("sorsa_plugin", "peft")
     )
     assert ours == pefts
+
+
+def test_training_loads_no_offline_tool_and_their_names_are_there_all_the_same(imported: dict[str, list[str]]) -> None:
+    assert [name for name in imported["sorsa_plugin"] if name.startswith("sorsa_plugin.tools")] == []
+    assert set(sorsa_plugin.__all__) <= set(dir(sorsa_plugin))
+    assert sorsa_plugin.export_lora is export_lora
+    with pytest.raises(AttributeError, match="no attribute 'exprot_lora'"):
+        sorsa_plugin.exprot_lora  # noqa: B018
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import sorsa_plugin.tools.init_adapter
 import sorsa_plugin.tuner.initialise
 from sorsa_plugin import SORSAConfig, init_adapter
 from sorsa_plugin.errors import (
