@@ -75,6 +75,6 @@ def enclosing_steps(optimizer: Optimizer) -> list[Optimizer]:
         if frame.f_code is STEP:
             stepping.append(frame.f_locals["args"][0])
         frame = frame.f_back  # type: ignore[assignment]
-    outer = stepping[1:] if stepping[:1] == [optimizer] else stepping  # without the step that this hook belongs to
+    outer = stepping[1:]  # without the step that this hook belongs to
     mine = groups_by_parameter(optimizer) if outer else {}
     return [other for other in outer if not mine.keys().isdisjoint(groups_by_parameter(other))]

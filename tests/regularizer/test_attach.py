@@ -117,8 +117,9 @@ def test_gamma_zero_is_plain_training(update: str) -> None:
     assert same(*results)
 
 
-def test_gamma_zero_permits_what_the_regularizer_does_not() -> None:
-    model = one_layer(gamma=0.0)
+@pytest.mark.parametrize("update", ["coupled", "decoupled"])
+def test_gamma_zero_permits_what_the_regularizer_does_not(update: str) -> None:
+    model = one_layer(gamma=0.0, reg_update=update)
     step(model, sgd(model, lr=0.0))
     optimizer = torch.optim.LBFGS(trained(model), lr=LR, max_iter=2)
 

@@ -245,6 +245,24 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_its_graph() -> None:
     torch.testing.assert_close(found, numerical_gradient(model, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("everywhere", [False, True], ids=["hook on the base", "hook on all modules"])
+@pytest.mark.parametrize("grad", [True, False], ids=["training", "inference"])
+def test_what_a_hook_on_the_base_kept_is_the_bases_output(grad: bool, everywhere: bool) -> None:
+    """Probes and feature extractors keep the tensor that they see."""
+    model, x = adapted(), source()
+    base, kept = only_layer(model).base_layer, []
+    expected = base(x).detach().clone()
+    register = global_hooks.register_module_forward_hook if everywhere else base.register_forward_hook
+    handle = register(lambda module, args, y: kept.append(y) if module is base else None)
+    try:
+        with torch.set_grad_enabled(grad):
+            y = model(x)
+    finally:
+        handle.remove()
+    assert torch.equal(kept[0], expected)
+    assert not torch.equal(y, expected)
+
+
 def test_dropout_and_autocast_keep_the_bases_graph() -> None:
     x = source()
     with torch.autocast("cpu", torch.bfloat16):
