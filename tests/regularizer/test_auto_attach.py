@@ -17,9 +17,11 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from sorsa_plugin import SORSAConfig, attach, gaps
+from sorsa_plugin import SORSAConfig, attach, gaps, hookimpl
+from sorsa_plugin.errors import AttachError
 from sorsa_plugin.files.adapter_format import OFFSETS
 from sorsa_plugin.layers.layer import sorsa_layers
+from sorsa_plugin.plugins import manager
 from sorsa_plugin.regularizer.optimizers import ETA_MAX
 
 ATTACHED = "attached itself"
@@ -82,6 +84,29 @@ def two_layers() -> PeftModel:
     )
     perturb(model, scale=0.3)
     return model
+
+
+class RefusingEngine:
+    """A plug-in whose engine knows where the factors are and cannot serve them."""
+
+    @hookimpl(tryfirst=True)
+    def sorsa_engine(self, factors: list, optimizer: Optimizer | None) -> None:
+        raise AttachError("this stage is not supported")
+
+
+def test_what_an_engine_cannot_serve_may_train_without_the_regularizer_alone() -> None:
+    plugin = RefusingEngine()
+    manager().register(plugin, "refusing")
+    try:
+        plain = one_layer(gamma=0.0)
+        before = values(plain)
+        step(plain, sgd(plain))
+        assert not same(before, values(plain))
+        regularized_model = one_layer()
+        with pytest.raises(AttachError, match="not supported"):
+            step(regularized_model, sgd(regularized_model))
+    finally:
+        manager().unregister(plugin)
 
 
 def test_optimizers_of_a_part_of_the_layers_each_count_all_factors() -> None:

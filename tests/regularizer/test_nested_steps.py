@@ -127,3 +127,13 @@ def test_an_optimizer_around_an_attached_one_or_with_a_closure_acts_once(
                 closure()
             optimizer.step(closure if with_closure else None)
     assert same(*map(values, models))
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer"])
+def test_an_optimizer_around_an_attached_one_keeps_the_gamma_that_was_given(name: str) -> None:
+    models = one_layer(), one_layer()
+    for model in models:
+        base = sgd(model)
+        attach(model, base, gamma=0.3)
+        step(model, base if model is models[0] else Around(base, name))
+    assert same(*map(values, models))
