@@ -23,7 +23,6 @@ from .regularizer.step_hooks import Attachment
 from .regularizer.trained_factors import orthonormality
 from .tuner.model import SORSAModel
 from .tuner.registration import register
-from .tuner.save_adapter import save_adapter
 
 if TYPE_CHECKING:
     from .tools.analysis.analyze import Analysis, analyze
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from .tools.init_adapter import InitReport, init_adapter
     from .tools.merge.merge_adapter import MergeReport, merge_adapter
     from .tools.plan import Plan, plan
+    from .tools.save_adapter import save_adapter
 
 register()
 
@@ -45,6 +45,7 @@ _OFFLINE = {
     "init_adapter": "tools.init_adapter",
     "merge_adapter": "tools.merge.merge_adapter",
     "plan": "tools.plan",
+    "save_adapter": "tools.save_adapter",
 }
 """Public names whose modules are imported when the name is first used: training needs none of them."""
 

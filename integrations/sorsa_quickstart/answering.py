@@ -47,8 +47,6 @@ def main(adapter: str, count: int) -> None:
     """Load the saved adapter with plain PEFT and answer the first questions of the test set."""
     from peft import PeftModel
 
-    import sorsa_plugin  # noqa: F401  (the one line that PEFT needs)
-
     from .task import test_examples
 
     model, tokenizer = load_base()

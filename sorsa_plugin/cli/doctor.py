@@ -40,7 +40,11 @@ def _print(diagnosis: Diagnosis) -> None:
     page = console()
     page.print(table)
     registered = "yes" if diagnosis.registered else "no: PEFT's SORSA is not this package's"
-    facts = [("registered with PEFT", registered), ("device", diagnosis.device)]
+    facts = [
+        ("registered with PEFT", registered),
+        ("known without an import", diagnosis.autoload),
+        ("device", diagnosis.device),
+    ]
     if diagnosis.conflict is not None:
         facts.append(("conflict", diagnosis.conflict))
     for name, value in facts:

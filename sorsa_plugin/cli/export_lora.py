@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from . import options
@@ -10,13 +12,19 @@ from .formatting import size
 
 def export_lora(
     adapter: options.Adapter,
-    output: options.Output,
+    output: Path | None = typer.Option(None, "--output", "-o", help="Directory to make; it may exist and be empty."),
+    beside: bool = typer.Option(
+        False, "--beside", help='Write into the adapter\'s own directory, under "lora", and replace an earlier export.'
+    ),
     rank: int | None = typer.Option(None, help="Truncate to this rank; default: the exact LoRA, of rank 2r."),
 ) -> None:
     """Write an adapter as a plain LoRA, which PEFT, vLLM, TGI and llama.cpp load without this package."""
     from ..tools.export_lora import export_lora as export
+    from ..tools.lora_beside import export_beside
 
-    report = export(adapter, output, rank=rank)
+    if (output is None) != beside:
+        raise typer.BadParameter("give either --output DIR or --beside")
+    report = export(adapter, output, rank=rank) if output is not None else export_beside(adapter, rank=rank)
     typer.echo(
         f"LoRA of rank {report.rank} (alpha {report.rank}, scale 1) for {len(report.layers)} layers in "
         f"{report.output}: {size(report.bytes)}."

@@ -5,9 +5,10 @@ The ranges are those of this package's own metadata; there is no second list of 
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, entry_points, version
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from ..tuner.model import SORSAModel
 from ..tuner.registration import NAME, version_conflict
 
 OURS = "sorsa-plugin"
+AUTOLOAD_SWITCHES = ("SORSA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD")
+"""Environment variables that keep PEFT from knowing SORSA without an import: ours, and torch's for all packages."""
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "axolotl", "deepspeed", "bitsandbytes", "torchao")
 
 
@@ -73,6 +76,8 @@ class Diagnosis:
     packages: tuple[Package, ...]
     registered: bool
     """Whether PEFT's SORSA is this package's."""
+    autoload: str
+    """"on" if PEFT knows SORSA in scripts that do not import this package; else why not."""
     plugins: tuple[LoadedPlugin, ...]
     broken: tuple[BrokenPlugin, ...]
     """Plug-ins that could not be loaded or failed."""
@@ -98,7 +103,7 @@ class Diagnosis:
             }
             for package in self.packages
         }
-        facts = {name: getattr(self, name) for name in ("registered", "conflict", "device", "healthy")}
+        facts = {name: getattr(self, name) for name in ("registered", "autoload", "conflict", "device", "healthy")}
         return {OURS: version(OURS), "packages": packages, **facts, **self.plugins_to_json()}
 
     def plugins_to_json(self) -> dict[str, Any]:
@@ -113,7 +118,16 @@ def examine() -> Diagnosis:
     kind = PeftType.__members__.get(NAME)
     registered = (PEFT_TYPE_TO_CONFIG_MAPPING.get(kind), PEFT_TYPE_TO_TUNER_MAPPING.get(kind))
     ours = registered == (SORSAConfig, SORSAModel)
-    return Diagnosis(_packages(), ours, plugins, tuple(broken.values()), conflict, _device())
+    return Diagnosis(_packages(), ours, _autoload(), plugins, tuple(broken.values()), conflict, _device())
+
+
+def _autoload() -> str:
+    off = [name for name in AUTOLOAD_SWITCHES if os.environ.get(name) == "0"]
+    if off:
+        return f"off: {off[0]}=0; scripts need `import sorsa_plugin`"
+    if not any(entry.value.startswith("sorsa_autoload:") for entry in entry_points(group="torch.backends")):
+        return f"off: its entry point is not installed; install {OURS} again"
+    return "on"
 
 
 def _packages() -> tuple[Package, ...]:

@@ -35,6 +35,9 @@ VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank (`MaxLoRARanks` in its config/lora.py) from its default up."""
 
+EXPORTED = {"sorsa": "exported LoRA"}
+"""What the file says about itself, so that a later export may replace it."""
+
 CARD = """---
 {base}library_name: peft
 tags:
@@ -120,7 +123,7 @@ def export_lora(
         tensors |= {name: file.get_tensor(name) for name in carried}
     error = _total_error(layers)
     with appearing_whole(output) as directory:
-        save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", **EXPORTED})
         size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
         (directory / "README.md").write_text(_card(config, lora_rank, error), encoding="utf-8")
         _lora_config(config, list(ranks), lora_rank).save_pretrained(str(directory))  # last: without it no adapter

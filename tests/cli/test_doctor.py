@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from typer.testing import CliRunner
 
 from sorsa_plugin.cli import build_app
@@ -22,9 +23,18 @@ def test_the_table_names_every_package():
     for package in examine().packages:
         assert package.name in run.output
     assert "registered with PEFT: yes" in run.output
+    assert "known without an import: on" in run.output
     for plugin in examine().plugins:
         assert plugin.name in run.output
     assert "qsorsa" in run.output
+
+
+@pytest.mark.parametrize("switch", ["SORSA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
+def test_a_switch_that_makes_scripts_need_an_import_is_shown_and_no_fault(switch, monkeypatch):
+    monkeypatch.setenv(switch, "0")
+    run = CliRunner().invoke(build_app(), ["doctor"])
+    assert run.exit_code == 0
+    assert f"known without an import: off: {switch}=0; scripts need `import sorsa_plugin`" in run.output
 
 
 def test_the_old_command_shows_the_plug_ins_alone_and_says_where_they_are_now():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from builders.saved import saved_adapter
 from typer.testing import CliRunner
@@ -34,3 +36,18 @@ def test_the_command_ends_with_the_error_in_one_sentence(saved, tmp_path):
     assert run.exit_code == 1
     assert "is not empty; expected a new or empty directory" in run.output
     assert "Traceback" not in run.output
+
+
+def test_beside_writes_into_the_adapters_directory(saved, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(saved, adapter)
+    run = CliRunner().invoke(build_app(), ["export-lora", str(adapter), "--beside"])
+    assert run.exit_code == 0, run.output
+    assert (adapter / "lora" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--beside", "-o", "there"]])
+def test_one_of_output_and_beside_is_needed(saved, arguments):
+    run = CliRunner().invoke(build_app(), ["export-lora", str(saved), *arguments])
+    assert run.exit_code == 2
+    assert "give either --output DIR or --beside" in run.output

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from builders.adapters import perturb
+from builders.letters import letter_tokenizer
 from builders.llama import tiny_llama
 from builders.models import tiny_mixtral
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -65,13 +66,7 @@ def test_beam_search_with_mixed_adapters_gives_each_row_its_own(tokens):
 
 def test_a_pipeline_runs_an_adapted_model(tokens, tmp_path):
     """Feature extraction by ids: the pipeline is given a model, and hands over what the model computes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {letter: index for index, letter in enumerate("_abcdefghijklmnopqrstuvwxyz")}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="_"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="_", pad_token="_")
+    fast = letter_tokenizer()
     model = trained(tiny_llama(), target_modules="all-linear")
     generate = pipeline("text-generation", model=model, tokenizer=fast)
     (found,) = generate("abcabc", return_tensors=True, **GREEDY)

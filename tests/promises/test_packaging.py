@@ -15,6 +15,7 @@ from sorsa_plugin.tools.export_lora import export_lora
 ROOT = Path(__file__).parents[2]
 
 PACKAGES = {
+    "sorsa_autoload",
     "sorsa_plugin",
     "sorsa_transformers",
     "sorsa_distributed",

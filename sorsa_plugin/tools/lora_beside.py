@@ -1,0 +1,53 @@
+"""The exact LoRA in a folder of the adapter's own directory, for colleagues who have PEFT and not this package."""
+
+from __future__ import annotations
+
+import shutil
+from os import PathLike
+from pathlib import Path
+
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from ..errors import OutputExistsError
+from .export_lora import EXPORTED, ExportReport, export_lora
+
+FOLDER = "lora"
+"""`PeftModel.from_pretrained(base, directory, subfolder="lora")` loads it, from a hub too."""
+
+
+def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) -> ExportReport:
+    """Write an adapter as a LoRA into its own directory, under `lora`. An earlier export there is replaced.
+
+    Until the new one is complete, the earlier one stays.
+
+    Args:
+        adapter_dir: directory of the adapter.
+        rank: see `export_lora`.
+
+    Raises:
+        OutputExistsError: the folder holds something else.
+        ForeignAdapterError, IncompleteAdapterError, RankError, UnsupportedLayerError: see `export_lora`.
+    """
+    folder = Path(adapter_dir).resolve() / FOLDER
+    if not folder.exists():
+        return export_lora(adapter_dir, folder, rank=rank)
+    if not _is_export(folder):
+        raise OutputExistsError(
+            f"{folder} exists and was not written by `sorsa export-lora`; expected an earlier export, which would be "
+            "replaced, or nothing. Move it away, or export to another directory."
+        )
+    new = folder.with_name(f".{FOLDER}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    report = export_lora(adapter_dir, new, rank=rank)
+    shutil.rmtree(folder)
+    new.rename(folder)
+    return ExportReport(folder, report.rank, report.layers, report.relative_error, report.bytes, report.carried)
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+            return EXPORTED.items() <= (file.metadata() or {}).items()
+    except (OSError, SafetensorError):
+        return False
