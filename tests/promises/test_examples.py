@@ -124,3 +124,15 @@ def test_minilms_real_weights_learn_to_count_the_steps_of_a_solution(method, tmp
     summary = json.loads((output / "summary.json").read_text())
     assert summary["pearson_after"] > 0.8
     assert summary["mse_after"] < 0.5 * summary["mse_before"]
+
+
+@pytest.mark.slow
+def test_smollm2_is_unpacked_trained_and_asked(tmp_path):
+    options = ["--steps", 2, "--batch", 1, "--held-out", 2, "--questions", 1, "--output", tmp_path]
+    output = run_script("smollm2.py", *options)
+    assert "--- before: " in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 < summary["eval_loss_before"] < 3, "a language model, whose loss a random one would not reach"
+    assert summary["eval_loss_after"] != summary["eval_loss_before"]
+    assert summary["largest_gap"] > 0
+    assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == str(tmp_path / "base")
