@@ -5,6 +5,7 @@ OLDEST := .venv-oldest
 DISTRIBUTED := .venv-distributed
 AXOLOTL := .venv-axolotl
 CANARY := .venv-canary
+DOCS := .venv-docs
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder# a file's tests share what they made
 FAST := -m "not slow and not distributed and not axolotl" $(SHARED)
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
@@ -22,7 +23,7 @@ export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
-	support-table bench bench-distributed bench-quantization canary lint format clean
+	support-table bench bench-distributed bench-quantization canary docs lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
 	$(VENV)/bin/sorsa quickstart $(ARGS)
@@ -86,6 +87,9 @@ bench-quantization: $(VENV)/tests  ## quantised bases beside QLoRA, LoftQ and QP
 	    $(VENV)/bin/python benchmarks/$$name.py; done
 	$(VENV)/bin/python benchmarks/report.py
 
+docs: $(DOCS)/site  ## the documentation site, into runs/site; a warning or a dead link is an error
+	$(DOCS)/bin/mkdocs build -q
+
 lint: $(VENV)/tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -96,7 +100,7 @@ format: $(VENV)/tests
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DISTRIBUTED) $(AXOLOTL) $(CANARY) .peft_conformance build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DISTRIBUTED) $(AXOLOTL) $(CANARY) $(DOCS) .peft_conformance build dist *.egg-info
 
 $(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -129,6 +133,11 @@ $(AXOLOTL)/tests: pyproject.toml constraints-axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
 	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl,deepspeed]" pytest pytest-xdist
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) PATH="$(CURDIR)/$(AXOLOTL)/bin:$$PATH" python $(GLOO_HELPER)
+	touch $@
+
+$(DOCS)/site: docs/requirements.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python $(PIP) -r docs/requirements.txt
 	touch $@
 
 # torch stays what is tested; everything else is the newest that the ranges in pyproject.toml take

@@ -156,7 +156,9 @@ def draw(charts: list[Chart], path: Path) -> None:
             axis.set_xticks(range(len(chart.x)), chart.x, fontsize=8)
         else:
             axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
+            measured = sorted({x for values in chart.series.values() for x, _ in values})
+            axis.set_xticks(measured, [f"{x:g}" for x in measured])
         axis.set_title(chart.title, fontsize=10)
         axis.set_ylabel(chart.ylabel)
         axis.set_yscale("log" if chart.log else "linear")

@@ -2,6 +2,7 @@
 
     python benchmarks/quickstart_sweep.py --what lr        learning rates of SORSA and LoRA, tuned alike
     python benchmarks/quickstart_sweep.py --what gamma     the decoupled default gamma, against coupled and none
+    python benchmarks/quickstart_sweep.py --what chart     the README's chart again, from the rates' result file
 
 Every run has the quickstart's data, schedule, rank and seed.
 """
@@ -9,10 +10,11 @@ Every run has the quickstart's data, schedule, rank and seed.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
-from common import write
+from common import RESULTS, Chart, draw, write
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
@@ -24,8 +26,11 @@ from sorsa_quickstart.answering import answer, load_base
 from sorsa_quickstart.task import test_examples, train_examples
 from sorsa_transformers.data import encode_all
 
+CHART = Path(__file__).parent.parent / "docs" / "learning_rates.png"
+
+RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 RUNS: dict[str, list[dict[str, Any]]] = {
-    "lr": [{"adapter": name, "lr": lr} for lr in (5e-4, 1e-3, 2e-3, 5e-3, 1e-2) for name in ("sorsa", "lora")],
+    "lr": [{"adapter": name, "lr": lr} for lr in RATES for name in ("sorsa", "lora")],
     "gamma": [
         {"adapter": "sorsa", "gamma": 0.0},
         {"adapter": "sorsa", "gamma": 4e-4},
@@ -69,13 +74,27 @@ def train(steps: int, questions: int, settings: dict[str, Any]) -> dict[str, Any
     }
 
 
+def draw_rates() -> None:
+    """The README's chart: exact match over learning rates, from the committed result file."""
+    result = json.loads((RESULTS / "quickstart_lr.json").read_text())
+    series: dict[str, list[Any]] = {"SORSA": [], "LoRA": []}
+    for row in result["rows"]:
+        label = "SORSA" if row["adapter"] == "sorsa" else "LoRA"
+        series[label].append((row["lr"], 100 * row["accuracy"]))
+    title = f"the quickstart's task, r {quickstart.RANK}, {result['steps']} steps, one seed"
+    draw([Chart(title, "exact match, %", [], series, xlabel="learning rate")], CHART)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=list(RUNS), required=True)
+    parser.add_argument("--what", choices=[*RUNS, "chart"], required=True)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--questions", type=int, default=100)
     options = parser.parse_args()
 
+    if options.what == "chart":
+        draw_rates()
+        return
     table = Table(title=f"quickstart task, {options.steps} steps")
     for column in ("adapter", "update", "gamma", "lr", "exact match", "last loss", "gap mean", "gap max"):
         table.add_column(column, justify="right")
@@ -95,6 +114,8 @@ def main() -> None:
         )
     Console().print(table)
     write(f"quickstart_{options.what}", {"steps": options.steps, "questions": options.questions, "rows": rows})
+    if options.what == "lr":
+        draw_rates()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def plan(
     ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Tell parameters, bytes, memory and initialisation time from a model's config, without its weights."""
+    """Count parameters, memory and initialisation time from a model's config, without its weights."""
     from ..tools.plan import plan as make_plan
 
     config = options.sorsa_config(

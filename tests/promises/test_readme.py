@@ -50,6 +50,12 @@ def test_every_make_target_it_names_exists() -> None:
     assert targets <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
 
 
+def test_the_address_is_that_of_the_package() -> None:
+    address = re.search(r'^Repository = "(.+)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    assert address is not None
+    assert f"REPOSITORY={address[1]}\n" in README
+
+
 def test_every_local_link_leads_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
     missing = [link for link in links if not os.path.exists(ROOT / link)]
