@@ -136,3 +136,17 @@ def test_smollm2_is_unpacked_trained_and_asked(tmp_path):
     assert summary["eval_loss_after"] != summary["eval_loss_before"]
     assert summary["largest_gap"] > 0
     assert PeftConfig.from_pretrained(str(tmp_path / "adapter")).base_model_name_or_path == str(tmp_path / "base")
+
+
+def test_the_notebooks_cells_run_in_order(tmp_path, monkeypatch, capsys):
+    """As plain Python, without the cell that installs, and for two steps."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((EXAMPLES / "notebooks" / "quickstart.ipynb").read_text())["cells"]
+    names: dict[str, object] = {"__name__": "notebook"}
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and not source.startswith("%"):
+            exec(compile(source.replace("STEPS = 60", "STEPS = 2"), f"cell {number}", "exec"), names)
+    printed = capsys.readouterr().out
+    assert "factors, mean gap" in printed
+    assert (tmp_path / "runs/notebook/adapter/lora/adapter_config.json").is_file()
