@@ -12,10 +12,11 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exists, get_pattern_key
+from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exists
 from ..config import SORSAConfig
 from ..errors import ForeignAdapterError, IncompleteAdapterError
 from .adapter_format import FACTOR, FROZEN, OFFSETS, ROOT, complete_names, factor_shapes, outer_name, pattern_name
+from .ranks import rank_of
 
 
 def read_config(source: Path) -> SORSAConfig:
@@ -106,10 +107,9 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
     for layer in layers:
         prefix = f"{ROOT}{layer}.sorsa_factors."
         layout = config.lora_layouts.get(layer)
-        key = pattern_name(layer, layout, layers)
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
         rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
+        rank = rank_of(config, pattern_name(layer, layout, layers), *rows)
         complete_names(shapes, prefix, factor_shapes(rows[0], rows[1], rank, tuple(U.shape[:-2])))
         parameter = layout is not None and layout[0] == "parameter"
         any_linear = config.target_modules in (None, "all-linear")

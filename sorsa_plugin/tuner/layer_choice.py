@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..compat.peft import BaseTunerLayer, get_pattern_key, renamed_experts
+from ..compat.peft import BaseTunerLayer, renamed_experts
 from ..compat.transformers import Conv1D
 from ..config import SORSAConfig
-from ..errors import RankError, UnsupportedLayerError
+from ..errors import UnsupportedLayerError
+from ..files.ranks import rank_of
 from ..layers.layer import SORSALayer
 from ..layers.storage import is_quantised
 from ..plugins import manager
 from ..qsorsa.residual import require_quantised
 from ..rank_zero import say
+
+NAMED = 3
+"""So many layers are named in a line of the log; the others are counted."""
 
 
 def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
@@ -90,43 +93,27 @@ def renamed_by_peft(model: Any, layer: str) -> bool:
 
 
 class Ranks:
-    """The rank of each adapted module: `r`, an entry of `rank_pattern`, or less on narrow weights of "all-linear".
-
-    Args:
-        config: the adapter's, before PEFT replaces "all-linear" in it by names.
-    """
+    """The ranks of a new adapter's layers, and which of them are less than `r` because a weight is narrow."""
 
     def __init__(self, config: SORSAConfig) -> None:
         self.config = config
-        self.narrows = config.target_modules == "all-linear"
-        self.asked = 0
-        self.narrowed: list[int] = []
+        self.narrowed: dict[int, list[str]] = {}
 
-    def of(self, name: str, target: Any) -> int:
-        """The rank of a module.
-
-        "all-linear" may choose a weight with fewer singular triplets than the rank: a shared expert's gate has one row.
-        Its rank is then their number, noted in `rank_pattern` for this module alone.
-        """
-        config = self.config
-        key = get_pattern_key(config.rank_pattern.keys(), name)
-        rank = config.rank_pattern.get(key, config.r)
-        limit = min(getattr(target, "in_features", rank), getattr(target, "out_features", rank))
-        if self.narrows and key not in config.rank_pattern and limit < rank:
-            config.rank_pattern[f"^{re.escape(name)}"] = rank = limit  # PEFT also matches a bare name as an ending
-            self.narrowed.append(limit)
-            say("%s has only %d singular triplets: its rank is %d instead of %d.", name, limit, limit, config.r)
-        self.asked += 1
+    def of(self, name: str, layer: SORSALayer) -> int:
+        """The rank of the adapter on a layer; see `rank_of`."""
+        rank = rank_of(self.config, name, layer.out_features, layer.in_features)
+        if rank < self.config.r and rank == min(layer.out_features, layer.in_features):
+            self.narrowed.setdefault(rank, []).append(name)
         return rank
 
-    def check(self) -> None:
-        """Check the ranks once all are known.
+    def say(self) -> None:
+        """Log in one line which layers have a lower rank, and which. A saved adapter's were told when it was made."""
+        if self.narrowed and not self.config.factors_from_file:
+            listed = [f"{rank} on {_some(names)}" for rank, names in sorted(self.narrowed.items())]
+            say("r is %d, and narrower weights have fewer triplets; the rank is %s.", self.config.r, "; ".join(listed))
 
-        Raises:
-            RankError: r is larger than every weight that "all-linear" chose allows.
-        """
-        if self.narrowed and len(self.narrowed) == self.asked:
-            raise RankError(
-                f"The rank is {self.config.r}, but no adapted weight has as many singular triplets; the most is "
-                f"{max(self.narrowed)}. Lower r to that at most."
-            )
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -68,7 +68,7 @@ class SORSAModel(BaseTuner):
             for layer in everyone:
                 layer.family = everyone[0].family
             layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
-            self._ranks.check()
+            self._ranks.say()
             if not config.factors_from_file:
                 config.base_storage = _storage(layers)
                 config.lora_layouts = {
@@ -250,7 +250,6 @@ class SORSAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        rank = self._ranks.of(current_key, target)
         adapted = isinstance(target, SORSALayer) and parameter_name in (None, target.parameter_name)
         tied = bool(self._check_tied_module_exists(peft_config, current_key))
         if isinstance(target, SORSALayer) and adapted:
@@ -260,7 +259,7 @@ class SORSAModel(BaseTuner):
                     "and the other way with the adapters that it has; expected one way for all. Give every adapter "
                     "the same ensure_weight_tying."
                 )
-            target.update_layer(adapter_name, rank, peft_config)
+            target.update_layer(adapter_name, self._ranks.of(current_key, target), peft_config)
             return
         if parameter_name is not None:
             layer: SORSALayer = ParamWrapper(target, current_key, parameter_name)
@@ -268,7 +267,7 @@ class SORSAModel(BaseTuner):
             layer = tied_layer(target, current_key, self.model.get_input_embeddings())
         else:
             layer = new_layer(peft_config, target, current_key)
-        layer.update_layer(adapter_name, rank, peft_config)
+        layer.update_layer(adapter_name, self._ranks.of(current_key, layer), peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
 

@@ -255,6 +255,6 @@ def test_impossible_adapters_and_models_are_sentences(tmp_path):
         plan(tmp_path, config())
     config_only(tiny_llama(), tmp_path)
     with pytest.raises(RankError):
-        plan(tmp_path, config(r=100), unit_seconds=1.0)
+        plan(tmp_path, config(rank_pattern={"q_proj": 100}), unit_seconds=1.0)
     with pytest.raises(SORSAConfigError, match="nope"):
         plan(tmp_path, config(target_modules=["nope"]), unit_seconds=1.0)
