@@ -4,8 +4,8 @@
 
 Kinds that are not linear leave a layout in adapter_config.json (`lora_layouts`). It says where PEFT's LoRA keeps the
 pair L, R of such a layer: ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding],
-["weight"] (a linear layer whose name PEFT takes for that of an expert) or ["unsupported", what it is]. Linear layers
-have none.
+["weight"] (in older files: a linear layer whose name PEFT takes for that of an expert) or ["unsupported", what it is].
+Linear layers have none.
 """
 
 from __future__ import annotations

@@ -17,7 +17,10 @@ def rank_of(config: SORSAConfig, name: str, out_features: int, in_features: int)
         name: the module's or parameter's dotted name, which `rank_pattern` is matched with.
         out_features, in_features: the sides of the weight, or of each matrix of a stack.
     """
-    key = get_pattern_key(list(config.rank_pattern), name)
-    if key in config.rank_pattern:
-        return config.rank_pattern[key]
-    return min(config.r, out_features, in_features)
+    own = own_rank(config, name)
+    return min(config.r, out_features, in_features) if own is None else own
+
+
+def own_rank(config: SORSAConfig, name: str) -> int | None:
+    """The rank that `rank_pattern` gives a module or parameter; None if it does not name it."""
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..compat.peft import BaseTunerLayer, renamed_experts
+from ..compat.peft import BaseTunerLayer, get_pattern_key
 from ..compat.transformers import Conv1D
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
-from ..files.ranks import rank_of
+from ..files.ranks import own_rank
 from ..layers.layer import SORSALayer
 from ..layers.storage import is_quantised
 from ..plugins import manager
@@ -83,28 +83,40 @@ def say_unmatched(model: nn.Module, names: set[str], layers: list[SORSALayer]) -
     say("target_modules names %s, and no module of that name is adapted.%s", ", ".join(unmatched), remedy)
 
 
-def renamed_by_peft(model: Any, layer: str) -> bool:
-    """Whether PEFT would load a LoRA on a dense layer of a model of experts as one on the experts.
-
-    A shared expert's `gate_proj` is an example. PEFT does not if the target is the layer's parameter.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return layer.rpartition(".")[2] in renamed_experts(model_type)
-
-
 class Ranks:
-    """The ranks of a new adapter's layers, and which of them are less than `r` because a weight is narrow."""
+    """The ranks of a new adapter's layers, and which of them are less than was asked because a weight is narrow.
 
-    def __init__(self, config: SORSAConfig) -> None:
+    Args:
+        config: the adapter's.
+        fused: {pattern of parameters: rank} of stacks that hold several projections; see `experts.py`.
+    """
+
+    def __init__(self, config: SORSAConfig, fused: dict[str, int]) -> None:
         self.config = config
+        self.fused = fused
+        self.of_fused: dict[str, dict[str, int]] = {}
         self.narrowed: dict[int, list[str]] = {}
 
     def of(self, name: str, layer: SORSALayer) -> int:
         """The rank of the adapter on a layer; see `rank_of`."""
-        rank = rank_of(self.config, name, layer.out_features, layer.in_features)
-        if rank < self.config.r and rank == min(layer.out_features, layer.in_features):
+        own = own_rank(self.config, name)
+        if own is not None:
+            return own
+        pattern = get_pattern_key(list(self.fused), name)
+        asked, most = self.fused.get(pattern, self.config.r), min(layer.out_features, layer.in_features)
+        rank = min(asked, most)
+        if pattern in self.fused:
+            self.of_fused.setdefault(pattern, {})[name] = rank
+        if rank < asked:
             self.narrowed.setdefault(rank, []).append(name)
         return rank
+
+    def note(self) -> None:
+        """Note in `rank_pattern` the ranks of stacks that hold several projections: `r` does not give those."""
+        for pattern, ranks in self.of_fused.items():
+            alike = len(set(ranks.values())) == 1
+            named = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}  # a bare name also matches endings
+            self.config.rank_pattern |= {pattern: next(iter(ranks.values()))} if alike else named
 
     def say(self) -> None:
         """Log in one line which layers have a lower rank, and which. A saved adapter's were told when it was made."""

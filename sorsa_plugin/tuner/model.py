@@ -24,8 +24,9 @@ from ..linalg.offset_form import holding_pairs
 from ..linalg.svd import energy_share
 from ..qsorsa.residual import residual_base
 from ..regularizer.auto_attach import watch_optimizers
+from .experts import adapt_experts_as_lora
 from .initialise import initialise_layers
-from .layer_choice import Ranks, new_layer, renamed_by_peft, say_unmatched
+from .layer_choice import Ranks, new_layer, say_unmatched
 from .mixed_batch import copies_per_row, mixed_batch
 from .rollback import take_off, whole_or_not_at_all
 from .state_dict_check import check_names
@@ -61,13 +62,15 @@ class SORSAModel(BaseTuner):
             residual_base(model, adapter_name, config) as announce,
             whole_or_not_at_all(model, adapter_name, self.peft_config),
         ):
-            self._ranks = Ranks(config)
+            self._ranks = Ranks(config, adapt_experts_as_lora(config, model))
+            named &= set(config.target_modules or ())
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             leave_fused_encoders(model)
             everyone = sorsa_layers(model)
             for layer in everyone:
                 layer.family = everyone[0].family
             layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
+            self._ranks.note()
             self._ranks.say()
             if not config.factors_from_file:
                 config.base_storage = _storage(layers)
@@ -76,7 +79,7 @@ class SORSAModel(BaseTuner):
                     for name, layer in model.named_modules()
                     if isinstance(layer, SORSALayer)
                     and adapter_name in layer.configs
-                    and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
+                    and (layout := layer.lora_layout())
                 }
                 say_unmatched(model, named, [layer for layer in everyone if adapter_name in layer.configs])
             announce(layers)

@@ -42,9 +42,11 @@ def test_a_rank_for_all_modules_narrows_however_they_were_selected_and_one_line_
     model = get_peft_model(tiny_llama(), SORSAConfig(r=20, **targets))
     ranks = {layer.name: layer.factors("default").rank for layer in sorsa_layers(model)}
     narrow = {name: 16 for name in ranks if name.endswith(("k_proj", "v_proj"))}
-    assert narrow and ranks == dict.fromkeys(ranks, 20) | narrow
+    assert narrow
+    assert ranks == dict.fromkeys(ranks, 20) | narrow
     [line] = [record.getMessage() for record in caplog.records if "narrower" in record.getMessage()]
-    assert line.startswith("r is 20, ") and f"the rank is 16 on {next(iter(narrow))}" in line
+    assert line.startswith("r is 20, ")
+    assert f"the rank is 16 on {next(iter(narrow))}" in line
     config = model.peft_config["default"]
     assert (config.r, config.rank_pattern) == (20, {})  # another model's weights may be wider
     perturb(model)
@@ -58,7 +60,8 @@ def test_a_line_on_many_narrow_layers_counts_those_that_it_does_not_name(caplog)
     get_peft_model(tiny_llama(), SORSAConfig(r=1000, target_modules="all-linear"))
     [line] = [record.getMessage() for record in caplog.records if "narrower" in record.getMessage()]
     # of 14 layers, the 4 of k_proj and v_proj have 16 triplets, the others the hidden size
-    assert line.endswith("and 7 more.") and "model.layers.1.self_attn.k_proj and 1 more; 32 on" in line
+    assert line.endswith("and 7 more.")
+    assert "model.layers.1.self_attn.k_proj and 1 more; 32 on" in line
 
 
 # -- copies ----------------------------------------------------------------------------------------------------------
