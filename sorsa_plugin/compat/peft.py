@@ -13,7 +13,13 @@ from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from peft.utils import PeftType, transformers_weight_conversion
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_pattern_key
@@ -36,6 +42,7 @@ ENTRIES = {
     "TrainableTokensWrapper": "which rows of an embedding are trained",
     "get_pattern_key": "which key of rank_pattern fits a name; gone: write its regular expression out",
     "add_peft_type": "the enum member SORSA; gone, once PEFT lets its types be extended: use that",
+    "all_linear": 'which layers "all-linear" selects; gone: list nn.Linear and Conv1D, without the output layer',
     "targets_of_lora": "what a LoRA's targets become on a model of experts; gone: leave the targets as they are",
 }
 
@@ -107,6 +114,11 @@ def add_peft_type(name: str) -> None:
     enum_class._member_map_[name] = member
     enum_class._value2member_map_[name] = member
     type.__setattr__(enum_class, name, member)
+
+
+def all_linear(config: Any, model: Any) -> set[str]:
+    """The names of the modules that a config whose `target_modules` is "all-linear" selects in a model."""
+    return set(_maybe_include_all_linear_layers(copy(config), model).target_modules)
 
 
 def targets_of_lora(config: Any, model: Any) -> LoraConfig:

@@ -23,12 +23,11 @@ NAMED = 3
 """So many layers are named in a line of the log; the others are counted."""
 
 
-def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
-    """The SORSA layer for a base module, still without an adapter. Another method may have adapted the module already.
+def layer_class_for(config: SORSAConfig, target: nn.Module, name: str) -> type[SORSALayer]:
+    """The kind of layer for a base module. Another method may have adapted the module already.
 
     Raises:
         UnsupportedLayerError: no kind fits, or the weight is computed from other parameters.
-        BaseMismatchError: the config asks for a residual base, and the module is not quantised.
     """
     base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     layer_class = manager().hook.sorsa_layer(target=base, config=config)
@@ -53,6 +52,18 @@ def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
             "torch.nn.utils.parametrize.remove_parametrizations() or torch.nn.utils.remove_weight_norm(), or add "
             "the module to exclude_modules."
         )
+    return layer_class
+
+
+def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
+    """The SORSA layer for a base module, still without an adapter. Another method may have adapted the module already.
+
+    Raises:
+        UnsupportedLayerError: see `layer_class_for`.
+        BaseMismatchError: the config asks for a residual base, and the module is not quantised.
+    """
+    layer_class = layer_class_for(config, target, name)
+    base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     stored_in_out = isinstance(base, Conv1D)
     if config.fan_in_fan_out != stored_in_out:
         warnings.warn(
@@ -121,11 +132,11 @@ class Ranks:
     def say(self) -> None:
         """Log in one line which layers have a lower rank, and which. A saved adapter's were told when it was made."""
         if self.narrowed and not self.config.factors_from_file:
-            listed = [f"{rank} on {_some(names)}" for rank, names in sorted(self.narrowed.items())]
+            listed = [f"{rank} on {some(names)}" for rank, names in sorted(self.narrowed.items())]
             say("r is %d, and narrower weights have fewer triplets; the rank is %s.", self.config.r, "; ".join(listed))
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig
@@ -26,10 +27,11 @@ from ..qsorsa.residual import residual_base
 from ..regularizer.auto_attach import watch_optimizers
 from .experts import adapt_experts_as_lora
 from .initialise import initialise_layers
-from .layer_choice import Ranks, new_layer, say_unmatched
+from .layer_choice import Ranks, layer_class_for, new_layer, say_unmatched
 from .mixed_batch import copies_per_row, mixed_batch
 from .rollback import take_off, whole_or_not_at_all
 from .state_dict_check import check_names
+from .wildcard import resolve_all_linear
 
 
 class SORSAModel(BaseTuner):
@@ -64,6 +66,8 @@ class SORSAModel(BaseTuner):
         ):
             self._ranks = Ranks(config, adapt_experts_as_lora(config, model))
             named &= set(config.target_modules or ())
+            if not config.factors_from_file:
+                resolve_all_linear(config, model, partial(self._check_linear, config, model))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             leave_fused_encoders(model)
             everyone = sorsa_layers(model)
@@ -242,6 +246,11 @@ class SORSAModel(BaseTuner):
         """
         super()._check_target_module_compatiblity(peft_config, model, target_name)
         super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+
+    def _check_linear(self, config: SORSAConfig, model: nn.Module, name: str, module: nn.Module) -> None:
+        """Raise what adapting a linear layer would raise by reason of its kind."""
+        self._check_target_module_compatiblity(config, model, name.rpartition(".")[2])
+        layer_class_for(config, module, name)
 
     def _create_and_replace(
         self,
