@@ -15,7 +15,17 @@ from safetensors import SafetensorError, safe_open
 from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exists
 from ..config import SORSAConfig
 from ..errors import ForeignAdapterError, IncompleteAdapterError
-from .adapter_format import FACTOR, FROZEN, OFFSETS, ROOT, complete_names, factor_shapes, outer_name, pattern_name
+from .adapter_format import (
+    FACTOR,
+    FROZEN,
+    OFFSETS,
+    ROOT,
+    complete_names,
+    factor_shapes,
+    outer_name,
+    pattern_name,
+    plain_name,
+)
 from .ranks import rank_of
 
 
@@ -102,6 +112,13 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
             f"The adapter file holds {found}, and factors of {len(layers)} SORSA layers; expected names such as "
             f"{ROOT}<layer>.sorsa_factors.dU. It was written by another method: take the file that belongs to the "
             f"{CONFIG_NAME} beside it."
+        )
+    wrapped = [layer for layer in layers if plain_name(layer) != layer]
+    if wrapped:
+        raise IncompleteAdapterError(
+            f"The adapter was saved from a compiled or wrapped model: its names are such as {wrapped[0]}; expected "
+            f"{plain_name(wrapped[0])}. Load it onto the plain model and save it again: "
+            "PeftModel.from_pretrained(model, directory).save_pretrained(another)."
         )
     ranks = {}
     for layer in layers:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
+from peft import TaskType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -92,6 +94,16 @@ def say_unmatched(model: nn.Module, names: set[str], layers: list[SORSALayer]) -
     }
     remedy = f" Stacks of experts are named by target_parameters: {sorted(stacks)}." if stacks else ""
     say("target_modules names %s, and no module of that name is adapted.%s", ", ".join(unmatched), remedy)
+
+
+def say_other_inputs(model: Any, config: SORSAConfig) -> None:
+    """Log where PEFT's model for the task would hand the base model tokens, and it takes something else (Whisper)."""
+    takes = getattr(model, "main_input_name", "input_ids")
+    if config.task_type == TaskType.SEQ_2_SEQ_LM and takes != "input_ids" and not config.factors_from_file:
+        say(
+            "With task_type SEQ_2_SEQ_LM PEFT's forward passes input_ids, and %s takes %s. Leave task_type out.",
+            type(model).__name__, takes,
+        )  # fmt: skip
 
 
 class Ranks:

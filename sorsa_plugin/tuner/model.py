@@ -13,6 +13,7 @@ from torch import nn
 from ..compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, BaseTuner, LoraModel
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
+from ..files.adapter_format import plain_layouts
 from ..layers.base_weight import keep_here
 from ..layers.folding import fold_layers
 from ..layers.kinds.attention import leave_fused_encoders
@@ -25,12 +26,13 @@ from ..linalg.offset_form import holding_pairs
 from ..linalg.svd import energy_share
 from ..qsorsa.residual import residual_base
 from ..regularizer.auto_attach import watch_optimizers
+from .adapter_names import check_adapter_name
 from .experts import adapt_experts_as_lora
 from .initialise import initialise_layers
-from .layer_choice import Ranks, layer_class_for, new_layer, say_unmatched
+from .layer_choice import Ranks, layer_class_for, new_layer, say_other_inputs, say_unmatched
 from .mixed_batch import copies_per_row, mixed_batch
 from .rollback import take_off, whole_or_not_at_all
-from .state_dict_check import check_names
+from .state_dict_check import check_names, take_wrappers_out
 from .wildcard import resolve_all_linear
 
 
@@ -54,6 +56,7 @@ class SORSAModel(BaseTuner):
         """Create the adapter on every targeted module, then factorise their weights one at a time; all or nothing.
 
         Raises:
+            SORSAConfigError: the adapter cannot have this name.
             RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
             DecompositionError: a weight holds NaN or infinity, or does not converge on any device.
             FoldError, BaseFilesError, BaseMismatchError: see `residual.py`.
@@ -64,6 +67,8 @@ class SORSAModel(BaseTuner):
             residual_base(model, adapter_name, config) as announce,
             whole_or_not_at_all(model, adapter_name, self.peft_config),
         ):
+            check_adapter_name(adapter_name)
+            say_other_inputs(model, config)
             self._ranks = Ranks(config, adapt_experts_as_lora(config, model))
             named &= set(config.target_modules or ())
             if not config.factors_from_file:
@@ -76,7 +81,9 @@ class SORSAModel(BaseTuner):
             layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
             self._ranks.note()
             self._ranks.say()
-            if not config.factors_from_file:
+            if config.factors_from_file:
+                config.lora_layouts = plain_layouts(config.lora_layouts)
+            else:
                 config.base_storage = _storage(layers)
                 config.lora_layouts = {
                     name: list(layout)
@@ -286,6 +293,7 @@ class SORSAModel(BaseTuner):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Check all names before any layer takes a tensor."""
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
+        take_wrappers_out(state_dict, prefix, layers)
         check_names(state_dict, prefix, layers, list(self.peft_config))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
