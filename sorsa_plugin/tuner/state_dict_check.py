@@ -110,8 +110,8 @@ def _refuse_strangers(
             known = layer is not None and match["adapter"] in layer.sorsa_factors
             (taken if known else strange).add(match["layer"])
     first = min(strange, default="").removeprefix("model.")
-    known = {_bare(name) for name in layers}
-    if strange and all(name not in layers and _bare(name) in known for name in strange):
+    bare = {_bare(name) for name in layers}
+    if strange and all(name not in layers and _bare(name) in bare for name in strange):
         raise IncompleteAdapterError(
             f"The adapter file's names carry wrappers, such as {first}: it was saved from a compiled model, or from "
             "inside another method's layers, and it is not clear which of the model's adapters and layers are meant. "
