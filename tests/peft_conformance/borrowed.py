@@ -26,6 +26,7 @@ OWN_OPTIONS = "gives LoRA's own options"
 HUB = "needs the hub or diffusers"
 LORAS_PARTS = "looks at LoRA's tensors or messages"
 REASONS = {
+    "RankError": "gives a module a rank of its own that it has not",
     r"offline|[Hh]ub\b|huggingface|LocalEntryNotFound|OSError|StableDiffusion|CLIPText": HUB,
     "BaseMismatchError": "loads onto another base, which is refused",
     "PeftMixedModel": "mixes methods in one model: PEFT has a closed list",
