@@ -35,7 +35,8 @@ class SORSAConfig(PeftConfig):
     "disabled adapter = base model".
 
     Args:
-        r: rank, the number of singular triplets trained per weight; at most min(in, out) of each weight.
+        r: rank, the number of singular triplets trained per weight (out x in); min(in, out) of
+            a weight that has fewer.
         target_modules: module names, a regular expression, "all-linear", or None for PEFT's defaults per architecture.
         target_parameters: names of parameters to adapt that are no layer's weight: the experts of mixture-of-experts
             models, e.g. ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"].
@@ -48,7 +49,8 @@ class SORSAConfig(PeftConfig):
             modules_to_save, adapt or train both as one.
         layers_to_transform: layer index or indices to adapt; None adapts all.
         layers_pattern: name of the layer list, needed only if `layers_to_transform` cannot find it.
-        rank_pattern: {module name or regular expression: rank} for modules whose rank differs from `r`.
+        rank_pattern: {module name or regular expression: rank} for modules whose rank differs from `r`; at most
+            min(in, out) of each of these modules.
         init_weights: True starts from the singular triplets (the output equals the base model's); False starts from
             random factors, which is for tests only.
         svd: "exact", "randomized" (seeded block iteration), or "auto": exact if that is cheap.

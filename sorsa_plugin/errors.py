@@ -64,7 +64,7 @@ class NonFiniteGradientError(SORSAError, FloatingPointError):
 
 
 class MergeError(SORSAError, RuntimeError):
-    """An adapter cannot be merged into a weight, or the merged weight not used, because an engine holds the weight."""
+    """An adapter cannot be merged into a weight that an engine holds, or adapters cannot be merged together."""
 
 
 class FoldError(SORSAError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ RESIDUAL = """ The base stores quantised residuals
 
 MERGED = """# Merged SORSA adapter
 
-`{base}` with a SORSA adapter of rank {rank} ([arXiv 2409.00055](https://arxiv.org/abs/2409.00055)) merged into its
+`{base}` with {adapters} ([arXiv 2409.00055](https://arxiv.org/abs/2409.00055)) merged into its
 weights by `sorsa merge`: an ordinary model, which needs neither PEFT nor sorsa-plugin.
 """
 
@@ -126,12 +127,12 @@ def _front_matter(path: Path) -> dict[str, Any]:
         return {}
 
 
-def write_merged_card(base: Path, directory: Path, values: CardValues) -> None:
-    """Write the card of a model that an adapter was merged into, with the licence and languages of the base's card."""
+def write_merged_card(base: Path, directory: Path, merged: Sequence[CardValues]) -> None:
+    """Write the card of a model that adapters were merged into, with the licence and languages of the base's card."""
+    name = merged[0].base
     known = _front_matter(base / CARD)
     kept = {key: known[key] for key in ("license", "license_name", "license_link", "language") if key in known}
-    data = ModelCardData(**kept, base_model=values.base, library_name="transformers", tags=["sorsa"])
-    card = ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n" + MERGED.format(base=values.base or "the base model", rank=values.rank)
-    )
-    card.save(directory / CARD)
+    data = ModelCardData(**kept, base_model=name, library_name="transformers", tags=["sorsa"])
+    adapters = ", and ".join(f"a SORSA adapter of rank {values.rank}" for values in merged)
+    text = MERGED.format(base=name or "the base model", adapters=adapters)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(directory / CARD)

@@ -13,12 +13,12 @@ from .formatting import size
 
 def merge(
     base: options.Base,
-    adapter: Annotated[Path, typer.Option(help="Directory of a saved SORSA adapter.")],
+    adapter: Annotated[list[Path], typer.Option(help="Directory of a saved SORSA adapter; repeat it to add several.")],
     output: options.Output,
     safe: bool = typer.Option(False, "--safe", help="Look for NaN and infinity in what is merged."),
     revision: options.Revision = None,
 ) -> None:
-    """Write the base model with an adapter merged in, as a plain model, one weight at a time."""
+    """Write the base model with one adapter or several merged in, as a plain model, one weight at a time."""
     from ..tools.merge.merge_adapter import merge_adapter
 
     report = merge_adapter(base, adapter, output, safe=safe, revision=revision)

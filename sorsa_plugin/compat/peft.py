@@ -6,12 +6,20 @@ and `BORROWED` name the methods of PEFT's classes that ours replace, extend or t
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
+from peft import LoraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.model import LoraModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from peft.utils import PeftType, transformers_weight_conversion
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper, get_pattern_key
@@ -34,7 +42,8 @@ ENTRIES = {
     "TrainableTokensWrapper": "which rows of an embedding are trained",
     "get_pattern_key": "which key of rank_pattern fits a name; gone: write its regular expression out",
     "add_peft_type": "the enum member SORSA; gone, once PEFT lets its types be extended: use that",
-    "renamed_experts": "names that PEFT takes for experts when it loads a LoRA; gone: return nothing",
+    "all_linear": 'which layers "all-linear" selects; gone: list nn.Linear and Conv1D, without the output layer',
+    "targets_of_lora": "what a LoRA's targets become on a model of experts; gone: leave the targets as they are",
 }
 
 OVERRIDDEN = {
@@ -69,6 +78,19 @@ CALLED = {
 }
 """{PEFT's class: other methods that ours calls}."""
 
+SELECTING = (
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "target_parameters",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "task_type",
+)
+"""Options of LoRA and of `SORSAConfig` that say which modules are adapted, and at which rank."""
+
 BORROWED = ("_prepare_adapter_config", "_add_modules_to_save_to_tie", "_add_targets_to_tie")
 """Methods of `LoraModel` that are about LoRA in name only: they read fields that `SORSAConfig` has too."""
 
@@ -94,11 +116,21 @@ def add_peft_type(name: str) -> None:
     type.__setattr__(enum_class, name, member)
 
 
-def renamed_experts(model_type: str | None) -> dict[str, Any]:
-    """{last part of a module's name: the name that PEFT gives it} for modules that PEFT takes for experts.
+def all_linear(config: Any, model: Any) -> set[str]:
+    """The names of the modules that a config whose `target_modules` is "all-linear" selects in a model."""
+    return set(_maybe_include_all_linear_layers(copy(config), model).target_modules)
 
-    PEFT renames them when it loads a LoRA on this architecture, to follow transformers' fused experts. Empty for other
-    architectures.
+
+def targets_of_lora(config: Any, model: Any) -> LoraConfig:
+    """A LoRA with the options of `config` that select modules, as PEFT rewrites them for this model.
+
+    Transformers 5 holds the experts of an architecture in stacks. For LoRA alone, PEFT turns the names that they had
+    before, `"all-linear"` and regular expressions into `target_parameters`, and gives two projections that are now one
+    the sum of their ranks, in `rank_pattern`.
+
+    Raises:
+        ValueError: `config` names one of two projections that are now one.
     """
-    family = getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}).get(model_type)
-    return getattr(transformers_weight_conversion, "_MOE_TARGET_MODULE_MAPPING", {}).get(family, {})
+    lora = LoraConfig(**{name: copy(getattr(config, name)) for name in SELECTING})
+    transformers_weight_conversion.convert_peft_config_for_transformers(lora, model, None)
+    return lora

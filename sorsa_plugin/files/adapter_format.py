@@ -4,8 +4,8 @@
 
 Kinds that are not linear leave a layout in adapter_config.json (`lora_layouts`). It says where PEFT's LoRA keeps the
 pair L, R of such a layer: ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding],
-["weight"] (a linear layer whose name PEFT takes for that of an expert) or ["unsupported", what it is]. Linear layers
-have none.
+["weight"] (in older files: a linear layer whose name PEFT takes for that of an expert) or ["unsupported", what it is].
+Linear layers have none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ ROOT = "base_model.model."
 """The beginning of every name in an adapter file of PEFT."""
 
 FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Names under which torch.compile, activation checkpointing and FSDP hold the module that they wrap."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -71,6 +74,19 @@ def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
 # -- names of layers -------------------------------------------------------------------------------------------------
 
 INSIDE = re.compile(r"\.base_layer(?=\.|$)")
+
+
+def plain_name(name: str) -> str:
+    """The name of a layer without those of wrappers around it and around the modules that hold it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def plain_layouts(layouts: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """`lora_layouts` of an adapter that was saved from a wrapped model, with the names of the model itself."""
+    return {
+        plain_name(layer): [plain_name(entry) if isinstance(entry, str) else entry for entry in layout]
+        for layer, layout in layouts.items()
+    }
 
 
 def outer_name(layer: str, adapted: Collection[str]) -> str:

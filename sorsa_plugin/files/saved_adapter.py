@@ -12,10 +12,21 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 
-from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exists, get_pattern_key
+from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exists
 from ..config import SORSAConfig
 from ..errors import ForeignAdapterError, IncompleteAdapterError
-from .adapter_format import FACTOR, FROZEN, OFFSETS, ROOT, complete_names, factor_shapes, outer_name, pattern_name
+from .adapter_format import (
+    FACTOR,
+    FROZEN,
+    OFFSETS,
+    ROOT,
+    complete_names,
+    factor_shapes,
+    outer_name,
+    pattern_name,
+    plain_name,
+)
+from .ranks import rank_of
 
 
 def read_config(source: Path) -> SORSAConfig:
@@ -102,14 +113,20 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
             f"{ROOT}<layer>.sorsa_factors.dU. It was written by another method: take the file that belongs to the "
             f"{CONFIG_NAME} beside it."
         )
+    wrapped = [layer for layer in layers if plain_name(layer) != layer]
+    if wrapped:
+        raise IncompleteAdapterError(
+            f"The adapter was saved from a compiled or wrapped model: its names are such as {wrapped[0]}; expected "
+            f"{plain_name(wrapped[0])}. Load it onto the plain model and save it again: "
+            "PeftModel.from_pretrained(model, directory).save_pretrained(another)."
+        )
     ranks = {}
     for layer in layers:
         prefix = f"{ROOT}{layer}.sorsa_factors."
         layout = config.lora_layouts.get(layer)
-        key = pattern_name(layer, layout, layers)
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
         U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
         rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
+        rank = rank_of(config, pattern_name(layer, layout, layers), *rows)
         complete_names(shapes, prefix, factor_shapes(rows[0], rows[1], rank, tuple(U.shape[:-2])))
         parameter = layout is not None and layout[0] == "parameter"
         any_linear = config.target_modules in (None, "all-linear")

@@ -84,8 +84,9 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
         raise BaseMismatchError(
             f"The adapter was not trained on this base model: the fingerprint of {name} differs by {found:.2g} "
             f"(relative; at most {limit:g} for a base stored as {storage}, saved from {saved_storage}). Load the base "
-            "model that adapter_config.json names in base_model_name_or_path; weights saved while an adapter was "
-            "merged or folded into them are not it."
+            "model that adapter_config.json names in base_model_name_or_path; weights into which an adapter was merged "
+            "or folded are not it. To add several adapters of one base, load all of them onto it and call "
+            "merge_and_unload(adapter_names=[...]), or export them with `sorsa export-lora`."
         )
     expected = sum(EXPECTED_ROUNDING.get(kind, QUANTISED_ROUNDING) for kind in {saved_storage or storage, storage})
     if not same_storage and found > expected:

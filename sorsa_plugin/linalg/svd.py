@@ -104,7 +104,7 @@ def require_triplets(rank: int, shape: tuple[int, ...], name: str) -> None:
     if rank > smaller:
         raise RankError(
             f"The rank of {name} is {rank}, but its weight of shape {shape} has only {smaller} singular triplets. "
-            f"Lower r to at most {smaller}, give the module an entry in rank_pattern, or exclude it."
+            f"Lower r, or the module's entry in rank_pattern, to at most {smaller}, or exclude it."
         )
 
 

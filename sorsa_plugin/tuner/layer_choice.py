@@ -6,26 +6,30 @@ import re
 import warnings
 from typing import Any
 
+from peft import TaskType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..compat.peft import BaseTunerLayer, get_pattern_key, renamed_experts
+from ..compat.peft import BaseTunerLayer, get_pattern_key
 from ..compat.transformers import Conv1D
 from ..config import SORSAConfig
-from ..errors import RankError, UnsupportedLayerError
+from ..errors import UnsupportedLayerError
+from ..files.ranks import own_rank
 from ..layers.layer import SORSALayer
 from ..layers.storage import is_quantised
 from ..plugins import manager
 from ..qsorsa.residual import require_quantised
 from ..rank_zero import say
 
+NAMED = 3
+"""So many layers are named in a line of the log; the others are counted."""
 
-def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
-    """The SORSA layer for a base module, still without an adapter. Another method may have adapted the module already.
+
+def layer_class_for(config: SORSAConfig, target: nn.Module, name: str) -> type[SORSALayer]:
+    """The kind of layer for a base module. Another method may have adapted the module already.
 
     Raises:
         UnsupportedLayerError: no kind fits, or the weight is computed from other parameters.
-        BaseMismatchError: the config asks for a residual base, and the module is not quantised.
     """
     base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     layer_class = manager().hook.sorsa_layer(target=base, config=config)
@@ -50,6 +54,18 @@ def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
             "torch.nn.utils.parametrize.remove_parametrizations() or torch.nn.utils.remove_weight_norm(), or add "
             "the module to exclude_modules."
         )
+    return layer_class
+
+
+def new_layer(config: SORSAConfig, target: nn.Module, name: str) -> SORSALayer:
+    """The SORSA layer for a base module, still without an adapter. Another method may have adapted the module already.
+
+    Raises:
+        UnsupportedLayerError: see `layer_class_for`.
+        BaseMismatchError: the config asks for a residual base, and the module is not quantised.
+    """
+    layer_class = layer_class_for(config, target, name)
+    base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     stored_in_out = isinstance(base, Conv1D)
     if config.fan_in_fan_out != stored_in_out:
         warnings.warn(
@@ -80,53 +96,59 @@ def say_unmatched(model: nn.Module, names: set[str], layers: list[SORSALayer]) -
     say("target_modules names %s, and no module of that name is adapted.%s", ", ".join(unmatched), remedy)
 
 
-def renamed_by_peft(model: Any, layer: str) -> bool:
-    """Whether PEFT would load a LoRA on a dense layer of a model of experts as one on the experts.
-
-    A shared expert's `gate_proj` is an example. PEFT does not if the target is the layer's parameter.
-    """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return layer.rpartition(".")[2] in renamed_experts(model_type)
+def say_other_inputs(model: Any, config: SORSAConfig) -> None:
+    """Log where PEFT's model for the task would hand the base model tokens, and it takes something else (Whisper)."""
+    takes = getattr(model, "main_input_name", "input_ids")
+    if config.task_type == TaskType.SEQ_2_SEQ_LM and takes != "input_ids" and not config.factors_from_file:
+        say(
+            "With task_type SEQ_2_SEQ_LM PEFT's forward passes input_ids, and %s takes %s. Leave task_type out.",
+            type(model).__name__, takes,
+        )  # fmt: skip
 
 
 class Ranks:
-    """The rank of each adapted module: `r`, an entry of `rank_pattern`, or less on narrow weights of "all-linear".
+    """The ranks of a new adapter's layers, and which of them are less than was asked because a weight is narrow.
 
     Args:
-        config: the adapter's, before PEFT replaces "all-linear" in it by names.
+        config: the adapter's.
+        fused: {pattern of parameters: rank} of stacks that hold several projections; see `experts.py`.
     """
 
-    def __init__(self, config: SORSAConfig) -> None:
+    def __init__(self, config: SORSAConfig, fused: dict[str, int]) -> None:
         self.config = config
-        self.narrows = config.target_modules == "all-linear"
-        self.asked = 0
-        self.narrowed: list[int] = []
+        self.fused = fused
+        self.of_fused: dict[str, dict[str, int]] = {}
+        self.narrowed: dict[int, list[str]] = {}
 
-    def of(self, name: str, target: Any) -> int:
-        """The rank of a module.
-
-        "all-linear" may choose a weight with fewer singular triplets than the rank: a shared expert's gate has one row.
-        Its rank is then their number, noted in `rank_pattern` for this module alone.
-        """
-        config = self.config
-        key = get_pattern_key(config.rank_pattern.keys(), name)
-        rank = config.rank_pattern.get(key, config.r)
-        limit = min(getattr(target, "in_features", rank), getattr(target, "out_features", rank))
-        if self.narrows and key not in config.rank_pattern and limit < rank:
-            config.rank_pattern[f"^{re.escape(name)}"] = rank = limit  # PEFT also matches a bare name as an ending
-            self.narrowed.append(limit)
-            say("%s has only %d singular triplets: its rank is %d instead of %d.", name, limit, limit, config.r)
-        self.asked += 1
+    def of(self, name: str, layer: SORSALayer) -> int:
+        """The rank of the adapter on a layer; see `rank_of`."""
+        own = own_rank(self.config, name)
+        if own is not None:
+            return own
+        pattern = get_pattern_key(list(self.fused), name)
+        asked, most = self.fused.get(pattern, self.config.r), min(layer.out_features, layer.in_features)
+        rank = min(asked, most)
+        if pattern in self.fused:
+            self.of_fused.setdefault(pattern, {})[name] = rank
+        if rank < asked:
+            self.narrowed.setdefault(rank, []).append(name)
         return rank
 
-    def check(self) -> None:
-        """Check the ranks once all are known.
+    def note(self) -> None:
+        """Note in `rank_pattern` the ranks of stacks that hold several projections: `r` does not give those."""
+        for pattern, ranks in self.of_fused.items():
+            alike = len(set(ranks.values())) == 1
+            named = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}  # a bare name also matches endings
+            self.config.rank_pattern |= {pattern: next(iter(ranks.values()))} if alike else named
 
-        Raises:
-            RankError: r is larger than every weight that "all-linear" chose allows.
-        """
-        if self.narrowed and len(self.narrowed) == self.asked:
-            raise RankError(
-                f"The rank is {self.config.r}, but no adapted weight has as many singular triplets; the most is "
-                f"{max(self.narrowed)}. Lower r to that at most."
-            )
+    def say(self) -> None:
+        """Log in one line which layers have a lower rank, and which. A saved adapter's were told when it was made."""
+        if self.narrowed and not self.config.factors_from_file:
+            listed = [f"{rank} on {some(names)}" for rank, names in sorted(self.narrowed.items())]
+            say("r is %d, and narrower weights have fewer triplets; the rank is %s.", self.config.r, "; ".join(listed))
+
+
+def some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

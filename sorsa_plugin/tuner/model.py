@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig
@@ -12,6 +13,7 @@ from torch import nn
 from ..compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, BaseTuner, LoraModel
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
+from ..files.adapter_format import plain_layouts
 from ..layers.base_weight import keep_here
 from ..layers.folding import fold_layers
 from ..layers.kinds.attention import leave_fused_encoders
@@ -24,11 +26,14 @@ from ..linalg.offset_form import holding_pairs
 from ..linalg.svd import energy_share
 from ..qsorsa.residual import residual_base
 from ..regularizer.auto_attach import watch_optimizers
+from .adapter_names import check_adapter_name
+from .experts import adapt_experts_as_lora
 from .initialise import initialise_layers
-from .layer_choice import Ranks, new_layer, renamed_by_peft, say_unmatched
+from .layer_choice import Ranks, layer_class_for, new_layer, say_other_inputs, say_unmatched
 from .mixed_batch import copies_per_row, mixed_batch
 from .rollback import take_off, whole_or_not_at_all
-from .state_dict_check import check_names
+from .state_dict_check import check_names, take_wrappers_out
+from .wildcard import resolve_all_linear
 
 
 class SORSAModel(BaseTuner):
@@ -51,6 +56,7 @@ class SORSAModel(BaseTuner):
         """Create the adapter on every targeted module, then factorise their weights one at a time; all or nothing.
 
         Raises:
+            SORSAConfigError: the adapter cannot have this name.
             RankError, UnsupportedLayerError: a targeted module cannot take the adapter.
             DecompositionError: a weight holds NaN or infinity, or does not converge on any device.
             FoldError, BaseFilesError, BaseMismatchError: see `residual.py`.
@@ -61,22 +67,30 @@ class SORSAModel(BaseTuner):
             residual_base(model, adapter_name, config) as announce,
             whole_or_not_at_all(model, adapter_name, self.peft_config),
         ):
-            self._ranks = Ranks(config)
+            check_adapter_name(adapter_name)
+            say_other_inputs(model, config)
+            self._ranks = Ranks(config, adapt_experts_as_lora(config, model))
+            named &= set(config.target_modules or ())
+            if not config.factors_from_file:
+                resolve_all_linear(config, model, partial(self._check_linear, config, model))
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             leave_fused_encoders(model)
             everyone = sorsa_layers(model)
             for layer in everyone:
                 layer.family = everyone[0].family
             layers = [layer for layer in everyone if adapter_name in layer.sorsa_factors]
-            self._ranks.check()
-            if not config.factors_from_file:
+            self._ranks.note()
+            self._ranks.say()
+            if config.factors_from_file:
+                config.lora_layouts = plain_layouts(config.lora_layouts)
+            else:
                 config.base_storage = _storage(layers)
                 config.lora_layouts = {
                     name: list(layout)
                     for name, layer in model.named_modules()
                     if isinstance(layer, SORSALayer)
                     and adapter_name in layer.configs
-                    and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
+                    and (layout := layer.lora_layout())
                 }
                 say_unmatched(model, named, [layer for layer in everyone if adapter_name in layer.configs])
             announce(layers)
@@ -240,6 +254,11 @@ class SORSAModel(BaseTuner):
         super()._check_target_module_compatiblity(peft_config, model, target_name)
         super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
 
+    def _check_linear(self, config: SORSAConfig, model: nn.Module, name: str, module: nn.Module) -> None:
+        """Raise what adapting a linear layer would raise by reason of its kind."""
+        self._check_target_module_compatiblity(config, model, name.rpartition(".")[2])
+        layer_class_for(config, module, name)
+
     def _create_and_replace(
         self,
         peft_config: SORSAConfig,
@@ -250,7 +269,6 @@ class SORSAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        rank = self._ranks.of(current_key, target)
         adapted = isinstance(target, SORSALayer) and parameter_name in (None, target.parameter_name)
         tied = bool(self._check_tied_module_exists(peft_config, current_key))
         if isinstance(target, SORSALayer) and adapted:
@@ -260,7 +278,7 @@ class SORSAModel(BaseTuner):
                     "and the other way with the adapters that it has; expected one way for all. Give every adapter "
                     "the same ensure_weight_tying."
                 )
-            target.update_layer(adapter_name, rank, peft_config)
+            target.update_layer(adapter_name, self._ranks.of(current_key, target), peft_config)
             return
         if parameter_name is not None:
             layer: SORSALayer = ParamWrapper(target, current_key, parameter_name)
@@ -268,13 +286,14 @@ class SORSAModel(BaseTuner):
             layer = tied_layer(target, current_key, self.model.get_input_embeddings())
         else:
             layer = new_layer(peft_config, target, current_key)
-        layer.update_layer(adapter_name, rank, peft_config)
+        layer.update_layer(adapter_name, self._ranks.of(current_key, layer), peft_config)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Check all names before any layer takes a tensor."""
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
+        take_wrappers_out(state_dict, prefix, layers)
         check_names(state_dict, prefix, layers, list(self.peft_config))
         super()._load_from_state_dict(state_dict, prefix, *args)
 

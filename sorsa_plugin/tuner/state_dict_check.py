@@ -6,17 +6,60 @@ PEFT alone would warn of missing or surplus tensors, and go on with a part of th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IncompleteAdapterError
-from ..files.adapter_format import OFFSETS
+from ..files.adapter_format import OFFSETS, plain_name
 
 if TYPE_CHECKING:
     from ..layers.layer import SORSALayer
 
 FACTOR = re.compile(r"(?P<layer>.+)\.sorsa_factors\.((?P<adapter>[^.]+)\.)?[^.]+")
 """A factor's name, including the adapter's name if PEFT has put it in."""
+
+
+def take_wrappers_out(state_dict: MutableMapping[str, Any], prefix: str, layers: Mapping[str, SORSALayer]) -> None:
+    """Rename factors that differ from a layer's by wrappers alone: they were saved from a compiled model, say.
+
+    A name stays where no layer, or more than one, could be meant. `check_names` refuses it then.
+
+    Args:
+        state_dict: the one that PEFT or torch loads; changed in place.
+        prefix: the beginning of the model's names in it.
+        layers: the model's, by name.
+    """
+    found: dict[str, list[str]] = {}
+    for key in list(state_dict):
+        match = FACTOR.fullmatch(key, len(prefix)) if key.startswith(prefix) else None
+        if match is not None:
+            found.setdefault(match["layer"], []).append(key)
+    free = {name: _bare(name) for name in layers if name not in found}
+    strange = {name: _bare(name) for name in found if name not in layers}
+    for name, bare in strange.items():
+        meant = [layer for layer, other in free.items() if other == bare]
+        if len(meant) == 1 and list(strange.values()).count(bare) == 1:
+            for key in found[name]:
+                end = _with_adapter(key[len(prefix) + len(name) :], layers[meant[0]])
+                if end is not None:
+                    state_dict[prefix + meant[0] + end] = state_dict.pop(key)
+
+
+def _bare(name: str) -> str:
+    """Without wrappers, and without the layers of PEFT's other methods that may lie around this one."""
+    return ".".join(part for part in plain_name(name).split(".") if part != "base_layer")
+
+
+def _with_adapter(end: str, layer: SORSALayer) -> str | None:
+    """The end of a factor's name, ".sorsa_factors.dU", with the adapter's name where PEFT has not put it in.
+
+    None if several adapters could be meant.
+    """
+    _, factors, *rest = end.split(".")
+    if len(rest) == 2:
+        return end
+    waiting = [name for name in layer.sorsa_factors if layer.factors(name).pending] or list(layer.sorsa_factors)
+    return f".{factors}.{waiting[0]}.{rest[0]}" if len(waiting) == 1 else None
 
 
 def check_names(
@@ -67,6 +110,13 @@ def _refuse_strangers(
             known = layer is not None and match["adapter"] in layer.sorsa_factors
             (taken if known else strange).add(match["layer"])
     first = min(strange, default="").removeprefix("model.")
+    bare = {_bare(name) for name in layers}
+    if strange and all(name not in layers and _bare(name) in bare for name in strange):
+        raise IncompleteAdapterError(
+            f"The adapter file's names carry wrappers, such as {first}: it was saved from a compiled model, or from "
+            "inside another method's layers, and it is not clear which of the model's adapters and layers are meant. "
+            "Load it onto the plain model alone, and save it again."
+        )
     if strange and not taken:
         raise IncompleteAdapterError(
             f"The adapter file has no tensors for any of the {len(layers)} adapted layers, but for {len(strange)} "

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook
+from builders.models import tiny_qwen3_moe
 from peft import LoraConfig, PeftType, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -128,10 +129,14 @@ def test_trained_tokens_tell_their_rows() -> None:
     assert wrapper.token_adapter.tied_adapter is None
 
 
-def test_peft_names_the_experts_that_it_renames() -> None:
-    assert {"gate_proj", "up_proj", "down_proj"} <= set(peft.renamed_experts("qwen3_moe"))
-    assert peft.renamed_experts("llama") == {}
-    assert peft.renamed_experts(None) == {}
+def test_peft_rewrites_a_loras_targets_on_a_model_of_experts_alone() -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "gate_proj", "up_proj"])
+    found = peft.targets_of_lora(config, tiny_qwen3_moe())
+    assert (set(found.target_modules), set(found.target_parameters)) == ({"q_proj"}, {"gate_up_proj"})
+    assert list(found.rank_pattern.values()) == [8]
+    unchanged = peft.targets_of_lora(config, small_llama())
+    assert (set(unchanged.target_modules), unchanged.target_parameters) == (set(config.target_modules), None)
+    assert (config.target_parameters, config.rank_pattern) == (None, {})
 
 
 def test_a_model_is_built_on_the_meta_device_in_its_dtype() -> None:

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from sorsa_plugin import SORSAConfig
 
 from . import plugin
+from .cases import SHARED, TRANSLATED
 from .plugin import _versions, _without_hub  # noqa: F401  (fixtures)
 
 PASSES = "passes"
@@ -25,7 +26,7 @@ OWN_OPTIONS = "gives LoRA's own options"
 HUB = "needs the hub or diffusers"
 LORAS_PARTS = "looks at LoRA's tensors or messages"
 REASONS = {
-    "RankError": "asks a rank that the layers have not",
+    "RankError": "gives a module a rank of its own that it has not",
     r"offline|[Hh]ub\b|huggingface|LocalEntryNotFound|OSError|StableDiffusion|CLIPText": HUB,
     "BaseMismatchError": "loads onto another base, which is refused",
     "PeftMixedModel": "mixes methods in one model: PEFT has a closed list",
@@ -39,15 +40,6 @@ BY_NAME = {
 """{test: the reason}, where the error does not say it."""
 PEFTS_OWN = "fails for LoRA too"
 OTHER = "other"
-
-SHARED = {
-    "target_modules", "exclude_modules", "target_parameters", "modules_to_save", "task_type", "layers_to_transform",
-    "layers_pattern", "rank_pattern", "trainable_token_indices", "ensure_weight_tying", "inference_mode",
-    "fan_in_fan_out", "base_model_name_or_path", "revision",
-}  # fmt: skip
-"""Options with the same name and meaning."""
-TRANSLATED = {"r", "lora_alpha", "lora_dropout", "init_lora_weights", "bias"}
-"""Options that are given another value here, or have no meaning at LoRA's default."""
 
 _outcomes: Counter[str] = Counter()
 
@@ -64,7 +56,7 @@ class Borrowed(SORSAConfig):
 
 def _with(options: dict[str, Any]) -> SORSAConfig:
     shared = {name: value for name, value in options.items() if name in SHARED}
-    return SORSAConfig(r=1, init_weights=bool(options.get("init_lora_weights", True)), **shared)  # layers of one output
+    return SORSAConfig(init_weights=bool(options.get("init_lora_weights", True)), **shared)
 
 
 @pytest.hookimpl(tryfirst=True)

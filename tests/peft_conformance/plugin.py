@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
+from functools import cache
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -49,14 +50,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 rows[:] = [_as_ours(row) for row in of_lora]
 
 
+@cache  # once: it writes to the lists of the module
 def _replace_lists(module: Any, file: str) -> None:
     if file not in cases.LISTS:
         return
     for name, rows in cases.LISTS[file].items():
-        getattr(module, name)[:] = rows
+        getattr(module, name)[:] = [*rows, *_loras_rows(getattr(module, name))]
     for name in vars(module):
         if name.endswith("_MODELS_TO_TEST") or name == "SMALL_GRID_MODELS":
             getattr(module, name)[:] = [hub_id for hub_id in getattr(module, name) if hub_id in local_hub.MODELS]
+
+
+def _loras_rows(rows: list[Any]) -> list[Any]:
+    """PEFT's own rows (name, model, class, options) for LoRA as written, where SORSA has all of the options."""
+    of_lora = [row for row in rows if isinstance(row, tuple) and len(row) == 4 and row[2] is LoraConfig]
+    return [(f"as {row[0]}", row[1], SORSAConfig, row[3]) for row in of_lora if set(row[3]) <= cases.SHARED]
 
 
 def _holds(value: Any, config_class: type) -> bool:
@@ -67,7 +75,7 @@ def _holds(value: Any, config_class: type) -> bool:
 
 
 def _as_ours(value: Any) -> Any:
-    """A parameter with every LoRA config, or the class, replaced by SORSA's; rank 2 fits the smallest test layer."""
+    """A parameter with every LoRA config, or the class, replaced by SORSA's of the same rank."""
     if isinstance(value, (tuple, list)):
         return type(value)(_as_ours(item) for item in value)
     if value is LoraConfig:
@@ -75,9 +83,7 @@ def _as_ours(value: Any) -> Any:
     if isinstance(value, LoraConfig):
         shared = ("target_modules", "modules_to_save", "task_type")
         options = {name: getattr(value, name) for name in shared if getattr(value, name)}
-        if "conv1d" in (value.target_modules or []):  # of one output feature
-            options["rank_pattern"] = {"conv1d": 1}
-        return SORSAConfig(r=2, init_weights=bool(value.init_lora_weights), **options)
+        return SORSAConfig(r=value.r, init_weights=bool(value.init_lora_weights), **options)
     return value
 
 

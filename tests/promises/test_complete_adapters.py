@@ -180,7 +180,7 @@ def test_the_remedy_starts_a_new_adapter_with_the_saved_options(saved, tokens):
 
 def test_a_rank_that_does_not_fit_the_base_leaves_nothing_on_disk(tmp_path):
     with pytest.raises(RankError):
-        trained(r=1000).save_pretrained(tmp_path / "new")
+        trained(rank_pattern={".*": 1000}).save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

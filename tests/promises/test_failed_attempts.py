@@ -41,7 +41,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # k_proj has 16 triplets
 FAILURES: dict[str, tuple[dict[str, Any], type[BaseException]]] = {
-    "rank": ({"r": 20, "target_modules": ["q_proj", "k_proj"]}, RankError),
+    "rank": ({"rank_pattern": {"k_proj": 20}, "target_modules": ["q_proj", "k_proj"]}, RankError),
     "unsupported": ({"target_modules": ["q_proj", "norm"]}, UnsupportedLayerError),
     "no-such-token-layer": ({"target_modules": ["q_proj"], "trainable_token_indices": {"nowhere": [1]}}, ValueError),
     "interrupted": ({"target_modules": "all-linear", "modules_to_save": ["lm_head"]}, KeyboardInterrupt),
@@ -91,7 +91,7 @@ def test_a_further_adapter_that_cannot_be_made_leaves_the_others(
 def test_the_next_attempt_trains_and_saves_its_own_layers_alone(tokens: torch.Tensor, tmp_path: Path) -> None:
     base = tiny_llama()
     with pytest.raises(RankError):
-        get_peft_model(base, SORSAConfig(r=20, target_modules=["q_proj", "k_proj"]))
+        get_peft_model(base, SORSAConfig(r=2, rank_pattern={"k_proj": 20}, target_modules=["q_proj", "k_proj"]))
     model = get_peft_model(base, SORSAConfig(r=2, target_modules=["v_proj"])).eval()
     perturb(model)
     model.save_pretrained(tmp_path)

@@ -177,7 +177,11 @@ def test_what_cannot_be_done_is_said_before_anything_is_factorised(llama_files, 
     causal = {"task_type": "CAUSAL_LM"}
     cases = [
         (BaseFilesError, r"becomes score\.weight", {"target_modules": ["q_proj"], "task_type": "SEQ_CLS"}),
-        (RankError, "has only 16 singular triplets", {"r": 17, "target_modules": ["k_proj"], **causal}),
+        (
+            RankError,
+            "has only 16 singular triplets",
+            {"rank_pattern": {"k_proj": 17}, "target_modules": ["k_proj"], **causal},
+        ),
         (SORSAConfigError, "Target modules .*nope.* not found", {"target_modules": ["nope"], **causal}),
         (SORSAConfigError, "init_weights=False", {"init_weights": False, "target_modules": ["q_proj"], **causal}),
     ]

@@ -99,10 +99,11 @@ def size(tensors) -> int:
 def test_fused_experts_are_counted_as_not_adapted(tmp_path):
     model = tiny_mixtral()
     config_only(model, tmp_path)
-    found = plan(tmp_path, config(), unit_seconds=1.0)
+    attention = config(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    found = plan(tmp_path, attention, unit_seconds=1.0)
     assert found.stacked_parameters == sum(p.numel() for p in model.parameters() if p.ndim == 3) > 0
     assert {group.kind for group in found.groups} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert plan(tmp_path, config(), unit_seconds=1.0).groups[0] == LayerGroup("q_proj", (32, 32), 3, 2)
+    assert plan(tmp_path, attention, unit_seconds=1.0).groups[0] == LayerGroup("q_proj", (32, 32), 3, 2)
 
 
 def test_experts_that_are_named_are_counted_one_by_one(tmp_path):
@@ -255,6 +256,6 @@ def test_impossible_adapters_and_models_are_sentences(tmp_path):
         plan(tmp_path, config())
     config_only(tiny_llama(), tmp_path)
     with pytest.raises(RankError):
-        plan(tmp_path, config(r=100), unit_seconds=1.0)
+        plan(tmp_path, config(rank_pattern={"q_proj": 100}), unit_seconds=1.0)
     with pytest.raises(SORSAConfigError, match="nope"):
         plan(tmp_path, config(target_modules=["nope"]), unit_seconds=1.0)

@@ -27,16 +27,47 @@ def test_rank_pattern_gives_modules_their_own_rank():
     assert len(ranks) == 14
 
 
-def test_a_rank_too_large_is_an_error_that_names_the_layer_and_the_way_out():
+def test_a_modules_own_rank_that_is_too_large_is_an_error_that_names_the_layer_and_the_way_out():
     with pytest.raises(RankError, match=r"model\.layers\.0\.self_attn\.k_proj.*only 16.*rank_pattern"):
-        get_peft_model(tiny_llama(), SORSAConfig(r=17, target_modules=["k_proj"]))
+        get_peft_model(tiny_llama(), SORSAConfig(r=2, target_modules=["k_proj"], rank_pattern={"k_proj": 17}))
     get_peft_model(tiny_llama(), SORSAConfig(r=17, target_modules=["k_proj"], rank_pattern={"k_proj": 16}))
+
+
+NAMED, BY_DEFAULT = {"target_modules": ["k_proj", "q_proj"]}, {"target_modules": None}
+EXPRESSION = {"target_modules": r".*\.k_proj"}
+
+
+@pytest.mark.parametrize("targets", [NAMED, BY_DEFAULT, EXPRESSION, {"target_modules": "all-linear"}], ids=str)
+def test_a_rank_for_all_modules_narrows_however_they_were_selected_and_one_line_says_where(targets, caplog, tmp_path):
+    model = get_peft_model(tiny_llama(), SORSAConfig(r=20, **targets))
+    ranks = {layer.name: layer.factors("default").rank for layer in sorsa_layers(model)}
+    narrow = {name: 16 for name in ranks if name.endswith(("k_proj", "v_proj"))}
+    assert narrow
+    assert ranks == dict.fromkeys(ranks, 20) | narrow
+    [line] = [record.getMessage() for record in caplog.records if "narrower" in record.getMessage()]
+    assert line.startswith("r is 20, ")
+    assert f"the rank is 16 on {next(iter(narrow))}" in line
+    config = model.peft_config["default"]
+    assert (config.r, config.rank_pattern) == (20, {})  # another model's weights may be wider
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    caplog.clear()
+    assert_same_tensors(PeftModel.from_pretrained(tiny_llama(), tmp_path).state_dict(), model.state_dict())
+    assert not caplog.records
+
+
+def test_a_line_on_many_narrow_layers_counts_those_that_it_does_not_name(caplog):
+    get_peft_model(tiny_llama(), SORSAConfig(r=1000, target_modules="all-linear"))
+    [line] = [record.getMessage() for record in caplog.records if "narrower" in record.getMessage()]
+    # of 14 layers, the 4 of k_proj and v_proj have 16 triplets, the others the hidden size
+    assert line.endswith("and 7 more.")
+    assert "model.layers.1.self_attn.k_proj and 1 more; 32 on" in line
 
 
 # -- copies ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_linear_narrows_the_rank_where_a_weight_is_narrower_and_a_named_module_is_refused(tmp_path):
+def test_a_named_layer_of_one_output_narrows_as_one_that_a_wildcard_selects(tmp_path):
     def base():
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1), nn.Linear(1, 8))
@@ -48,8 +79,8 @@ def test_all_linear_narrows_the_rank_where_a_weight_is_narrower_and_a_named_modu
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     loaded = PeftModel.from_pretrained(base(), tmp_path)
     assert torch.equal(loaded(x), model(x))
-    with pytest.raises(RankError, match="only 1 singular triplets"):
-        get_peft_model(base(), SORSAConfig(r=4, target_modules=["0", "1", "2"]))
+    named = get_peft_model(base(), SORSAConfig(r=4, target_modules=["0", "1", "2"]))
+    assert [layer.factors("default").rank for layer in sorsa_layers(named)] == [4, 1, 1]
 
 
 @pytest.mark.parametrize("narrow_first", [True, False])

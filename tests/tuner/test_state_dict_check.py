@@ -9,13 +9,15 @@ import pytest
 import torch
 from builders.adapters import perturb, trained
 from builders.llama import tiny_llama
-from builders.saved import FILE, damaged, reshaped, saved_with_outputs, without
+from builders.saved import FILE, damaged, renamed, reshaped, saved_with_outputs, without
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft import __version__ as peft_version
 from safetensors.torch import load_file
 
-from sorsa_plugin import SORSAConfig
+from sorsa_plugin import SORSAConfig, export_lora
 from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError
-from sorsa_plugin.files.adapter_format import FROZEN, OFFSETS
+from sorsa_plugin.files.adapter_format import FROZEN, OFFSETS, plain_layouts
 from sorsa_plugin.layers.layer import sorsa_layers
 
 
@@ -132,4 +134,64 @@ def test_another_rank_in_the_config_than_in_the_file_is_an_error(saved, tmp_path
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
     with pytest.raises(IncompleteAdapterError, match=r"dU has shape \(32, 3\).*expected \(32, 4\).*rank"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+# -- names with wrappers in them -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        renamed("base_model.model.", "base_model.model._orig_mod."),
+        renamed(".mlp.", "._orig_mod._checkpoint_wrapped_module.mlp."),
+        renamed(".sorsa_factors", ".base_layer.sorsa_factors"),
+    ],
+    ids=["compiled", "compiled-blocks", "inside-another-method"],
+)
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_file_whose_names_carry_only_wrappers_is_loaded(saved, tmp_path, tokens, change, low_cpu_mem_usage):
+    damaged(saved[0], tmp_path, change)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(loaded(tokens).logits, saved[1])
+    loaded.load_adapter(tmp_path, "default")  # again, as resuming does
+    loaded.load_adapter(tmp_path, "second")
+    loaded.set_adapter("second")
+    assert torch.equal(loaded(tokens).logits, saved[1])
+
+
+def test_a_file_of_a_compiled_base_loads_onto_the_plain_one_and_the_other_way_round(saved, tmp_path, tokens):
+    compiled = PeftModel.from_pretrained(torch.compile(tiny_llama(), backend="eager"), saved[0])
+    compiled.save_pretrained(tmp_path / "compiled")
+    assert all("._orig_mod." in name for name in load_file(tmp_path / "compiled" / FILE))
+    plain = PeftModel.from_pretrained(tiny_llama(), tmp_path / "compiled")
+    assert torch.equal(plain(tokens).logits, saved[1])
+    with pytest.raises(IncompleteAdapterError, match=r"from a compiled or wrapped model.*_orig_mod.*save it again"):
+        export_lora(tmp_path / "compiled", tmp_path / "lora")
+    plain.save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain" / FILE).read_bytes() == (saved[0] / FILE).read_bytes()
+
+
+def test_layouts_of_a_wrapped_model_are_those_of_the_plain_one():
+    layouts = {
+        "_orig_mod.model.experts": ["parameter", "_orig_mod.model.experts.down_proj"],
+        "conv": ["convolution", 3],
+    }
+    plain = {"model.experts": ["parameter", "model.experts.down_proj"], "conv": ["convolution", 3]}
+    assert plain_layouts(layouts) == plain
+
+
+def test_names_with_wrappers_that_could_be_of_two_adapters_are_refused_for_that_reason(saved, tmp_path):
+    if Version(peft_version) < Version("0.21"):
+        pytest.skip("this PEFT puts the adapter's name into the file's names, so that there is no doubt")
+    damaged(saved[0], tmp_path, renamed("base_model.model.", "base_model.model._orig_mod."))
+    model = PeftModel.from_pretrained(tiny_llama(), saved[0])
+    model.load_adapter(saved[0], "second")
+    with pytest.raises(IncompleteAdapterError, match="names carry wrappers, such as _orig_mod"):
+        model.load_adapter(tmp_path, "second")
+
+
+def test_wrappers_do_not_hide_another_models_layers(saved, tmp_path):
+    damaged(saved[0], tmp_path, renamed(r"q_proj", "_orig_mod.z_proj"))
+    with pytest.raises(IncompleteAdapterError, match="for 2 layers that do not have the adapter"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)

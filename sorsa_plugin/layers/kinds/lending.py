@@ -47,7 +47,8 @@ class LendingLayer(SORSALayer):
         if config.sorsa_dropout > 0:
             raise SORSAConfigError(
                 f"sorsa_dropout is {config.sorsa_dropout}, and {self.name} ({type(self).__name__}) computes with its "
-                "changed weight, so that there is no input of the change to drop. Set sorsa_dropout=0, or exclude it."
+                "changed weight, so that there is no input of the change to drop. Set sorsa_dropout=0, or "
+                "leave it out of target_modules and target_parameters."
             )
         super().update_layer(adapter_name, rank, config)
 

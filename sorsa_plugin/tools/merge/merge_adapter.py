@@ -1,11 +1,13 @@
-"""Merges a saved adapter into a base model's files, tensor by tensor; never holds the model or a shard in memory.
+"""Merges saved adapters into a base model's files, tensor by tensor; never holds the model or a shard in memory.
 
-`changes.py` says what the adapter changes, `values.py` computes the new values, and `plan.py` says which stored tensors
+`changes.py` says what the adapters change, `values.py` computes the new values, and `plan.py` says which stored tensors
 are written anew.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from os import PathLike
@@ -14,16 +16,16 @@ from pathlib import Path
 import transformers
 from transformers import PreTrainedModel
 
-from ...config import SORSAConfig
-from ...errors import BaseFilesError
+from ...errors import BaseFilesError, MergeError
 from ...files.adapter_format import outer_name
 from ...files.atomic_directory import appearing_whole, refuse_occupied
 from ...files.base_checkpoint import BaseFiles, empty_model, local_directory
 from ...files.checkpoint_copy import copy_config, copy_other_files, copy_weights
-from ...files.saved_adapter import open_tensors, read_config, survey
+from ...files.saved_adapter import open_tensors, read_config
 from ...files.stored_parameters import StoredWeights
 from ...model_card import write_merged_card
-from .changes import find_changes
+from ..empty_adapter import ADAPTER
+from .changes import Adapters, OpenAdapter, find_changes
 from .plan import IN_MEMORY, plan_merge, refuse_what_stays_tied
 from .values import MergedWeights
 
@@ -50,7 +52,7 @@ class MergeReport:
 
 def merge_adapter(
     base: str | PathLike[str],
-    adapter_dir: str | PathLike[str],
+    adapter_dir: str | PathLike[str] | Sequence[str | PathLike[str]],
     output_dir: str | PathLike[str],
     *,
     safe: bool = False,
@@ -66,7 +68,8 @@ def merge_adapter(
 
     Args:
         base: directory of the base model, or its id on the hub.
-        adapter_dir: directory of the adapter's adapter_config.json and adapter_model.safetensors.
+        adapter_dir: directory of the adapter's adapter_config.json and adapter_model.safetensors; of several, a list.
+            Each is checked against the base's weight, which gets the sum of their changes.
         output_dir: directory to make; it may exist and be empty.
         safe: look for NaN and infinity in every tensor that is written anew.
         revision: of the base, on the hub.
@@ -75,25 +78,36 @@ def merge_adapter(
         ForeignAdapterError: there is no adapter, or it is of another method.
         IncompleteAdapterError: its files are damaged, or hold NaN or infinity.
         BaseFilesError: the base cannot be read, or does not store an adapted weight as a tensor of its own.
-        BaseMismatchError: the adapter was trained on another base model.
+        BaseMismatchError: an adapter was trained on another base model.
+        MergeError: the adapters cannot be merged together.
         OutputExistsError: the output exists and is not an empty directory.
     """
-    source, output = Path(adapter_dir), Path(output_dir).resolve()
-    config = read_config(source)
+    output = Path(output_dir).resolve()
+    sources = [adapter_dir] if isinstance(adapter_dir, (str, PathLike)) else adapter_dir
+    if not sources:
+        raise MergeError("The list of adapters is empty; expected one directory at least.")
+    for source in sources:
+        read_config(Path(source))
     refuse_occupied(output)
     files = BaseFiles(local_directory(base, revision, patterns=None))
-    with open_tensors(source) as tensors:
-        ranks, carried = survey(tensors, config)
-        model = _model_with(files, config, list(ranks))
+    with ExitStack() as opened:
+        adapters = {
+            ADAPTER if number == 0 else f"{ADAPTER}_{number}": OpenAdapter.of(
+                Path(source), opened.enter_context(open_tensors(Path(source)))
+            )
+            for number, source in enumerate(sources)
+        }
+        model = _model_with(files, adapters)
         stored = StoredWeights(files, model)
-        changes = find_changes(model, config, list(ranks), carried)
-        plan = plan_merge(MergedWeights(stored, changes, tensors, safe))
+        changes = find_changes(model, adapters)
+        plan = plan_merge(MergedWeights(stored, changes, adapters, safe))
         if plan.untied:
             refuse_what_stays_tied(stored, plan)
         with appearing_whole(output) as directory:
             size = copy_weights(files, directory, plan.values, plan.added)
             left_out = copy_other_files(files, directory)
-            write_merged_card(files.directory, directory, config.card_values())
+            cards = [adapter.config.card_values() for adapter in adapters.values()]
+            write_merged_card(files.directory, directory, cards)
             copy_config(files, directory, untied=bool(plan.untied))  # last: without it there is no model
     return MergeReport(
         output,
@@ -110,12 +124,13 @@ def merge_adapter(
 # -- which model -----------------------------------------------------------------------------------------------------
 
 
-def _model_with(files: BaseFiles, config: SORSAConfig, layers: list[str]) -> PreTrainedModel:
-    """The empty model whose modules have the adapter's names: a base can be loaded with several classes.
+def _model_with(files: BaseFiles, adapters: Adapters) -> PreTrainedModel:
+    """The empty model whose modules have the adapters' names: a base can be loaded with several classes.
 
     Raises:
         BaseFilesError: no class gives such a model.
     """
+    config = adapters[ADAPTER].config
     trained_class = (config.auto_mapping or {}).get("base_model_class")
     candidates = [(files.config, config.task_type)] if config.task_type else []
     if trained_class and hasattr(transformers, trained_class):
@@ -131,7 +146,15 @@ def _model_with(files: BaseFiles, config: SORSAConfig, layers: list[str]) -> Pre
                 raise
             continue
         modules = dict(model.named_modules())
-        absent = next((name for name in layers if outer_name(name, layers) not in modules), "")
+        absent = next(
+            (
+                name
+                for adapter in adapters.values()
+                for name in adapter.layers
+                if outer_name(name, adapter.layers) not in modules
+            ),
+            "",
+        )
         if not absent:
             return model
     raise BaseFilesError(

@@ -78,7 +78,7 @@ def _check_stored(weights: MergedWeights, parameter: str) -> None:
     header = together[parameter] if together else headers[sources[0]]
     shape = list(stored.parameters[parameter].shape)
     if change.whole is not None:
-        shape = weights.tensors.get_slice(change.whole).get_shape()
+        shape = weights.shape_of(change.whole)
     if list(header.shape) != shape:
         raise BaseFilesError(
             f"{sources[0]} has shape {tuple(header.shape)} in the base model; the adapter needs {tuple(shape)}. If the "

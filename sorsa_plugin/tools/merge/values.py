@@ -15,8 +15,7 @@ from torch import nn
 from ...errors import IncompleteAdapterError
 from ...files.adapter_format import FROZEN, OFFSETS
 from ...files.stored_parameters import StoredWeights
-from ..empty_adapter import ADAPTER
-from .changes import Change
+from .changes import Adapters, Change, Stored
 
 
 class MergedWeights:
@@ -25,14 +24,14 @@ class MergedWeights:
     Args:
         stored: the base's tensors.
         changes: {parameter: what the adapter does to it}.
-        tensors: the adapter file.
+        adapters: those that are merged, with their files.
         safe: look for NaN and infinity in what is made.
     """
 
-    def __init__(self, stored: StoredWeights, changes: dict[str, Change], tensors: Any, safe: bool) -> None:
+    def __init__(self, stored: StoredWeights, changes: dict[str, Change], adapters: Adapters, safe: bool) -> None:
         self.stored = stored
         self.changes = changes
-        self.tensors = tensors
+        self.adapters = adapters
         self._safe = safe
         self._parts: dict[str, torch.Tensor] = {}
 
@@ -42,9 +41,18 @@ class MergedWeights:
         return all(self._same(first, other) for other in others)
 
     def _same(self, one: Change, other: Change) -> bool:
-        if one._replace(whole=None) != other._replace(whole=None) or None in (one.whole, other.whole):
+        if one._replace(whole=None) != other._replace(whole=None) or one.whole is None or other.whole is None:
             return one == other
-        return torch.equal(*(self.tensors.get_tensor(name) for name in (one.whole, other.whole)))
+        return torch.equal(self._read(one.whole), self._read(other.whole))
+
+    def _read(self, stored: Stored) -> torch.Tensor:
+        adapter, name = stored
+        return self.adapters[adapter].tensors.get_tensor(name)
+
+    def shape_of(self, stored: Stored) -> list[int]:
+        """The shape of a tensor in an adapter's file."""
+        adapter, name = stored
+        return self.adapters[adapter].tensors.get_slice(name).get_shape()
 
     def value(self, parameter: str) -> torch.Tensor:
         """The parameter as it is stored in the merged model, in the stored shape and dtype.
@@ -55,9 +63,9 @@ class MergedWeights:
         """
         value, change = self.stored.as_stored(parameter), self.changes.get(parameter, Change())
         if change.whole is not None:
-            value = self.tensors.get_tensor(change.whole).to(value.dtype)
+            value = self._read(change.whole).to(value.dtype)
         if change.rows is not None:
-            rows = self.tensors.get_tensor(change.rows).to(value.dtype)
+            rows = self._read(change.rows).to(value.dtype)
             value = value.index_copy(0, torch.tensor(change.tokens), rows)
         if change.layer is not None:
             value = self._merged(change, value)
@@ -86,8 +94,11 @@ class MergedWeights:
     def _merged(self, change: Change, weight: torch.Tensor) -> torch.Tensor:
         """The weight with the change of the factors added, by a layer that is empty again afterwards."""
         layer: Any = change.layer
-        factors = {name: self.tensors.get_tensor(change.factors + name) for name in (*OFFSETS, *FROZEN)}
-        if not all(tensor.isfinite().all() for tensor in factors.values()):
+        factors = {
+            adapter: {name: self._read((adapter, beginning + name)) for name in (*OFFSETS, *FROZEN)}
+            for adapter, beginning in change.factors
+        }
+        if not all(tensor.isfinite().all() for tensors in factors.values() for tensor in tensors.values()):
             raise IncompleteAdapterError(
                 f"The factors of {layer.name} hold NaN or infinity; expected finite numbers. The training run diverged "
                 "or the file was damaged: merge an earlier checkpoint."
@@ -96,8 +107,9 @@ class MergedWeights:
         # fill a copy, so that all of it is freed: an allocation made here that stayed would pin freed memory
         layer.sorsa_factors = deepcopy(empty)
         setattr(base, layer.parameter_name, nn.Parameter(weight, requires_grad=False))
-        layer.factors(ADAPTER).load_state_dict(factors)
-        layer.merge(adapter_names=[ADAPTER])
+        for adapter, tensors in factors.items():
+            layer.factors(adapter).load_state_dict(tensors)
+        layer.merge(adapter_names=list(factors))  # each is checked against the weight, and the sum is rounded once
         merged = layer.base_weight().data
         layer.unmerge()
         setattr(base, layer.parameter_name, None)

@@ -12,8 +12,10 @@ from builders.layer_kinds import KINDS, make_model, sample
 from peft import PeftModel, get_peft_model
 
 import sorsa_plugin.tuner.initialise
-from sorsa_plugin import SORSAConfig, attach, orthonormality
+from sorsa_plugin import SORSAConfig, attach, export_lora, orthonormality
 from sorsa_plugin.errors import DecompositionError, FoldError, RankError, SORSAConfigError
+from sorsa_plugin.layers.layer import sorsa_layers
+from sorsa_plugin.tools.inspect_adapter import inspect_adapter
 
 ADDITIVE = [name for name, kind in KINDS.items() if not kind.lends]
 LENDING = [name for name, kind in KINDS.items() if kind.lends]
@@ -50,7 +52,8 @@ def test_where_an_adapter_cannot_be_made_every_module_has_its_place_back(kind, f
 
     model = make_model(kind) if first else adapted(kind)
     before, tensors = dict(model.named_modules()), snapshot(model)
-    options = SORSAConfig(r=100 if fails == "the first layer" else 2, svd_seed=1, **KINDS[kind].options)
+    options = SORSAConfig(r=2, svd_seed=1, **KINDS[kind].options)
+    options.rank_pattern = {".*": 100} if fails == "the first layer" else {}
     monkeypatch.setattr(sorsa_plugin.tuner.initialise, "factorise", fail)
     with pytest.raises((DecompositionError, RankError)):
         get_peft_model(model, options) if first else model.add_adapter("second", options)
@@ -158,9 +161,26 @@ def test_a_second_adapter_adds_its_change_and_is_deleted_without_a_trace(kind):
     assert torch.equal(model(x), alone)
 
 
-def test_a_rank_beyond_the_weight_is_refused(kind):
-    with pytest.raises(RankError, match="Lower r to at most"):
-        adapted(kind, r=100)
+def test_a_rank_given_for_a_module_beyond_its_weight_is_refused(kind):
+    with pytest.raises(RankError, match="Lower r, or the module's entry in rank_pattern, to at most"):
+        adapted(kind, rank_pattern={".*": 100})
+
+
+@torch.no_grad()
+def test_a_rank_for_all_modules_beyond_the_weight_is_the_weights_own_and_is_saved_and_loaded(kind, tmp_path):
+    model, x = adapted(kind, r=100), sample(kind)
+    for layer in sorsa_layers(model):
+        assert layer.factors("default").rank == min(layer.out_features, layer.in_features)
+    assert torch.equal(model(x), make_model(kind)(x))
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(make_model(kind), tmp_path)(x), model(x))
+    shown = inspect_adapter(tmp_path).layers
+    assert [layer.rank for layer in shown] == [layer.factors("default").rank for layer in sorsa_layers(model)]
+    if KINDS[kind].exported:
+        export_lora(tmp_path, tmp_path / "lora")
+        exported = PeftModel.from_pretrained(make_model(kind), tmp_path / "lora")
+        torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_an_optimizer_step_trains_every_factor_and_applies_the_regularizer(kind):
