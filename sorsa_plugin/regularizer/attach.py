@@ -13,8 +13,9 @@ from ..errors import AttachError
 from ..layers.layer import SORSALayer, sorsa_layers
 from ..rank_zero import say
 from .engines import Engine, find_engine
+from .fp32_factors import require_fp32
 from .optimizers import peak_rate
-from .step_hooks import Attachment, attachment_of, attachments, require_fp32
+from .step_hooks import Attachment, attachment_of, attachments
 from .trained_factors import model_factors, trainable_factors
 
 ADVISED_LR = 1e-4
