@@ -184,10 +184,10 @@ class Attachment:
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate. A rate above eta_max (a warm-up set by hand, which no key announces) replaces it."""
-        rates = [(group, float(group["lr"] or 0.0)) for group in optimizer.param_groups if ETA_MAX in group]
+        rates = [(group, float(group["lr"] or 0.0)) for group in optimizer.param_groups if group.get(ETA_MAX)]
         self.eta = rates[0][1] if rates else self.eta
         for group, rate in rates:
-            if 0.0 < group[ETA_MAX] * (1 + 1e-6) < rate:
+            if group[ETA_MAX] * (1 + 1e-6) < rate:
                 if not self.peak_moved:
                     say("The learning rate rose above the peak %g that was read at attach: SORSA's regularizer follows "
                         "the highest rate seen. Call attach() at the peak to avoid this.", group[ETA_MAX])  # fmt: skip
@@ -210,7 +210,7 @@ class Attachment:
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
         self.last_gaps = []
         for batch, group in _batches(shares):
-            weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
+            weight = settings.gamma / peak_rate(group) * 2.0 / count
             self.last_gaps.append(batch.gaps())
             scale = weight / self.last_gaps[-1].clamp_min(floor(batch.rank))
             if loss_scale is not None:
@@ -228,7 +228,7 @@ class Attachment:
             self.last_gaps.append(batch.gaps())
             gamma = settings.gamma
             if settings.schedule == "lr":
-                gamma = gamma * float(group["lr"]) / peak_rate(group, gamma)
+                gamma = gamma * float(group["lr"]) / peak_rate(group)
             batch.E.mul_(-gamma if overflow is None else -gamma * (1.0 - overflow.to(batch.E)))
             batch.add_product_to([None if share.gradient is None else share.offset for share in batch.shares])
 
@@ -298,8 +298,8 @@ def is_part_of_a_step(optimizer: Optimizer) -> bool:
 
 
 def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """The shares in batches of one parameter group, each with that group."""
-    for batch in deviations(shares):
+    """The shares in batches of one parameter group, each with that group; without those whose group rests at rate 0."""
+    for batch in deviations([share for share in shares if share.group is not None and peak_rate(share.group) > 0.0]):
         group = batch.shares[0].group
         assert group is not None
         yield batch, group
