@@ -13,6 +13,7 @@ from ..compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Ba
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
 from ..layers.base_weight import keep_here
+from ..layers.factors import ROUNDED
 from ..layers.folding import fold_layers
 from ..layers.kinds.attention import leave_fused_encoders
 from ..layers.kinds.experts import ParamWrapper
@@ -216,7 +217,8 @@ class SORSAModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Make the offsets fp32, or the base's dtype if the caller asks for that. The frozen factors stay fp32.
+        """Make the offsets fp32, or the dtype of the base if the caller asks for that: as for LoRA, the compute dtype of
+        4 bits, and of the weight elsewhere if it is a floating one. The frozen factors stay fp32.
 
         16-bit offsets serve inference; `attach` makes them fp32 again before they train.
         """
@@ -225,8 +227,8 @@ class SORSAModel(BaseTuner):
                 keep_here(layer.factors(adapter_name))
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in sorsa_layers(self) if not autocast_adapter_dtype else []:
-            dtype = layer.base_matrix().dtype
-            if adapter_name in layer.sorsa_factors and dtype.is_floating_point:
+            dtype = getattr(layer.get_base_layer(), "compute_dtype", layer.base_weight().dtype)
+            if adapter_name in layer.sorsa_factors and dtype in ROUNDED:
                 layer.factors(adapter_name).cast_offsets(dtype)
 
     def _check_target_module_compatiblity(self, peft_config: SORSAConfig, model: nn.Module, target_name: str) -> None:
