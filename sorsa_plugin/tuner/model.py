@@ -97,8 +97,8 @@ class SORSAModel(BaseTuner):
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
                 factors = layer.factors(adapter_name)
-                total = layer.merged_weight([]).float().square().sum()  # W itself, also if merged or folded
-                found[layer.name] = energy_share(factors.S0.square().sum(), total.to(factors.S0.device))
+                whole = layer.merged_weight([]).float()  # W itself, also if merged or folded
+                found[layer.name] = energy_share(factors.S0, whole)
         return found
 
     def fold(self) -> None:
@@ -217,8 +217,8 @@ class SORSAModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Make the offsets fp32, or the dtype of the base if the caller asks for that: as for LoRA, the compute dtype of
-        4 bits, and of the weight elsewhere if it is a floating one. The frozen factors stay fp32.
+        """Make the offsets fp32, or the dtype of the base if the caller asks for that: the compute dtype of 4 bits, and
+        that of the weight elsewhere if it is a floating one, as for LoRA. The frozen factors stay fp32.
 
         16-bit offsets serve inference; `attach` makes them fp32 again before they train.
         """
