@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ..files.adapter_format import FROZEN, OFFSETS, complete_names, factor_shape
 from ..linalg.offset_form import Parts, left_to_autograd
 from ..linalg.precision import full_precision
 from ..linalg.svd import Triplets
+from .frozen_placement import placed, staying_placed
 
 ROUNDED = (torch.float16, torch.bfloat16)
 
@@ -67,7 +69,7 @@ class SORSAFactors(nn.Module):
             setattr(self, name, nn.Parameter(torch.zeros(shapes[name], **options)))
         options["device"] = self.dU.device  # PEFT's low_cpu_mem_usage moves new parameters to the meta device
         for name in FROZEN:
-            self.register_buffer(name, torch.zeros(shapes[name], **options))
+            setattr(self, name, placed(torch.zeros(shapes[name], **options), as_parameter=False))
         self.base_checked = False
         # The values that a file gave the offsets, in the offsets' own memory. Code that casts with
         # `parameter.data = ...` gives an offset other memory, and these values stay as they were.
@@ -89,22 +91,20 @@ class SORSAFactors(nn.Module):
         """Whether tensors are still to come: from a file, or with the weights of a model on the meta device."""
         return any(getattr(self, name).is_meta for name in (*OFFSETS, *FROZEN))
 
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The offsets: PEFT sets and reports the flags of what this yields.
+
+        `named_parameters` yields the frozen factors too where they are parameters, and so do a model's `parameters`.
+        """
+        return (self.get_parameter(name) for name in OFFSETS)
+
     def place_frozen(self, as_parameters: bool) -> None:
         """Hold the frozen factors as parameters without gradient, or as buffers, under the same names."""
         for name in FROZEN:
-            tensor = getattr(self, name)
-            delattr(self, name)
-            if as_parameters:
-                self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
-            else:
-                self.register_buffer(name, tensor.detach())
-
-    def keep_frozen(self) -> None:
-        """Freeze the frozen factors again, after code (PEFT's `set_adapter`) set requires_grad on all parameters."""
-        for name in FROZEN:
-            tensor = getattr(self, name)
-            if tensor.requires_grad:
-                tensor.requires_grad_(False)
+            if name not in (self._parameters if as_parameters else self._buffers):
+                tensor = getattr(self, name)
+                delattr(self, name)
+                setattr(self, name, placed(tensor, as_parameters))
 
     @torch.no_grad()
     def cast_offsets(self, dtype: torch.dtype) -> None:
@@ -191,7 +191,10 @@ class SORSAFactors(nn.Module):
         """The tensors in the form that `offset_form.py` takes."""
         if self.dS.requires_grad and not left_to_autograd():
             self._watch(self.dS)
-        return Parts(self.dU, self.dS, self.dV, self.U0, self.S0, self.V0)
+        frozen = [self.U0, self.S0, self.V0]
+        if any(tensor.requires_grad for tensor in frozen):  # parameters of an engine's own, whose flags somebody set
+            frozen = [tensor.detach() for tensor in frozen]
+        return Parts(self.dU, self.dS, self.dV, *frozen)
 
     def _watch(self, dS: Any) -> None:
         """Hook dS so that this process's own gradients of it are summed.
@@ -269,7 +272,8 @@ class SORSAFactors(nn.Module):
             return applied
 
         try:
-            super()._apply(keeping_fp32, recurse)
+            with staying_placed(self, FROZEN):
+                super()._apply(keeping_fp32, recurse)
             self._as_loaded = {name: getattr(self, name).data for name in self._as_loaded}
             return self
         except NotImplementedError as error:  # torch raises this for a copy out of the meta device
@@ -294,7 +298,8 @@ class SORSAFactors(nn.Module):
                 self.cast_offsets(torch.float32)  # else loading would round the file's values
             if self.pending:
                 self.materialise(state_dict[prefix + "dS"].device)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        with staying_placed(self, FROZEN):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if present:
             self.base_checked = False
             self._as_loaded = {name: getattr(self, name).data for name in OFFSETS}

@@ -129,11 +129,6 @@ class SORSALayer(MergeableWeight):
 
     # -- methods that PEFT calls ------------------------------------------------------------------------------------
 
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """PEFT's method; frozen factors stay frozen."""
-        super().set_adapter(adapter_names, inference_mode)
-        self._keep_frozen()
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it is merged, its change is taken out of the weight first.
 
@@ -148,15 +143,6 @@ class SORSALayer(MergeableWeight):
                 self.merge(adapter_names=others)
         self.weight_state.before_delete(self, adapter_name)
         super().delete_adapter(adapter_name)
-
-    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
-        """PEFT's method; frozen factors stay frozen."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        self._keep_frozen()
-
-    def _keep_frozen(self) -> None:
-        for name in self.sorsa_factors:
-            self.factors(name).keep_frozen()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter without casting it: PEFT's own method also casts to the base's dtype."""

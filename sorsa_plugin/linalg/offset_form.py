@@ -14,7 +14,7 @@ x, g W + E [V0, dV]^T, in one tensor. Autograd would compute two and add them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -76,17 +76,52 @@ def add_low_rank(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
         weight: W (out x in) in the dtype of `y`, if `y` is x W^T + b computed without a graph (`torch.no_grad`).
 
     Returns:
-        y + (x R) L^T (... x out). Differentiable once, with respect to y, x and the offsets. If W is given, the
-            gradient of x includes that of the base product.
+        y + (x R) L^T (... x out). Differentiable with respect to y, x and the offsets. If W is given, the gradient of
+            x includes that of the base product. A graph of the gradient (`create_graph=True`) costs what the plain
+            formulas cost.
     """
     if left_to_autograd():
-        L, R = parts.pair()
-        return y + (x.to(y.dtype) @ R.to(y.dtype)) @ L.to(y.dtype).mT
+        return y + written_out(x.to(y.dtype), parts)
     if torch.is_grad_enabled():
         return _AddLowRank.apply(own_tensor(y), x, weight, *parts)
     with without_autocast(y.device.type):
         L, R = _held_pair(parts, y.dtype)
         return add_product(y, columns(x.to(y.dtype), R), L)
+
+
+def written_out(x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """(x R) L^T (... x out) for x (... x in), in the dtype of `x`, in operators that autograd knows."""
+    L, R = parts.pair()
+    return (x @ R.to(x.dtype)) @ L.to(x.dtype).mT
+
+
+def twice_differentiable(
+    ctx: Any, g: torch.Tensor, change: Callable[[torch.Tensor, Parts], torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradient of y + change(x, parts), with a graph of its own: for backward with `create_graph=True`.
+
+    Args:
+        ctx: of a function of (y, x, weight, *parts) that saved x first, then weight and parts from the third on.
+        g: output gradient (... x out).
+        change: the formula that the function computes, in operators that autograd knows.
+
+    Returns:
+        What the function's backward returns. Each gradient is differentiable with respect to g, x and the parts.
+    """
+    x, _, weight, *tensors = ctx.saved_tensors
+    wanted = [tensor if needed else None for tensor, needed in zip((x, *tensors), _needs(ctx), strict=True)]
+    inputs = [tensor for tensor in wanted if tensor is not None]
+    with without_autocast(g.device.type):
+        output = change(x.to(g.dtype), Parts(*tensors))
+        found = iter(torch.autograd.grad(output, inputs, g, create_graph=True) if inputs else ())
+        grad_x, *grads = [None if tensor is None else next(found) for tensor in wanted]
+        if grad_x is not None and weight is not None:
+            grad_x = grad_x + (g @ weight).to(x.dtype)
+    return g, grad_x, None, *grads
+
+
+def _needs(ctx: Any) -> tuple[bool, ...]:
+    return ctx.needs_input_grad[1], *ctx.needs_input_grad[3:]
 
 
 def left_to_autograd() -> bool:
@@ -158,8 +193,9 @@ class _AddLowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return twice_differentiable(ctx, g, written_out)
         x, C1, weight, *tensors = ctx.saved_tensors
         parts = Parts(*tensors)
         rank = parts.dS.shape[0]

@@ -35,7 +35,7 @@ def minus_identity(gram: torch.Tensor) -> torch.Tensor:
 def gap(P: torch.Tensor) -> torch.Tensor:
     """||P^T P - I||_F of a factor P (rows x r), a scalar; or of each factor in a stack (E x rows x r), shape (E).
 
-    Differentiable once, by the closed form above, which is smooth at orthonormal factors. Products are fp32 whatever
+    Differentiable by the closed form above, which is smooth at orthonormal factors. Products are fp32 whatever
     autocast and TF32 say.
     """
     return _Gap.apply(P)
@@ -51,8 +51,10 @@ class _Gap(torch.autograd.Function):
         return norm
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     @full_precision()
     def backward(ctx: Any, upstream: torch.Tensor) -> torch.Tensor:
         P, E, norm = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: E and its norm as functions of P
+            E = gram_minus_identity(P)
+            norm = torch.linalg.vector_norm(E, dim=(-2, -1))
         return 2.0 * (P @ (E * (upstream / norm.clamp_min(floor(P.shape[-1])))[..., None, None]))

@@ -17,6 +17,7 @@ from .offset_form import (
     left_to_autograd,
     own_tensor,
     product_of_rows,
+    twice_differentiable,
 )
 from .precision import without_autocast
 
@@ -34,9 +35,14 @@ def add_triplets(y: torch.Tensor, x: torch.Tensor, parts: Parts, weight: torch.T
     """y + ((x V) * S) U^T (... x out) in the dtype of `y`, which is consumed; arguments as
     `offset_form.add_low_rank`."""
     if left_to_autograd():
-        U, S, V = (part.to(y.dtype) for part in parts.current())
-        return y + ((x.to(y.dtype) @ V) * S) @ U.mT
+        return y + _written_out(x.to(y.dtype), parts)
     return _AddTriplets.apply(own_tensor(y), x, weight, *parts)
+
+
+def _written_out(x: torch.Tensor, parts: Parts) -> torch.Tensor:
+    """((x V) * S) U^T (... x out) for x (... x in), in the dtype of `x`, in operators that autograd knows."""
+    U, S, V = (part.to(x.dtype) for part in parts.current())
+    return ((x @ V) * S) @ U.mT
 
 
 class _AddTriplets(torch.autograd.Function):
@@ -55,8 +61,9 @@ class _AddTriplets(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True
+            return twice_differentiable(ctx, g, _written_out)
         x, C, weight, *tensors = ctx.saved_tensors
         grad_x = grad_U = grad_S = grad_V = None
         with without_autocast(g.device.type):

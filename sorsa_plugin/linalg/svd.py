@@ -8,6 +8,7 @@ read or written.
 from __future__ import annotations
 
 import logging
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -30,6 +31,11 @@ DEFAULT_ENERGY = 0.998
 
 OVERSAMPLE = 16
 """Smallest block of the Krylov basis, and the least number of columns by which the basis exceeds the rank."""
+
+
+USUAL_EXPONENTS = 16
+"""Entries of 2^-16 to 2^16 are factorised as they are. Their fourth powers, which the randomized path forms, are in
+fp32 with room for sums over the sides of the matrix."""
 
 
 class Triplets(NamedTuple):
@@ -67,7 +73,8 @@ def factorise(
     Raises:
         RankError: the rank is below 1 or larger than min(out, in).
         SORSAConfigError: svd is none of these.
-        DecompositionError: the weight holds NaN or infinity, or neither the device nor the CPU converged.
+        DecompositionError: the weight holds NaN or infinity, a singular value is above the largest fp32 number, or
+            neither the device nor the CPU converged.
     """
     if svd not in METHODS:
         raise SORSAConfigError(f"svd is {svd!r}; expected one of {', '.join(map(repr, METHODS))}.")
@@ -78,15 +85,27 @@ def factorise(
 
     def work(device: torch.device) -> Triplets:
         matrix = weight.detach().to(device=device, dtype=torch.float32)
-        if not _all_finite(matrix):
+        size = _size(matrix)
+        if not math.isfinite(size):
             raise DecompositionError(
                 f"The weight of {name} holds NaN or infinity, so it has no singular value decomposition. Check the "
                 "base model's checkpoint, or exclude the module."
             )
+        unit = _unit(size)
+        matrix = matrix if unit == 1.0 else matrix / unit
         try:
-            return _exact(matrix, rank) if exact else _randomized(matrix, rank, seed, energy)
+            triplets = _exact(matrix, rank) if exact else _randomized(matrix, rank, seed, energy)
         except torch.linalg.LinAlgError as error:
-            return _on_cpu(matrix, rank, name, error)
+            triplets = _on_cpu(matrix, rank, name, error)
+        if unit == 1.0:
+            return triplets
+        largest = float(triplets.S[0]) * unit
+        if largest > torch.finfo(torch.float32).max:
+            raise DecompositionError(
+                f"The largest singular value of the weight of {name} is {largest:.3g}, above the largest fp32 number. "
+                "Check the base model's checkpoint, or exclude the module."
+            )
+        return triplets._replace(S=triplets.S * unit)
 
     try:
         triplets = work(device)
@@ -115,13 +134,20 @@ def captured_energy(weight: torch.Tensor, triplets: Triplets) -> float:
     A zero weight gives 1.
     """
     matrix = weight.detach().to(triplets.U)
-    diagonal = ((matrix @ triplets.V) * triplets.U).sum(0)
-    return energy_share(diagonal.square().sum(), matrix.square().sum())
+    unit = _unit(_size(matrix))
+    matrix = matrix if unit == 1.0 else matrix / unit
+    return energy_share(((matrix @ triplets.V) * triplets.U).sum(0), matrix)
 
 
 def energy_share(part: torch.Tensor, whole: torch.Tensor) -> float:
-    """part / whole, for two energies (scalar tensors); 1 if whole is 0."""
-    return float(part / whole) if whole > 0 else 1.0
+    """||part||_F^2 / ||whole||_F^2 of two tensors, whatever their sizes; 1 if `whole` is zero."""
+    size = _size(whole)
+    if size == 0.0:
+        return 1.0
+    unit = _unit(size)
+    part, whole = (part, whole) if unit == 1.0 else (part / unit, whole / unit)
+    total = whole.square().sum()
+    return float(part.square().sum() / total.to(part.device))
 
 
 def working_device(home: torch.device) -> torch.device:
@@ -133,9 +159,18 @@ def working_device(home: torch.device) -> torch.device:
     return home
 
 
-def _all_finite(matrix: torch.Tensor) -> bool:
-    """Whether no entry is NaN or infinite: then the sum is finite too. Only if it is not, check the entries."""
-    return bool(torch.isfinite(matrix.sum())) or bool(torch.isfinite(matrix).all())
+def _size(matrix: torch.Tensor) -> float:
+    """The largest magnitude of an entry: NaN or infinite if an entry is."""
+    return float(torch.linalg.vector_norm(matrix, ord=torch.inf))
+
+
+def _unit(size: float) -> float:
+    """The power of two to divide a matrix of this size by, so that its fourth powers neither vanish nor overflow.
+
+    1 for the sizes that weights have; dividing by it rounds nothing.
+    """
+    exponent = math.frexp(size)[1]
+    return 1.0 if size == 0.0 or abs(exponent) <= USUAL_EXPONENTS else 2.0 ** max(-126, min(exponent, 126))
 
 
 def _exact(matrix: torch.Tensor, rank: int) -> Triplets:

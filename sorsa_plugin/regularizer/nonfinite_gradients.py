@@ -17,36 +17,62 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import distributed
+from torch.optim.optimizer import Optimizer
 
 from ..errors import NonFiniteGradientError
+from ..files.adapter_format import OFFSETS
 from ..rank_zero import say
-from .engines import Share
 
 if TYPE_CHECKING:
     from .trained_factors import Adapter
 
 LOST = "is taken, and the factors are lost"
 
+DIVERGED = 100.0
+"""A gap ||P^T P - I|| above this is divergence, and not a batch: columns ten times as long as orthonormal ones."""
+
 PATIENCE = timedelta(seconds=10)
 """How long a process that found a bad gradient waits for the other processes' reports on their own."""
 
 
 class Norms(NamedTuple):
-    """The gradient norms of some factors at one optimizer step, on their way to the host.
+    """The gradient norms of some tensors at one optimizer step, on their way to the host.
 
     Attributes:
         step: number of the step, from 1.
-        names: of the factors.
+        tensors: the parameters that the optimizer steps (n).
         values: their gradients' norms (n), in host memory once `arrived` has happened.
         arrived: an event of the GPU, or None if the values were on the host from the start.
-        own: {layer: sum of this process's own gradient of dS}, scalars on the device.
+        found: what the step knows of the adapters.
     """
 
     step: int
-    names: list[str]
+    tensors: list[torch.Tensor]
     values: torch.Tensor
     arrived: Any
+    found: Found
+
+
+class Found(NamedTuple):
+    """What an optimizer step knows of the adapters, to explain a bad gradient.
+
+    Attributes:
+        adapters: those that train.
+        own: {layer: sum of this process's own gradient of dS}, scalars on the device; see `own_gradients`.
+        gaps: the gaps that were measured last, tensors on the device; empty if gamma is 0.
+    """
+
+    adapters: list[Adapter]
     own: dict[str, torch.Tensor]
+    gaps: list[torch.Tensor]
+
+    def name_of(self, tensor: torch.Tensor) -> str:
+        """`<layer>.<adapter>.U`, `.S` or `.V`, or the shape of a tensor that is no adapter's own."""
+        for layer, adapter, tensors in self.adapters:
+            for name in OFFSETS:
+                if tensors._parameters[name] is tensor:
+                    return f"{layer.name}.{adapter}.{name[1:]}"
+        return f"a tensor of shape {tuple(tensor.shape)} beside the adapters"
 
 
 class GradientWatch:
@@ -63,35 +89,36 @@ class GradientWatch:
         self._pending: list[Norms] = []
 
     @torch.no_grad()
-    def note(self, step: int, shares: list[Share], own: dict[str, torch.Tensor]) -> None:
+    def note(self, step: int, optimizer: Optimizer, found: Found) -> None:
         """Check that the last step's gradients were finite, then look at those of the step that begins now.
+
+        Everything that the optimizer steps is looked at: clipping divides by the norm of all of it.
 
         Args:
             step: number of the step, from 1.
-            shares: the shares that the step updates.
-            own: {layer: sum of this process's own gradient of dS}, scalars; see `own_gradients`.
+            optimizer: the torch optimizer that steps.
+            found: what the step knows of the adapters.
 
         Raises:
             NonFiniteGradientError: the gradients of the last step, or those of this one if they are on the host, are
                 not finite.
         """
         self.settle()
-        present = [share for share in shares if share.gradient is not None and share.gradient.numel()]
-        if self.over or not present:
+        if self.over:
             return
-        gradients: list[Any] = [share.gradient for share in present]
-        by_device: dict[torch.device, list[int]] = {}
-        for number, gradient in enumerate(gradients):
-            by_device.setdefault(gradient.device, []).append(number)
-        for device, numbers in by_device.items():
-            values = torch.stack(torch._foreach_norm([gradients[i] for i in numbers])).float()
+        by_device: dict[torch.device, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for tensor in (tensor for group in optimizer.param_groups for tensor in group["params"]):
+            if tensor.grad is not None and (gradient := _values(tensor.grad)).numel():
+                by_device.setdefault(gradient.device, []).append((tensor, gradient))
+        for device, pairs in by_device.items():
+            values = torch.stack([norm.float() for norm in torch._foreach_norm([gradient for _, gradient in pairs])])
             arrived = None
             if device.type == "cuda":
                 host = torch.empty(values.shape, device="cpu", dtype=values.dtype, pin_memory=True)
                 values = host.copy_(values, non_blocking=True)
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(device))
-            self._pending.append(Norms(step, [present[i].name for i in numbers], values, arrived, own))
+            self._pending.append(Norms(step, [tensor for tensor, _ in pairs], values, arrived, found))
         if all(norms.arrived is None for norms in self._pending):
             self.settle()
 
@@ -146,12 +173,33 @@ def origin(own: dict[str, torch.Tensor], occasion: str) -> str:
     return "The layers kept no gradients of their own (compiled models keep none): look at the batches."
 
 
+def _values(gradient: Any) -> Any:
+    """The numbers of a gradient that lie in this process, as a plain tensor."""
+    if gradient.is_sparse:
+        return gradient._values()
+    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+
+
 def _explain(norms: Norms, outcome: str) -> str:
-    bad = [name for name, value in zip(norms.names, norms.values.tolist(), strict=True) if not _finite(value)]
+    bad = [tensor for tensor, value in zip(norms.tensors, norms.values.tolist(), strict=True) if not _finite(value)]
     return (
-        f"The gradient of {len(bad)} of {len(norms.names)} SORSA tensors is not finite in optimizer step {norms.step}, "
-        f"the first of them {bad[0]}; the step {outcome}. {origin(norms.own, f'step {norms.step}')} Then lower the "
-        "learning rate or leave the batch out, and resume from last_complete_checkpoint(output_dir)."
+        f"The gradient of {len(bad)} of {len(norms.tensors)} trained tensors is not finite in optimizer step "
+        f"{norms.step}, the first of them {norms.found.name_of(bad[0])}; the step {outcome}. {_cause(norms)}"
+    )
+
+
+def _cause(norms: Norms) -> str:
+    """Where it came from and what to do: a batch is named only where the factors had not diverged before."""
+    found = [float(gaps.max()) for gaps in norms.found.gaps if gaps.numel()]
+    largest = max(found, key=lambda gap: gap if _finite(gap) else float("inf"), default=0.0)
+    if largest > DIVERGED or not _finite(largest):
+        return (
+            f"The factors had diverged: their largest gap was {largest:g}, and that of orthonormal factors is 0. Lower "
+            "the learning rate or gamma, and resume from a checkpoint of a step at which sorsa/gap_max was below 1."
+        )
+    return (
+        f"{origin(norms.found.own, f'step {norms.step}')} Then lower the learning rate or leave the batch out, and "
+        "resume from last_complete_checkpoint(output_dir)."
     )
 
 

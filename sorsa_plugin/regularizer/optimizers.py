@@ -7,8 +7,6 @@ from typing import Any
 
 from torch.optim.optimizer import Optimizer
 
-from ..errors import AttachError
-
 STEP = Optimizer.profile_hook_step(lambda *args: None).__code__
 """The code of torch's wrapper around every optimizer class's `step`, which calls the hooks."""
 
@@ -17,21 +15,19 @@ ETA_MAX = "sorsa_eta_max"
 until it is read."""
 
 
-def peak_rate(group: dict[str, Any], gamma: float) -> float:
+def peak_rate(group: dict[str, Any]) -> float:
     """The group's peak learning rate, read once: after a resume the schedule's start cannot be seen any more.
 
-    Raises:
-        AttachError: the rate is not positive, and gamma is.
+    0 for a group that rests: its rate was never above zero.
     """
     if not group.get(ETA_MAX):
-        group[ETA_MAX] = float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)
-    if group[ETA_MAX] <= 0 and gamma > 0:
-        raise AttachError(
-            f"The peak learning rate of a parameter group with SORSA factors is {group[ETA_MAX]}; expected a positive "
-            "one, because the regularizer's rate is gamma relative to it. Raise the learning rate (for Adafactor "
-            "relative_step=False, scale_parameter=False, lr=...), freeze the adapter, or set gamma=0."
-        )
+        group[ETA_MAX] = planned_rate(group)
     return group[ETA_MAX]
+
+
+def planned_rate(group: dict[str, Any]) -> float:
+    """The highest learning rate that the group's keys announce: a scheduler notes where it begins or peaks."""
+    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"] or 0.0)
 
 
 def innermost(optimizer: Any) -> Any:

@@ -21,39 +21,15 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from ..errors import AttachError
-from ..files.adapter_format import FROZEN
-from ..layers.factors import ROUNDED
 from ..linalg.orthonormality import floor
 from ..linalg.precision import full_precision
 from ..rank_zero import say
 from .engines import Engine, Share, WholeFactors, find_engine
+from .fp32_factors import require_fp32
 from .gaps import Batch, all_gaps, deviations
-from .nonfinite_gradients import GradientWatch, origin, own_gradients
+from .nonfinite_gradients import DIVERGED, Found, GradientWatch, origin, own_gradients
 from .optimizers import ETA_MAX, enclosing_steps, only_makes_state, peak_rate
 from .trained_factors import Adapter, Factor, trainable_factors, trained_adapters, trained_of
-
-
-def require_fp32(layers: list[Any], engine: Engine) -> None:
-    """Make the optimizer step fp32 offsets: cast back those that were cast to 16 bits.
-
-    Raises:
-        AttachError: an engine rounded the frozen factors, or the optimizer has state for rounded offsets.
-    """
-    adapters = [adapter.tensors for adapter in trained_adapters(layers)]
-    if any(getattr(adapter, name).dtype in ROUNDED for adapter in adapters for name in FROZEN):
-        raise AttachError(
-            "The frozen factors were cast to 16 bits, where they are no longer the triplets of the base weight; "
-            "expected fp32. An engine casts parameters and leaves buffers alone: see docs/distributed.md."
-        )
-    if not engine.owns_parameters:
-        return
-    restored = [offset for adapter in adapters for offset in adapter.restore_fp32()]
-    if any(engine.optimizer.state.get(parameter) for parameter in restored):  # type: ignore[union-attr]
-        raise AttachError(
-            f"{len(restored)} SORSA offsets had been cast to 16 bits and the optimizer already holds state for them; "
-            "expected fp32, which small learning rates need. Pass SORSACallback() to the trainer, or cast them back "
-            "before the optimizer takes its first step."
-        )
 
 
 @dataclass(frozen=True)
@@ -85,11 +61,14 @@ class Attachment:
         self.steps = 0
         self.eta = 0.0
         self.peak_moved = False
+        self.diverged = False
         self.handles: list[Any] = []
         self._stepping: tuple[Settings, list[Factor]] | None = None
         """The settings and all trained factors of the step under way: layers are asked once a step."""
         self.watch = GradientWatch()
         self.own_gradients: dict[str, torch.Tensor] = {}
+        self.last_gaps: list[torch.Tensor] = []
+        """The gaps that the last step regularized, on their devices; nobody waits for them."""
 
     @property
     def layers(self) -> list[Any]:
@@ -160,10 +139,12 @@ class Attachment:
             shares = self.engine.stepping(factors)
             if begins:
                 self.own_gradients = own_gradients(adapters)
-            if getattr(optimizer, "found_inf", None) is None:  # else a fused optimizer skips steps that are not finite
-                self.watch.note(self.steps, shares, self.own_gradients)
             if settings.update == "coupled" and settings.gamma > 0.0:
                 self._push(settings, shares, sum(factor.matrices for factor in factors), optimizer)
+            # after the regularizer, whose gaps tell its own overflow from a bad batch; a fused optimizer that has
+            # found_inf skips steps that are not finite
+            if adapters and getattr(optimizer, "found_inf", None) is None:
+                self.watch.note(self.steps, optimizer, Found(adapters, self.own_gradients, self.last_gaps))
 
         def followed(closure: Callable[[], Any]) -> Callable[[], Any]:
             def compute() -> Any:
@@ -203,10 +184,10 @@ class Attachment:
 
     def _follow_peak(self, optimizer: Optimizer) -> None:
         """Note this step's rate. A rate above eta_max (a warm-up set by hand, which no key announces) replaces it."""
-        rates = [(group, float(group["lr"] or 0.0)) for group in optimizer.param_groups if ETA_MAX in group]
+        rates = [(group, float(group["lr"] or 0.0)) for group in optimizer.param_groups if group.get(ETA_MAX)]
         self.eta = rates[0][1] if rates else self.eta
         for group, rate in rates:
-            if 0.0 < group[ETA_MAX] * (1 + 1e-6) < rate:
+            if group[ETA_MAX] * (1 + 1e-6) < rate:
                 if not self.peak_moved:
                     say("The learning rate rose above the peak %g that was read at attach: SORSA's regularizer follows "
                         "the highest rate seen. Call attach() at the peak to avoid this.", group[ETA_MAX])  # fmt: skip
@@ -227,9 +208,11 @@ class Attachment:
     def _push(self, settings: Settings, shares: list[Share], count: int, optimizer: Optimizer) -> None:
         """Add the gradient of the mean of `count` gaps to that of the loss."""
         loss_scale = getattr(optimizer, "grad_scale", None)  # fused optimizers under fp16 unscale inside the step
+        self.last_gaps = []
         for batch, group in _batches(shares):
-            weight = settings.gamma / peak_rate(group, settings.gamma) * 2.0 / count
-            scale = weight / batch.gaps().clamp_min(floor(batch.rank))
+            weight = settings.gamma / peak_rate(group) * 2.0 / count
+            self.last_gaps.append(batch.gaps())
+            scale = weight / self.last_gaps[-1].clamp_min(floor(batch.rank))
             if loss_scale is not None:
                 scale = scale * loss_scale.to(scale)
             batch.E.mul_(scale[:, None, None])
@@ -240,10 +223,12 @@ class Attachment:
     def _pull(self, settings: Settings, shares: list[Share], optimizer: Optimizer) -> None:
         """Pull stepped factors towards orthonormality."""
         overflow = getattr(optimizer, "found_inf", None)  # 1 if a fused optimizer skipped the step under fp16 scaling
+        self.last_gaps = []
         for batch, group in _batches(shares):
+            self.last_gaps.append(batch.gaps())
             gamma = settings.gamma
             if settings.schedule == "lr":
-                gamma = gamma * float(group["lr"]) / peak_rate(group, gamma)
+                gamma = gamma * float(group["lr"]) / peak_rate(group)
             batch.E.mul_(-gamma if overflow is None else -gamma * (1.0 - overflow.to(batch.E)))
             batch.add_product_to([None if share.gradient is None else share.offset for share in batch.shares])
 
@@ -276,6 +261,10 @@ class Attachment:
         """
         settings = self.settings()
         gaps = self.gaps().double().cpu()
+        if not float(gaps.max()) <= DIVERGED and not self.diverged:
+            self.diverged = True
+            say("The largest gap is %g, and that of orthonormal factors is 0: they have diverged. Lower the learning "
+                "rate or gamma (%g), and resume from an earlier checkpoint.", gaps.max(), settings.gamma)  # fmt: skip
         weight = self._weight(optimizer)
         follows_lr = settings.update == "coupled" or settings.schedule == "lr"
         return {
@@ -309,8 +298,8 @@ def is_part_of_a_step(optimizer: Optimizer) -> bool:
 
 
 def _batches(shares: list[Share]) -> Iterator[tuple[Batch, dict[str, Any]]]:
-    """The shares in batches of one parameter group, each with that group."""
-    for batch in deviations(shares):
+    """The shares in batches of one parameter group, each with that group; without those whose group rests at rate 0."""
+    for batch in deviations([share for share in shares if share.group is not None and peak_rate(share.group) > 0.0]):
         group = batch.shares[0].group
         assert group is not None
         yield batch, group

@@ -15,6 +15,7 @@ from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
 from ..files.adapter_format import plain_layouts
 from ..layers.base_weight import keep_here
+from ..layers.factors import ROUNDED
 from ..layers.folding import fold_layers
 from ..layers.kinds.attention import leave_fused_encoders
 from ..layers.kinds.experts import ParamWrapper
@@ -110,8 +111,8 @@ class SORSAModel(BaseTuner):
         for layer in sorsa_layers(self):
             if adapter_name in layer.sorsa_factors:
                 factors = layer.factors(adapter_name)
-                total = layer.merged_weight([]).float().square().sum()  # W itself, also if merged or folded
-                found[layer.name] = energy_share(factors.S0.square().sum(), total.to(factors.S0.device))
+                whole = layer.merged_weight([]).float()  # W itself, also if merged or folded
+                found[layer.name] = energy_share(factors.S0, whole)
         return found
 
     def fold(self) -> None:
@@ -230,7 +231,8 @@ class SORSAModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Make the offsets fp32, or the base's dtype if the caller asks for that. The frozen factors stay fp32.
+        """Make the offsets fp32, or the dtype of the base if the caller asks for that: the compute dtype of 4 bits, and
+        that of the weight elsewhere if it is a floating one, as for LoRA. The frozen factors stay fp32.
 
         16-bit offsets serve inference; `attach` makes them fp32 again before they train.
         """
@@ -239,8 +241,8 @@ class SORSAModel(BaseTuner):
                 keep_here(layer.factors(adapter_name))
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in sorsa_layers(self) if not autocast_adapter_dtype else []:
-            dtype = layer.base_matrix().dtype
-            if adapter_name in layer.sorsa_factors and dtype.is_floating_point:
+            dtype = getattr(layer.get_base_layer(), "compute_dtype", layer.base_weight().dtype)
+            if adapter_name in layer.sorsa_factors and dtype in ROUNDED:
                 layer.factors(adapter_name).cast_offsets(dtype)
 
     def _check_target_module_compatiblity(self, peft_config: SORSAConfig, model: nn.Module, target_name: str) -> None:

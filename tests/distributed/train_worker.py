@@ -63,6 +63,9 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
     )
     model = get_peft_model(build_model().to(dtype) if quantised is None else load_quantised(quantised), config)
     perturb(model, to_bf16="bf16" in scenario)
+    if not attached:  # as many public scripts do; with SORSACallback the frozen factors are placed once more
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("sorsa_" in name)
     trainer = Trainer(
         model,
         arguments,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from builders.adapters import perturb
@@ -202,6 +204,68 @@ def test_no_sweep_over_the_adapter_ever_trains_the_frozen_factors(frozen_as):
     with model.disable_adapter():
         assert_frozen(set())
     assert_frozen({"default"})
+
+
+def flag_all(model) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("sorsa_" in name)
+        parameter.requires_grad = "sorsa_" in name
+    model.requires_grad_(True)
+
+
+def offsets_of(model) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.rsplit(".", 1)[1] in OFFSETS}
+
+
+CHANGES = {
+    "made": lambda model: model,
+    "copied": copy.deepcopy,
+    "moved": lambda model: model.double(),
+    "emptied": lambda model: model.to("meta").to_empty(device="cpu"),
+    "assigned": lambda model: (model.load_state_dict(model.state_dict(), assign=True), model)[1],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_sweep_over_the_models_flags_ever_trains_the_frozen_factors(frozen_as, change):
+    model = CHANGES[change](adapt(make_base(), r=3))
+    flag_all(model)
+    adapters = {name for name, p in model.named_parameters() if p.requires_grad and "sorsa_" in name}
+    assert adapters == offsets_of(model)
+    model(torch.randn(4, 24).to(next(model.parameters()))).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is not None and "sorsa_" in name} == adapters
+
+
+def test_a_parameter_of_an_engines_own_gets_no_gradient_whatever_its_flag(frozen_as):
+    factors = only_layer(adapt(make_base(), r=3)).factors("default")
+    for name in FROZEN:
+        tensor = getattr(factors, name)
+        delattr(factors, name)
+        factors.register_parameter(name, torch.nn.Parameter(tensor.detach(), requires_grad=True))  # as fully_shard does
+    L, R = factors.low_rank_pair()
+    (L.sum() + R.sum()).backward()
+    assert all(getattr(factors, name).grad is None for name in FROZEN)
+    assert all(getattr(factors, name).grad is not None for name in OFFSETS)
+
+
+def test_peft_reports_the_flags_of_the_offsets(frozen_as):
+    model = adapt(make_base(), r=3)
+    assert model.get_model_status().requires_grad == {"default": True}
+    model.set_requires_grad("default", False)
+    assert model.get_model_status().requires_grad == {"default": False}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_buffers_are_those_that_activation_offloading_leaves_where_they_are(change):
+    model = CHANGES[change](adapt(make_base(), r=3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        model(torch.randn(4, 24).to(next(model.parameters())))
+    factors = only_layer(model).factors("default")
+    kept = {id(factors.U0), id(factors.S0), id(factors.V0)}
+    assert kept <= {id(tensor) for tensor in saved}
+    assert all(isinstance(tensor, torch.nn.Buffer) for tensor in saved if id(tensor) in kept)
+    assert set(dict(factors.named_buffers())) == set(FROZEN)
 
 
 def test_a_training_step_moves_the_offsets_and_not_the_frozen_factors(frozen_as):

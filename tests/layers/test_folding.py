@@ -111,13 +111,30 @@ def test_the_folded_step_agrees_with_plain_autograd(needs_x: bool, enabled: bool
         assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def test_a_second_derivative_is_refused() -> None:
-    model = adapt(make_base())
-    model.fold()
-    x = inputs(24).requires_grad_()
-    (gradient,) = torch.autograd.grad(model(x).square().sum(), [x], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_step_can_be_differentiated_through(folded: bool) -> None:
+    """As meta-learning does: the loss after a step, with respect to where the step began."""
+    model = adapt(make_base()).double()
+    perturb(model)
+    if folded:
+        model.fold()
+    layer, x = only_layer(model), inputs(24, dtype=torch.float64)
+    factors = layer.factors("default")
+    start = {name: factors.get_parameter(name).detach().clone() for name in ("dU", "dS", "dV")}
+
+    def after_a_step(dU: torch.Tensor, dS: torch.Tensor, dV: torch.Tensor) -> torch.Tensor:
+        names, now = ["dU", "dS", "dV"], [dU, dS, dV]
+        prefix = next(n for n, p in model.named_parameters() if p is factors.dU).removesuffix("dU")
+
+        def loss() -> torch.Tensor:
+            given = {prefix + name: value for name, value in zip(names, now, strict=True)}
+            return torch.func.functional_call(model, given, (x,)).square().mean()
+
+        steps = torch.autograd.grad(loss(), now, create_graph=True)
+        now[:] = [value - 0.1 * step for value, step in zip(now, steps, strict=True)]
+        return loss()
+
+    assert torch.autograd.gradcheck(after_a_step, tuple(value.requires_grad_() for value in start.values()))
 
 
 def test_a_folded_model_compiles_to_one_graph() -> None:

@@ -1,4 +1,4 @@
-"""The gap of a factor and its gradient, above and below the floor that the initialisation promises."""
+"""The gap of a factor, its gradient above and below the floor of the initialisation, and its second derivative."""
 
 from __future__ import annotations
 
@@ -31,3 +31,16 @@ def test_the_gradient_is_the_papers_and_fades_below_the_floor(size: float, rank:
     expected = 2 / max(float(E.norm()), EPS * rank**0.5) * P.detach() @ E
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
     assert float(gradient.norm()) <= 2.0 * min(1.0, size / (EPS * rank**0.5)) * 1.3
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 6, 3)], ids=str)
+def test_second_derivatives_agree_with_finite_differences_in_float64(shape: tuple[int, ...]) -> None:
+    P = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradgradcheck(gap, (P,))
+
+
+def test_the_second_derivative_at_orthonormal_factors_is_finite() -> None:
+    P = torch.eye(5, 3, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(gap(P), [P], create_graph=True)
+    gradient.sum().backward()
+    assert bool(P.grad.isfinite().all())

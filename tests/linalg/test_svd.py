@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -347,3 +348,25 @@ def test_captured_energy_of_all_triplets_is_one_and_of_none_of_them_zero():
     assert captured_energy(torch.zeros(10, 14), full) == 1.0
     elsewhere = decomposition.Triplets(full.U[:, 5:], full.S[5:], full.V[:, :5])  # mismatched pairs span no energy
     assert captured_energy(W, elsewhere) <= 1e-10
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-10, 1e10, 1e36])
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_weights_of_any_size_have_the_factors_and_the_energy_of_their_shape(svd: str, scale: float) -> None:
+    """Powers of two: then nothing rounds, and the factors are the same bits."""
+    unit = 2.0 ** round(math.log2(scale))
+    W = matrix_of((300, 280), "power")
+    plain, scaled = factorise(W, 20, svd=svd), factorise(W * unit, 20, svd=svd)
+    vanishing = scale < 1e-30  # small entries of W are then below the smallest fp32 number of full precision
+    for found, expected in zip(scaled, (plain.U, plain.S * unit, plain.V), strict=True):
+        assert torch.equal(found, expected) or vanishing
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3 * float(expected.abs().max()))
+    best = best_energy(W, 20)
+    assert captured_energy(W * unit, scaled) == pytest.approx(captured_energy(W, plain), rel=1e-4)
+    assert 0.99 * best <= captured_energy(W * unit, scaled) <= best * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("svd", ["exact", "randomized"])
+def test_singular_values_above_fp32_are_an_error(svd: str) -> None:
+    with pytest.raises(DecompositionError, match=r"largest singular value .* layers\.0\.q_proj is 1\.6e\+39"):
+        factorise(torch.full((16, 16), 1e38), 2, svd=svd, name="layers.0.q_proj")

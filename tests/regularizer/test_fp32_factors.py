@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from builders.one_layer import only_layer
 from builders.regularized_steps import LR, one_layer, step, trained
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 
 from sorsa_plugin import attach
@@ -50,3 +54,22 @@ def test_rounded_offsets_with_optimizer_state_are_an_error() -> None:
     cast_offsets(model)
     with pytest.raises(AttachError, match="3 SORSA offsets had been cast to 16 bits and the optimizer already holds"):
         attach(model, optimizer)
+
+
+def test_rounded_offsets_that_were_sharded_are_refused(mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 keeps their memory and dtype itself, so that they cannot be cast back."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = one_layer(torch.float32)
+    cast_offsets(model)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(AttachError, match="cast to 16 bits before they were sharded"):
+        attach(model, SGD(trained(model), lr=LR))
+
+
+def test_offsets_that_are_fp32_again_are_said_to_be(log: Callable[[str], list[str]]) -> None:
+    model = one_layer(torch.float32)
+    for parameter in trained(model):
+        parameter.data.zero_()
+    cast_offsets(model)
+    attach(model, SGD(trained(model), lr=LR))
+    assert log("cast to 16 bits") == ["3 SORSA offsets had been cast to 16 bits; they train in fp32."]

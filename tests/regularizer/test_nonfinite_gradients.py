@@ -69,7 +69,7 @@ def test_the_step_is_not_taken_and_the_layers_are_named(options: dict, clipped: 
     total, said = len(sorsa_layers(model)), str(raised.value)
     assert f"on rank 0 in {inside} of {total} layers, the last of them model.layers.0.mlp.down_proj" in said
     if not clipped or math.isnan(value):  # clipping by a norm of infinity spreads NaN or not, as its sums happen to go
-        assert f"The gradient of {2 * (total if clipped else inside)} of {2 * total} SORSA tensors" in said
+        assert f"The gradient of {3 * (total if clipped else inside)} of {3 * total} trained tensors" in said
 
 
 def test_what_overflows_after_backward_is_told_apart() -> None:
@@ -79,6 +79,73 @@ def test_what_overflows_after_backward_is_told_apart() -> None:
     backward(model)
     sorsa_layers(model)[3].factors("default").dV.grad[0, 0] = float("inf")  # as a sum over processes might
     with pytest.raises(NonFiniteGradientError, match="finite wherever that could be asked: it overflowed later"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("part", ["dS", "dU", "modules_to_save"])
+def test_a_bad_number_in_any_tensor_of_the_optimizer_stops_the_step(part: str) -> None:
+    """Clipping by a norm of infinity makes zeros of all gradients but the bad ones."""
+    model = adapted(modules_to_save=["lm_head"])
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    backward(model)
+    head = model.get_base_model().lm_head.modules_to_save["default"].weight
+    bad = head if part == "modules_to_save" else sorsa_layers(model)[3].factors("default").get_parameter(part)
+    bad.grad.view(-1)[0] = float("inf")
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    name = f"a tensor of shape {tuple(head.shape)} beside the adapters"
+    name = name if bad is head else f"{sorsa_layers(model)[3].name}.default.{part[1:]}"
+    count = 3 * len(sorsa_layers(model)) + 1
+    with pytest.raises(NonFiniteGradientError) as raised:
+        optimizer.step()
+    assert f"The gradient of 1 of {count} trained tensors is not finite" in str(raised.value)
+    assert f"the first of them {name}; the step was not taken" in str(raised.value)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_factors_that_overflow_the_regularizer_blame_no_batch() -> None:
+    model = adapted(gamma=0.1)
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    backward(model)
+    sorsa_layers(model)[3].factors("default").dV.data.fill_(1e20)  # its square is above the largest fp32 number
+    with pytest.raises(NonFiniteGradientError, match=r"had diverged: their largest gap was (inf|nan)") as raised:
+        optimizer.step()
+    assert "batch" not in str(raised.value)
+    assert "last_complete_checkpoint" not in str(raised.value)
+
+
+def test_a_pull_that_tears_the_factors_apart_blames_no_batch() -> None:
+    """From there P <- P - gamma P E grows without bound: the gap is cubed in every step."""
+    model = adapted(gamma=0.5, reg_update="decoupled")
+    optimizer = optimizer_of(model)
+    attach(model, optimizer)
+    sorsa_layers(model)[3].factors("default").dV.data.fill_(10.0)
+
+    def train() -> None:
+        for _ in range(50):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+
+    with pytest.raises(NonFiniteGradientError, match="had diverged: their largest gap was") as raised:
+        train()
+    assert "batch" not in str(raised.value)
+
+
+def test_sparse_gradients_are_looked_at() -> None:
+    model = adapted()
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    optimizer = SGD([*(p for p in model.parameters() if p.requires_grad), table.weight], lr=1e-3)
+    attach(model, optimizer)
+    backward(model)
+    table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    backward(model)
+    (table(torch.tensor([1])) * float("inf")).sum().backward()
+    with pytest.raises(NonFiniteGradientError, match=r"the first of them a tensor of shape \(4, 2\)"):
         optimizer.step()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from builders.one_layer import only_layer
 from builders.regularized_steps import GAMMA, LR, exact_step, one_layer, same, sgd, step, trained, values
+from peft.optimizers import create_loraplus_optimizer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
@@ -154,8 +155,60 @@ def test_a_checkpoint_of_torch_distributed_resumes_the_peak_rate(flat: bool) -> 
 def test_peak_rate_of_zero_is_an_error(explicit: bool) -> None:
     model = one_layer()
     optimizer = sgd(model, lr=0.0)
-    with pytest.raises(AttachError, match=r"peak learning rate .* is 0.0; expected a positive one"):
+    with pytest.raises(
+        AttachError, match=r"peak learning rate .* is 0.0; expected a positive one.*requires_grad=False"
+    ):
         attach(model, optimizer) if explicit else step(model, optimizer)
+
+
+def with_v_apart(model: torch.nn.Module, lr: float) -> SGD:
+    factors = only_layer(model).factors("default")
+    groups = [{"params": [factors.dU, factors.dS]}, {"params": [factors.dV], "lr": lr}]
+    return SGD(groups, lr=LR)
+
+
+@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
+@pytest.mark.parametrize("options", [{}, {"reg_update": "decoupled", "reg_schedule": "constant"}], ids=str)
+def test_a_group_at_rate_zero_rests_beside_others_that_are_regularized(
+    options: dict, explicit: bool, log: Callable
+) -> None:
+    model = one_layer(**options)
+    optimizer, before = with_v_apart(model, lr=0.0), values(model)
+    if explicit:
+        attach(model, optimizer)
+    expected = exact_step(model, gamma=GAMMA, update=options.get("reg_update", "coupled"))
+    step(model, optimizer)
+    U, S, _ = only_layer(model).get_factors()
+    torch.testing.assert_close(U.detach(), expected["U"], rtol=0, atol=1e-14)
+    torch.testing.assert_close(S.detach(), expected["S"], rtol=0, atol=1e-14)
+    moved = {name.rsplit(".", 1)[1] for name, value in values(model).items() if not torch.equal(value, before[name])}
+    assert moved == {"dU", "dS"}
+    (said,) = log("have the learning rate 0")
+    assert said.startswith("1 of 2 SORSA factors have the learning rate 0")
+    assert attach(model, optimizer).metrics(optimizer)["sorsa/gamma"] == pytest.approx(GAMMA, rel=1e-12)
+
+
+def test_a_group_that_leaves_rate_zero_by_hand_is_regularized_from_then_on() -> None:
+    model = one_layer(reg_update="decoupled")
+    optimizer = with_v_apart(model, lr=0.0)
+    attach(model, optimizer)
+    step(model, optimizer)
+    optimizer.param_groups[1]["lr"] = LR
+    expected = exact_step(model, gamma=GAMMA, update="decoupled")
+    step(model, optimizer)
+    torch.testing.assert_close(only_layer(model).get_factors()[2].detach(), expected["V"], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("ratio", "lines"), [(16.0, 1), (1.0, 0)])
+def test_lora_plus_on_sorsa_is_said_to_favour_s(ratio: float, lines: int, log: Callable) -> None:
+    """It takes S for LoRA's B, because both of its rules miss: no name is "lora_B", and S has one dimension."""
+    model = one_layer(torch.float32)
+    optimizer = create_loraplus_optimizer(model, SGD, lr=LR, loraplus_lr_ratio=ratio)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    factors = only_layer(model).factors("default")
+    assert [rates[id(p)] for p in (factors.dU, factors.dS, factors.dV)] == [LR, LR * ratio, LR]
+    attach(model, optimizer)
+    assert len(log("S trains at 16 times the learning rate of U and V")) == lines
 
 
 @pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])

@@ -231,3 +231,17 @@ def test_a_training_step_waits_for_no_value_and_stays_on_its_device(
     assert attachment.penalty(optimizer).is_meta
     with torch.no_grad(), model.disable_adapter():
         assert model(tokens).logits.is_meta
+
+
+def test_metrics_say_once_that_the_factors_have_diverged(log) -> None:
+    model = one_layer()
+    optimizer = sgd(model)
+    attachment = attach(model, optimizer)
+    attachment.metrics(optimizer)
+    assert not log("have diverged")
+    only_layer(model).factors("default").dU.data.fill_(10.0)
+    for _ in range(2):
+        gap = attachment.metrics(optimizer)["sorsa/gap_max"]
+    (said,) = log("have diverged")
+    assert f"The largest gap is {gap:g}" in said
+    assert f"gamma ({GAMMA:g})" in said

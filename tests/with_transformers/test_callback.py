@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from sorsa_plugin import gaps
 from sorsa_plugin.errors import AttachError, NoAdaptedLayersError, NonFiniteGradientError
-from sorsa_plugin.regularizer.nonfinite_gradients import GradientWatch, Norms
+from sorsa_plugin.regularizer.nonfinite_gradients import Found, GradientWatch, Norms
 from sorsa_transformers import SORSACallback
 
 METRICS = {"sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma"}
@@ -175,15 +175,15 @@ def test_hidden_optimizer_trains_with_gamma_zero_as_the_error_advises(tmp_path: 
 def test_a_bad_gradient_of_the_last_step_is_an_error_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU, which is simulated here, the norms of a step are read when the next one begins."""
 
-    def note(watch: GradientWatch, step: int, *_: object) -> None:
+    def note(watch: GradientWatch, step: int, optimizer: object, found: Found) -> None:
         watch.settle()
         on_its_way = types.SimpleNamespace(synchronize=lambda: None)
         values = torch.tensor([float("nan") if step == 4 else 1.0])
-        watch._pending.append(Norms(step, ["a.factor"], values, on_its_way, {}))
+        watch._pending.append(Norms(step, [found.adapters[0].tensors.dS], values, on_its_way, found))
 
     monkeypatch.setattr(GradientWatch, "note", note)
     trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, callbacks=[SORSACallback()])
-    with pytest.raises(NonFiniteGradientError, match=r"in optimizer step 4, the first of them a\.factor"):
+    with pytest.raises(NonFiniteGradientError, match=r"in optimizer step 4, the first of them .*\.default\.S;"):
         trainer.train()
 
 

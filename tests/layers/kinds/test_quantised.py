@@ -13,8 +13,9 @@ from builders.adapters import assert_same_tensors, perturb
 from builders.one_layer import adapt, inputs, only_layer
 from builders.quantised import IN, KINDS, OUT, base_tensors, kinds, quantised_base, rounding_bound
 from builders.references import ROUNDOFF
-from peft import PeftModel, convert_to_lora
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 
+from sorsa_plugin import SORSAConfig
 from sorsa_plugin.errors import BaseMismatchError, FoldError
 
 pytest.importorskip("bitsandbytes")
@@ -279,3 +280,16 @@ def test_the_state_dict_of_a_merged_layer_holds_no_copy_of_its_original() -> Non
     model.merge_adapter()
     assert list(model.state_dict()) == names
     assert sum(1 for _ in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-in-bfloat16", "int8"])
+@pytest.mark.parametrize("computes_in", [torch.bfloat16, None], ids=str)
+def test_without_autocast_the_offsets_have_the_dtype_that_loras_tensors_have(kind: str, computes_in: Any) -> None:
+    dtypes = []
+    for config in (LoraConfig(r=4, target_modules=["proj"]), SORSAConfig(r=4, target_modules=["proj"])):
+        base = quantised_base(kind)
+        if kind != "int8":
+            base.proj.compute_dtype = computes_in
+        model = get_peft_model(base, config, autocast_adapter_dtype=False)
+        dtypes.append({p.dtype for p in model.parameters() if p.requires_grad})
+    assert dtypes[0] == dtypes[1] == {computes_in if computes_in and kind != "int8" else torch.float32}
