@@ -1,7 +1,7 @@
 """Loads the best adapter at the end of training where the Trainer does not find it: in a folder of its own name.
 
-PEFT saves the adapter "default" beside the Trainer's state, and any other in a folder of its name. The Trainer looks for
-the best adapter beside its state alone, and goes on with the last one.
+PEFT saves the adapter "default" beside the Trainer's state, and any other in a folder of its name. The Trainer looks
+for the best adapter beside its state alone, and keeps the last one if there is none.
 """
 
 from __future__ import annotations
