@@ -25,6 +25,7 @@ from sorsa_plugin.extend import (
     trained_adapters,
 )
 
+from .best_adapter import load_best_adapters
 from .trainer_compat import LayerWiseDummyOptimizer
 
 
@@ -135,15 +136,18 @@ class SORSACallback(TrainerCallback):
         self._log_everywhere(control, optimizer)  # logging_strategy="epoch"
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Check the gradients of the last step: on a GPU, no later step does.
+        """Check the gradients of the last step: on a GPU, no later step does. Load what the Trainer leaves out of the
+        best model.
 
         Raises:
             NonFiniteGradientError: they were not finite.
         """
         if self.attachment is not None:
             self.attachment.watch.settle()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            load_best_adapters(model, state.best_model_checkpoint)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

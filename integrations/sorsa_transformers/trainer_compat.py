@@ -5,6 +5,8 @@ Seen in transformers 5.16.1 and 5.23.0, PEFT 0.20.0 and 0.21.2.
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.tuners.adamss.asa_callback import AdamssAsaCallback
 from peft.tuners.lora.eva import initialize_lora_eva_weights
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
@@ -16,6 +18,19 @@ ENTRIES = {
     "AdamssAsaCallback": "what AdaMSS calls after every step",
 }
 
-TRAINER = ("create_model_card", "add_callback", "remove_callback", "log", "callback_handler")
+TRAINER = (
+    "create_model_card",
+    "add_callback",
+    "remove_callback",
+    "log",
+    "callback_handler",
+    "is_in_train",
+    "_load_best_model",
+)
 """Attributes that are called or replaced on a Trainer. `log` clears `control.should_log`; the callback sets it
-again."""
+again. Without `_load_best_model`: load the adapter of `state.best_model_checkpoint`."""
+
+
+def load_best_model(trainer: Any) -> None:
+    """Load the best checkpoint, as the Trainer does when training ends."""
+    trainer._load_best_model()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..files.adapter_format import OFFSETS
 from ..linalg.svd import require_triplets
 from .base_weight import with_base_weight
 from .factors import SORSAFactors
@@ -64,6 +65,7 @@ class SORSALayer(MergeableWeight):
         self.register_load_state_dict_post_hook(_check_after_load)
         self.number = next(_numbers)  # orders the live layers alike in all processes of a run
         self.family = object()  # all layers of a model share one
+        self._frozen_by_hand: list[tuple[str, str]] = []  # (adapter, offset), while adapters are disabled
         self.changed = 0  # value of `adapters_made` when the layer last got an adapter
         _living[self.number] = self
 
@@ -128,6 +130,23 @@ class SORSALayer(MergeableWeight):
         return {name: tensors for name, tensors in active if tensors.trains}
 
     # -- methods that PEFT calls ------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's method: what is activated trains, whatever was frozen before."""
+        self._frozen_by_hand.clear()
+        super().set_adapter(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """PEFT's method, which makes all of an enabled adapter train; here what was frozen before stays frozen."""
+        if not enabled and not self._disable_adapters:
+            active = [name for name in self.active_adapters if name in self.sorsa_factors]
+            offsets = [(name, part, self.factors(name).get_parameter(part)) for name in active for part in OFFSETS]
+            self._frozen_by_hand = [(name, part) for name, part, offset in offsets if not offset.requires_grad]
+        frozen = list(self._frozen_by_hand)
+        super().enable_adapters(enabled)
+        for name, part in frozen if enabled else []:
+            if name in self.sorsa_factors:
+                self.factors(name).get_parameter(part).requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it is merged, its change is taken out of the weight first.

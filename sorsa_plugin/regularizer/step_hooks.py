@@ -62,6 +62,7 @@ class Attachment:
         self.eta = 0.0
         self.peak_moved = False
         self.diverged = False
+        self.owns_nothing = False
         self.handles: list[Any] = []
         self._stepping: tuple[Settings, list[Factor]] | None = None
         """The settings and all trained factors of the step under way: layers are asked once a step."""
@@ -139,6 +140,8 @@ class Attachment:
             shares = self.engine.stepping(factors)
             if begins:
                 self.own_gradients = own_gradients(adapters)
+                if factors and not shares:
+                    self._say_what_rests(factors, optimizer)
             if settings.update == "coupled" and settings.gamma > 0.0:
                 self._push(settings, shares, sum(factor.matrices for factor in factors), optimizer)
             # after the regularizer, whose gaps tell its own overflow from a bad batch; a fused optimizer that has
@@ -161,6 +164,14 @@ class Attachment:
             return (args[0], followed(args[1]), *args[2:]), kwargs
         take_gradients()
         return None
+
+    def _say_what_rests(self, factors: list[Factor], optimizer: Optimizer) -> None:
+        """Log once that the optimizer owns nothing of what trains now: it was built before the adapter was switched."""
+        if not self.owns_nothing and not any(map(self.engine.owns, factors)):
+            self.owns_nothing = True
+            say("%s owns none of the %d SORSA factors that train now, so its steps do not move them. Unless another "
+                "optimizer does, build this one anew: a Trainer does if its `optimizer` is None.",
+                type(optimizer).__name__, len(factors))  # fmt: skip
 
     def name_skipped_step(self, number: int) -> None:
         """Log which process and layers made an engine (DeepSpeed) skip an optimizer step. Every process calls this.

@@ -268,6 +268,26 @@ def test_buffers_are_those_that_activation_offloading_leaves_where_they_are(chan
     assert set(dict(factors.named_buffers())) == set(FROZEN)
 
 
+def test_what_was_frozen_by_hand_stays_frozen_when_adapters_are_enabled_again(frozen_as):
+    model = adapt(make_base(), r=3)
+    layer = only_layer(model)
+    factors = layer.factors("default")
+    factors.dV.requires_grad_(False)
+    for _ in range(2):
+        with model.disable_adapter():
+            with model.disable_adapter():
+                assert not any(offset.requires_grad for offset in factors.parameters())
+            layer.enable_adapters(False)
+    assert [offset.requires_grad for offset in factors.parameters()] == [True, True, False]
+    model.set_requires_grad("default", False)
+    with model.disable_adapter():
+        pass
+    assert not any(offset.requires_grad for offset in factors.parameters())
+    with model.disable_adapter():
+        model.set_adapter("default")
+    assert all(offset.requires_grad for offset in factors.parameters()), "what is activated trains"
+
+
 def test_a_training_step_moves_the_offsets_and_not_the_frozen_factors(frozen_as):
     model = adapt(make_base(), r=3, gamma=0.0)
     factors = only_layer(model).factors("default")

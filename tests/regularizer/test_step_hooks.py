@@ -245,3 +245,18 @@ def test_metrics_say_once_that_the_factors_have_diverged(log) -> None:
     (said,) = log("have diverged")
     assert f"The largest gap is {gap:g}" in said
     assert f"gamma ({GAMMA:g})" in said
+
+
+def test_an_optimizer_that_owns_nothing_of_a_switched_adapter_says_so_once(log) -> None:
+    model = one_layer(torch.float32)
+    optimizer = sgd(model)
+    step(model, optimizer)
+    model.add_adapter("second", SORSAConfig(r=2, target_modules=["proj"], gamma=GAMMA))
+    model.set_adapter("second")
+    for _ in range(2):
+        step(model, optimizer)
+    (said,) = log("owns none of the")
+    assert said.startswith("SGD owns none of the 2 SORSA factors that train now")
+    optimizer = sgd(model)
+    step(model, optimizer)
+    assert len(log("owns none of the")) == 1
