@@ -14,6 +14,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..errors import IncompleteAdapterError
 
 OFFSETS = ("dU", "dS", "dV")
@@ -26,6 +28,9 @@ ROOT = "base_model.model."
 """The beginning of every name in an adapter file of PEFT."""
 
 FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\w+)")
+
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that factors are read from. Of 8 bits, no factor would still be orthonormal."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,12 +49,12 @@ def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
     A part of them would silently be another adapter.
 
     Args:
-        state_dict: {name: anything with a shape}.
+        state_dict: {name: anything with a shape and a dtype}.
         prefix: the beginning of the names there, with a dot at the end.
         shapes: {tensor: shape}; see `factor_shapes`.
 
     Raises:
-        IncompleteAdapterError: some are absent, or have another shape.
+        IncompleteAdapterError: some are absent, have another shape, or a dtype that is not in `FACTOR_DTYPES`.
     """
     present = [name for name in shapes if prefix + name in state_dict]
     if present and len(present) < len(shapes):
@@ -59,6 +64,13 @@ def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
             "is truncated, was edited, or was saved by another method: take it from the original run again."
         )
     for name in present:
+        dtype = state_dict[prefix + name].dtype
+        if dtype not in FACTOR_DTYPES:
+            raise IncompleteAdapterError(
+                f"{prefix}{name} is stored as {str(dtype).removeprefix('torch.')} in the adapter file; expected "
+                "float32 (or bfloat16, float16, float64). It was converted after it was saved: take the file from the "
+                "original run again."
+            )
         found = tuple(state_dict[prefix + name].shape)
         if found != shapes[name]:
             raise IncompleteAdapterError(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -16,6 +16,9 @@ from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exist
 from ..config import SORSAConfig
 from ..errors import ForeignAdapterError, IncompleteAdapterError
 from .adapter_format import FACTOR, FROZEN, OFFSETS, ROOT, complete_names, factor_shapes, outer_name, pattern_name
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of the dtypes that factors may have."""
 
 
 def read_config(source: Path) -> SORSAConfig:
@@ -44,6 +47,18 @@ def read_config(source: Path) -> SORSAConfig:
             "serves it if it is a LoRA; peft.convert_to_lora makes one of many other methods."
         )
     return config
+
+
+class Header(NamedTuple):
+    """Shape and dtype of a stored tensor; of dtypes that no factor has, safetensors' name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+
+def _header(tensor: Any) -> Header:
+    dtype = tensor.get_dtype()
+    return Header(tuple(tensor.get_shape()), DTYPES.get(dtype, dtype))
 
 
 @contextmanager
@@ -84,7 +99,7 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
     Raises:
         ForeignAdapterError, IncompleteAdapterError: the files are damaged, or do not belong together.
     """
-    shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    shapes = {name: _header(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
     matches = {name: FACTOR.fullmatch(name) for name in shapes}
     parts = (*OFFSETS, *FROZEN)
     layers = dict.fromkeys(match["layer"] for match in matches.values() if match and match["part"] in parts)
@@ -108,7 +123,7 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
         layout = config.lora_layouts.get(layer)
         key = pattern_name(layer, layout, layers)
         rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), key), config.r)
-        U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
+        U, V = (shapes.get(prefix + name, Header((0, 0), torch.float32)) for name in ("U0", "V0"))
         rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
         complete_names(shapes, prefix, factor_shapes(rows[0], rows[1], rank, tuple(U.shape[:-2])))
         parameter = layout is not None and layout[0] == "parameter"

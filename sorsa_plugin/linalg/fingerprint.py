@@ -26,7 +26,10 @@ SAME_QUANTISATION_LIMIT = {"int8": 0.01, "4bit": 0.05}
 differently, and weights that were bfloat16 or fp32 before are quantised differently (measured: nf4 0.022)."""
 
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-"""u: the largest relative error of one rounding. It is spread evenly, so its root mean square is at most u / sqrt(3)."""
+"""u: the largest relative error of one rounding. Spread evenly, errors have a root mean square of at most u / 3^0.5."""
+
+SHORT = {"float16", "bfloat16"}
+"""The 16-bit dtypes."""
 
 QUANTISED_ROUNDING = 0.2
 """The root mean square for quantised storage (measured: int8 0.006, int4 0.11, nf4 0.12, fp4 0.16)."""
@@ -97,19 +100,18 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
     found = distance(saved, matrix)
     if found <= same_storage_limit(storage):
         return
-    file, weight = precision_of(saved), precision_of(matrix)
     same_storage = saved_storage == storage
-    explained = explained_distance(saved, matrix, file, _roundings(saved_storage or storage, storage, weight))
+    explained = explained_distance(saved, matrix, roundings(matrix, saved_storage or storage, storage))
     limit = explained + same_storage_limit(storage) if same_storage else DIFFERENT_MODEL_LIMIT
     if math.isnan(found) or found > limit:
         raise BaseMismatchError(
             f"The adapter was not trained on this base model: the fingerprint of {name} differs by {found:.2g} "
-            f"(relative; at most {limit:.2g} for a base stored as {storage}, saved from {saved_storage}). Load the base "
-            "model that adapter_config.json names in base_model_name_or_path; weights saved while an adapter was "
+            f"(relative; at most {limit:.2g} for a base stored as {storage}, saved from {saved_storage}). Load the "
+            "base model that adapter_config.json names in base_model_name_or_path; weights saved while an adapter was "
             "merged or folded into them are not it."
         )
     if same_storage:
-        through = " and ".join(sorted({file, weight} & {"float16", "bfloat16"})) or "another 16-bit format"
+        through = " and ".join(sorted({precision_of(saved), precision_of(matrix)} & SHORT)) or "another 16-bit format"
         _say_once(
             f"The base model differs from the one that the adapter was trained on (both {storage}) by what rounding to "
             f"{through} explains. It is taken for the same; a short fine-tuning of the base would look alike."
@@ -121,19 +123,17 @@ def check(saved: torch.Tensor, matrix: torch.Tensor, saved_storage: str | None, 
         )  # fmt: skip
 
 
-def explained_distance(saved: torch.Tensor, matrix: torch.Tensor, file: str, roundings: set[str]) -> float:
-    """The relative distance that independent roundings explain.
+def explained_distance(saved: torch.Tensor, matrix: torch.Tensor, kinds: set[str]) -> float:
+    """The relative distance that independent roundings explain: that of a fingerprint (out), and those of its weight.
 
     Args:
-        saved: the fingerprint (out), rounded to the dtype `file`.
-        matrix: the base weight (out x in).
-        file: a dtype's name.
-        roundings: storages that the weight went through, each of which rounded it once.
+        saved: the fingerprint (out).
+        matrix: the weight (out x in).
+        kinds: storages that the weight went through, each of which rounded it once.
     """
     rows = torch.linalg.vector_norm(matrix.detach().float(), dim=-1)
-    parts = [_error(rows, matrix.shape[-1], kind) for kind in roundings] + [
-        _error(saved.detach().float().abs(), 1, file)
-    ]
+    parts = [_error(rows, matrix.shape[-1], kind) for kind in kinds]
+    parts.append(_error(saved.detach().float().abs(), 1, precision_of(saved)))
     return math.hypot(*parts) / max(float(fingerprint(matrix).norm()), torch.finfo(torch.float32).tiny)
 
 
@@ -150,19 +150,26 @@ def precision_of(values: torch.Tensor) -> str:
     return "float32"
 
 
-def _roundings(then: str, now: str, values: str) -> set[str]:
-    """Storages that a weight may have gone through: its own, and for 16 bits the other 16-bit format before."""
-    kinds = {then, now, values}
-    return kinds | {"bfloat16"} if kinds & {"float16", "bfloat16"} else kinds
+def roundings(values: torch.Tensor, *storages: str) -> set[str]:
+    """Storages that values may have gone through: the given ones, what the values say, and of 16 bits the other format.
+
+    fp32 to fp16 to bf16 is another bf16 than fp32 to bf16.
+    """
+    kinds = {precision_of(values), *storages}
+    return kinds | {"bfloat16"} if storages and kinds & SHORT else kinds
+
+
+def unit_error(kinds: set[str]) -> float:
+    """The root mean square of the relative error of one number after independent roundings to each of the storages."""
+    return math.hypot(*(UNIT_ROUNDOFF[k] / 3**0.5 if k in UNIT_ROUNDOFF else QUANTISED_ROUNDING for k in kinds))
 
 
 def _error(rows: torch.Tensor, length: int, storage: str) -> float:
     """A bound on ||D p|| for the rounding D of rows of `length` numbers with the norms `rows` (any shape)."""
-    relative = UNIT_ROUNDOFF[storage] / 3**0.5 if storage in UNIT_ROUNDOFF else QUANTISED_ROUNDING
     least = (
         (length / 12) ** 0.5 * 2.0**-24 if storage == "float16" else 0.0
     )  # its numbers below 6e-5 are that far apart
-    each = relative * rows + least
+    each = unit_error({storage}) * rows + least
     return float(each.norm() + CONFIDENCE * each.max())
 
 

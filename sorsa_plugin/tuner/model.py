@@ -28,7 +28,7 @@ from .initialise import initialise_layers
 from .layer_choice import Ranks, new_layer, renamed_by_peft, say_unmatched
 from .mixed_batch import copies_per_row, mixed_batch
 from .rollback import take_off, whole_or_not_at_all
-from .state_dict_check import check_names
+from .state_dict_check import check_adapters
 
 
 class SORSAModel(BaseTuner):
@@ -273,9 +273,9 @@ class SORSAModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Check all names before any layer takes a tensor."""
+        """Check names, shapes and fingerprints of all layers before one takes a tensor."""
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
-        check_names(state_dict, prefix, layers, list(self.peft_config))
+        check_adapters(state_dict, prefix, layers, list(self.peft_config))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IncompleteAdapterError
-from ..files.adapter_format import OFFSETS
+from ..files.adapter_format import FROZEN, OFFSETS
 
 if TYPE_CHECKING:
     from ..layers.layer import SORSALayer
@@ -19,7 +19,7 @@ FACTOR = re.compile(r"(?P<layer>.+)\.sorsa_factors\.((?P<adapter>[^.]+)\.)?[^.]+
 """A factor's name, including the adapter's name if PEFT has put it in."""
 
 
-def check_names(
+def check_adapters(
     state_dict: Mapping[str, Any], prefix: str, layers: Mapping[str, SORSALayer], adapters: Iterable[str]
 ) -> None:
     """Check that the factors in a state dict are those of whole adapters. There may be none: then it is the base's.
@@ -31,9 +31,12 @@ def check_names(
         adapters: the model's.
 
     Raises:
-        IncompleteAdapterError: an adapter has factors for only some of its layers, or for layers that are not its own.
+        IncompleteAdapterError: an adapter has factors for only some of its layers, for layers that are not its own, or
+            of no use.
+        BaseMismatchError: the adapter was made from other weights than the layers'.
     """
     adapters = list(adapters)
+    weights = [key for key in state_dict if ".sorsa_factors." not in key]
     _refuse_strangers(state_dict, prefix, layers, adapters)
     for adapter in adapters:
         keys = {
@@ -47,8 +50,11 @@ def check_names(
                 f"The adapter file has no tensors for {len(absent)} of the {len(keys)} adapted layers, the first "
                 f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
             )
-        for name, key in keys.items():
-            layers[name].factors(adapter).names_in(state_dict, key)
+        present = [name for name, key in keys.items() if layers[name].factors(adapter).names_in(state_dict, key)]
+        for name in present:
+            if any(key.startswith(f"{prefix}{name}.base_layer.") for key in weights):
+                continue  # the base weight is replaced as well: the two are compared afterwards
+            layers[name].check_file(adapter, {part: state_dict[keys[name] + part] for part in FROZEN})
 
 
 def _refuse_strangers(
