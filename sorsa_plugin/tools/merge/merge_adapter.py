@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ...config import SORSAConfig
 from ...errors import BaseFilesError
 from ...files.adapter_format import outer_name
-from ...files.atomic_directory import appearing_whole, refuse_occupied
+from ...files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ...files.base_checkpoint import BaseFiles, empty_model, local_directory
 from ...files.checkpoint_copy import copy_config, copy_other_files, copy_weights
 from ...files.saved_adapter import open_tensors, read_config, survey
@@ -78,7 +78,7 @@ def merge_adapter(
         BaseMismatchError: the adapter was trained on another base model.
         OutputExistsError: the output exists and is not an empty directory.
     """
-    source, output = Path(adapter_dir), Path(output_dir).resolve()
+    source, output = Path(adapter_dir), output_path(output_dir)
     config = read_config(source)
     refuse_occupied(output)
     files = BaseFiles(local_directory(base, revision, patterns=None))
