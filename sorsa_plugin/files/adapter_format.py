@@ -5,13 +5,15 @@
 Kinds that are not linear leave a layout in adapter_config.json (`lora_layouts`). It says where PEFT's LoRA keeps the
 pair L, R of such a layer: ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding],
 ["weight"] (a linear layer whose name PEFT takes for that of an expert) or ["unsupported", what it is]. Linear layers
-have none.
+have none. The tensors do not say which layout a layer has, nor which layers are absent, so adapter_config.json also
+counts the layers by layout (`adapted_layers`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +80,16 @@ def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
                 "adapter_config.json, or the base model, is not the one the file was written with."
             )
     return present
+
+
+def count_layouts(layers: Iterable[str], layouts: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    """{layout: number of layers}, as adapter_config.json keeps it.
+
+    Args:
+        layers: the names of all adapted layers, those that are tied to others included.
+        layouts: `lora_layouts`.
+    """
+    return dict(sorted(Counter(layouts[name][0] if name in layouts else "linear" for name in layers).items()))
 
 
 # -- names of layers -------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,22 @@ from safetensors import SafetensorError, safe_open
 from ..compat.peft import PEFT_TYPE_TO_PREFIX_MAPPING, check_target_module_exists, get_pattern_key
 from ..config import SORSAConfig
 from ..errors import ForeignAdapterError, IncompleteAdapterError
-from .adapter_format import FACTOR, FROZEN, OFFSETS, ROOT, complete_names, factor_shapes, outer_name, pattern_name
+from .adapter_format import (
+    FACTOR,
+    FROZEN,
+    OFFSETS,
+    ROOT,
+    base_name,
+    complete_names,
+    count_layouts,
+    factor_shapes,
+    outer_name,
+    pattern_name,
+)
+from .json_values import UNREADABLE
+from .time_limit import time_limit
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the dtypes that factors may have."""
@@ -34,9 +51,12 @@ def read_config(source: Path) -> SORSAConfig:
         remedy = f"Its adapters are in {', '.join(below)}: give one of these." if below else "Give the directory."
         raise ForeignAdapterError(f"{source} holds no {CONFIG_NAME}; expected the directory of an adapter. {remedy}")
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        options = json.loads(path.read_text(encoding="utf-8"))
+        kind = options["peft_type"]
         config = SORSAConfig.from_pretrained(str(source)) if kind == "SORSA" else None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if config is not None and config.adapted_layers is None and options.get("lora_layouts", {}) is None:
+            raise ValueError("lora_layouts is None; expected a table, as every adapter is saved with")
+    except UNREADABLE as error:
         raise IncompleteAdapterError(
             f"{path} cannot be read as an adapter's configuration ({error!r}); expected JSON with a peft_type and "
             "options that it can have. Take it from the original run again."
@@ -117,6 +137,19 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
             f"{ROOT}<layer>.sorsa_factors.dU. It was written by another method: take the file that belongs to the "
             f"{CONFIG_NAME} beside it."
         )
+    with time_limit("Matching the layers of the adapter file"):
+        ranks = _ranks(shapes, config, layers)
+    _check_layouts(config, shapes, layers)
+    if config.modules_to_save and not any(f"{name}." in key for name in config.modules_to_save for key in carried):
+        raise IncompleteAdapterError(
+            f"The adapter file has no tensors for modules_to_save={config.modules_to_save}; expected those of one "
+            "module at least. It is truncated or was edited: take it from the original run again."
+        )
+    return ranks, carried
+
+
+def _ranks(shapes: Mapping[str, Header], config: SORSAConfig, layers: Collection[str]) -> dict[str, int]:
+    """{layer: rank}, after a check of its tensors' shapes, and that the config selects it."""
     ranks = {}
     for layer in layers:
         prefix = f"{ROOT}{layer}.sorsa_factors."
@@ -134,9 +167,29 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
                 "two belong to different adapters: take both from the original run again."
             )
         ranks[layer] = rank
-    if config.modules_to_save and not any(f"{name}." in key for name in config.modules_to_save for key in carried):
+    return ranks
+
+
+def _check_layouts(config: SORSAConfig, shapes: Mapping[str, Header], layers: Collection[str]) -> None:
+    """Raises IncompleteAdapterError if `lora_layouts` does not fit the layers of the file, or some are absent."""
+    tied = {name: layout for name, layout in config.lora_layouts.items() if layout[0] == "tied"}
+    for name, layout in config.lora_layouts.items():
+        kind, *details = layout
+        known = details[0] in layers if kind == "tied" else name in layers
+        width = shapes[f"{ROOT}{name}.sorsa_factors.V0"].shape[-2] if name in layers else 0
+        if not known or (kind == "convolution" and math.prod(details) != width):
+            raise IncompleteAdapterError(
+                f"lora_layouts in {CONFIG_NAME} says {layout} of {name}, which does not fit the tensors of the file. "
+                "The two belong to different adapters: take both from the original run again."
+            )
+    found, expected = count_layouts([*layers, *tied], config.lora_layouts), config.adapted_layers
+    if expected is not None and found != dict(sorted(expected.items())):
         raise IncompleteAdapterError(
-            f"The adapter file has no tensors for modules_to_save={config.modules_to_save}; expected those of one "
-            "module at least. It is truncated or was edited: take it from the original run again."
+            f"The adapter file and lora_layouts in {CONFIG_NAME} give these layers by kind: {found}; the adapter was "
+            f"saved with {expected}. One of the two was edited or damaged: take both from the original run again."
         )
-    return ranks, carried
+    targets: set[str] = config.target_modules if isinstance(config.target_modules, set) else set()
+    names = [base_name(name, config.lora_layouts.get(name), layers) for name in (*layers, *tied)]
+    absent = sorted(target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names))
+    if absent and expected is None:  # written before layers were counted; PEFT lets a target match nothing
+        logger.warning("The adapter file has no layer for %s of target_modules: is it whole?", ", ".join(absent))

@@ -12,6 +12,7 @@ from torch import nn
 from ..compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, BaseTuner, LoraModel
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
+from ..files.adapter_format import count_layouts
 from ..layers.base_weight import keep_here
 from ..layers.folding import fold_layers
 from ..layers.kinds.attention import leave_fused_encoders
@@ -73,11 +74,10 @@ class SORSAModel(BaseTuner):
                 config.base_storage = _storage(layers)
                 config.lora_layouts = {
                     name: list(layout)
-                    for name, layer in model.named_modules()
-                    if isinstance(layer, SORSALayer)
-                    and adapter_name in layer.configs
-                    and (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
+                    for name, layer in _names(model, adapter_name).items()
+                    if (layout := layer.lora_layout() or (["weight"] if renamed_by_peft(model, name) else None))
                 }
+                config.adapted_layers = count_layouts(_names(model, adapter_name), config.lora_layouts)
                 say_unmatched(model, named, [layer for layer in everyone if adapter_name in layer.configs])
             announce(layers)
             initialise_layers(layers, adapter_name)
@@ -277,6 +277,12 @@ class SORSAModel(BaseTuner):
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
         check_adapters(state_dict, prefix, layers, list(self.peft_config))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _names(model: nn.Module, adapter_name: str) -> dict[str, SORSALayer]:
+    """{name in the file: layer} of the layers that have an adapter, those tied to others included."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SORSALayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.configs}
 
 
 def _storage(layers: list[SORSALayer]) -> str | dict[str, str] | None:

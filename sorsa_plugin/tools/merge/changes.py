@@ -11,11 +11,15 @@ from transformers import PreTrainedModel
 from ...config import SORSAConfig
 from ...errors import IncompleteAdapterError
 from ...files.adapter_format import ROOT
+from ...files.time_limit import time_limit
 from ...layers.kinds.tied import TiedLayer
 from ...layers.layer import SORSALayer
 from ...tuner.model import SORSAModel
 from ..empty_adapter import ADAPTER, adapt_empty
 from ..trained_tokens import TRAINED_TOKENS, trained_tokens
+
+INJECTION = 600.0
+"""Seconds in which PEFT has found the layers of any model: large ones take a few."""
 
 
 class Change(NamedTuple):
@@ -66,7 +70,7 @@ def find_changes(
 
 def _empty_layers(model: PreTrainedModel, config: SORSAConfig, names: list[str]) -> dict[str, SORSALayer]:
     """The model's SORSA layers, without values, as PEFT would inject them, under their names in the file."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), time_limit("Finding the adapter's layers in the base model", INJECTION):
         # PEFT's advice about tied embeddings is for merging in memory
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*tied")
         SORSAModel(model, config, ADAPTER)
