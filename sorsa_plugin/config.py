@@ -139,6 +139,10 @@ class SORSAConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Filled in: how adapted layers that are not linear are exported to LoRA."},
     )
+    adapted_layers: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Filled in: number of adapted layers by their layout, to notice a file that lacks some."},
+    )
 
     def __new__(cls, *args: Any, **options: Any) -> SORSAConfig:
         """Refuse options that LoraConfig alone has, and say what to do about each."""
@@ -229,8 +233,8 @@ class SORSAConfig(PeftConfig):
                 f"init_weights is {self.init_weights!r}; expected True or False. How the weights are factorised is "
                 "chosen by `svd`."
             )
-        if isinstance(self.svd_seed, bool) or not isinstance(self.svd_seed, int) or self.svd_seed < 0:
-            raise SORSAConfigError(f"svd_seed is {self.svd_seed!r}; expected an integer >= 0.")
+        if type(self.svd_seed) is not int or not 0 <= self.svd_seed < 2**63:  # torch's generators take no more
+            raise SORSAConfigError(f"svd_seed is {self.svd_seed!r}; expected an integer >= 0 and below 2^63.")
         if self.svd_energy is not None:
             if not _is_number(self.svd_energy) or not 0.0 < self.svd_energy < 1.0:
                 raise SORSAConfigError(f"svd_energy is {self.svd_energy!r}; expected a share in (0, 1), such as 0.99.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
+from os import PathLike
 from typing import Any
 
 from peft import LoraConfig
@@ -43,7 +44,7 @@ def refuse_lora_options(given: Iterable[str], ours: type) -> None:
 
 
 def check_module_options(config: Any) -> None:
-    """Check the options that select modules and tokens: their types, and which of them can be combined.
+    """Check the types of options, those that are filled in too, and which that select modules can be combined.
 
     Args:
         config: a config with the fields in `EXPECTED`.
@@ -57,6 +58,9 @@ def check_module_options(config: Any) -> None:
             raise SORSAConfigError(f"{name} is {value!r}; expected {expected}.")
     for name in ("target_modules", "exclude_modules"):
         _check_expression(name, getattr(config, name))
+    for name in ("rank_pattern", "modules_to_save"):  # PEFT matches these too
+        for pattern in getattr(config, name) or ():
+            _check_expression(f"{name} has an entry that", pattern)
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise SORSAConfigError(
             "`layers_to_transform` cannot be used when `target_modules` is a str: got "
@@ -79,10 +83,37 @@ def _check_expression(name: str, value: Any) -> None:
         return
     try:
         re.compile(value)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise SORSAConfigError(
             f"{name} is {value!r}, which is no regular expression ({error}). Correct it, or give a list of names."
         ) from error
+
+
+def is_layout(value: Any) -> bool:
+    """Whether a value is an entry of `lora_layouts`: a kind that is known, with its details."""
+    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], str):
+        return False
+    kind, *details = value
+    if kind == "convolution":
+        return len(details) > 1 and all(_is_index(detail) and detail > 0 for detail in details)
+    texts = {"embedding": 0, "weight": 0, "parameter": 1, "tied": 1, "unsupported": 1}
+    return len(details) == texts.get(kind) and all(map(_is_text, details))
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, (str, PathLike))
+
+
+def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, Mapping) and _are_names(list(value)) and all(map(fits, value.values()))
 
 
 def _is_index(value: Any) -> bool:
@@ -127,5 +158,21 @@ EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: isinstance(value, Mapping) and _are_names(list(value)),
         "{module name or regular expression: rank}",
     ),
+    "fan_in_fan_out": (_is_switch, "True or False"),
+    "ensure_weight_tying": (_is_switch, "True or False"),
+    "inference_mode": (_is_switch, "True or False"),
+    "full_precision_base": (_is_path, "a directory or an id on the hub"),
+    "base_model_name_or_path": (_is_path, "a directory or an id on the hub"),
+    "revision": (_is_text, "a revision's name"),
+    "auto_mapping": (
+        lambda value: _is_table(value, lambda entry: entry is None or _is_text(entry)),
+        "{base_model_class and parent_library: names}",
+    ),
+    "base_storage": (lambda value: _is_text(value) or _is_table(value, _is_text), "a storage, or {layer: storage}"),
+    "lora_layouts": (
+        lambda value: _is_table(value, is_layout),
+        "{layer: layout}, with layouts as files/adapter_format.py lists them",
+    ),
+    "adapted_layers": (lambda value: _is_table(value, _is_index), "{layout: number of layers}"),
 }
 """{option: (test of a value that is not None, the words for what passes)}."""

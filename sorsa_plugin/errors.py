@@ -32,7 +32,7 @@ class FactorsNotLoadedError(SORSAError, RuntimeError):
 
 
 class IncompleteAdapterError(SORSAError, RuntimeError):
-    """An adapter file cannot be read, lacks tensors of a layer, or holds tensors of another shape or without values."""
+    """An adapter file cannot be read, lacks tensors of a layer, or holds some that cannot be factors."""
 
 
 class ForeignAdapterError(SORSAError, ValueError):

@@ -65,9 +65,14 @@ class Recipe:
             raise AdapterOptionsError("No model: give model_name_or_path, a directory or a hub id.")
 
     def write(self, directory: Path) -> Path:
-        """Write recipe.yaml, which the same command can run again. Returns its path."""
+        """Write recipe.yaml, which the same command can run again. Returns its path.
+
+        A recipe.yaml that no such command wrote is somebody's own, and stays: then the name is recipe.run.yaml.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "recipe.yaml"
+        if path.exists() and not path.read_bytes().startswith(HEADER.partition("{")[0].encode()):
+            path = directory / "recipe.run.yaml"
         text = HEADER.format(command=self.command, name=path) + yaml.safe_dump(self.given, sort_keys=False)
         path.write_text(text, encoding="utf-8")
         return path
@@ -150,7 +155,7 @@ class RecipeParser(TrlParser):
 def _require_mapping(arguments: list[str]) -> None:
     """Raises ValueError if the recipe is no mapping, which TRL 1.9 does not check."""
     path = dict(pairwise(arguments)).get("--config")
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else {}
+    content = yaml_values(Path(path).read_text(encoding="utf-8")) if path else {}
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected lines such as `adapter: sorsa`.")
 

@@ -29,11 +29,11 @@ def analyze(
     revision: options.Revision = None,
 ) -> None:
     """Measure what training did to singular values and vectors, as the paper does: tables, CSV, JSON and charts."""
-    from ..files.atomic_directory import appearing_whole, refuse_occupied
+    from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
     from ..tools.analysis.analyze import analyze as measure
     from ..tools.analysis.charts import require_matplotlib, save_plots
 
-    target = output.resolve()
+    target = output_path(output)
     refuse_occupied(target)
     if plots:
         require_matplotlib()

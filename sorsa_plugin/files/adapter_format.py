@@ -5,14 +5,18 @@
 Kinds that are not linear leave a layout in adapter_config.json (`lora_layouts`). It says where PEFT's LoRA keeps the
 pair L, R of such a layer: ["embedding"], ["convolution", in, *kernel], ["parameter", name], ["tied", embedding],
 ["weight"] (in older files: a linear layer whose name PEFT takes for that of an expert) or ["unsupported", what it is].
-Linear layers have none.
+Linear layers have none. The tensors do not say which layout a layer has, nor which layers are absent, so
+adapter_config.json also counts the layers by layout (`adapted_layers`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from ..errors import IncompleteAdapterError
 
@@ -29,6 +33,9 @@ FACTOR = re.compile(rf"{re.escape(ROOT)}(?P<layer>.+)\.sorsa_factors\.(?P<part>\
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Names under which torch.compile, activation checkpointing and FSDP hold the module that they wrap."""
+
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes that factors are read from. Of 8 bits, no factor would still be orthonormal."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -47,12 +54,12 @@ def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
     A part of them would silently be another adapter.
 
     Args:
-        state_dict: {name: anything with a shape}.
+        state_dict: {name: anything with a shape and a dtype}.
         prefix: the beginning of the names there, with a dot at the end.
         shapes: {tensor: shape}; see `factor_shapes`.
 
     Raises:
-        IncompleteAdapterError: some are absent, or have another shape.
+        IncompleteAdapterError: some are absent, have another shape, or a dtype that is not in `FACTOR_DTYPES`.
     """
     present = [name for name in shapes if prefix + name in state_dict]
     if present and len(present) < len(shapes):
@@ -62,6 +69,13 @@ def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
             "is truncated, was edited, or was saved by another method: take it from the original run again."
         )
     for name in present:
+        dtype = state_dict[prefix + name].dtype
+        if dtype not in FACTOR_DTYPES:
+            raise IncompleteAdapterError(
+                f"{prefix}{name} is stored as {str(dtype).removeprefix('torch.')} in the adapter file; expected "
+                "float32 (or bfloat16, float16, float64). It was converted after it was saved: take the file from the "
+                "original run again."
+            )
         found = tuple(state_dict[prefix + name].shape)
         if found != shapes[name]:
             raise IncompleteAdapterError(
@@ -69,6 +83,16 @@ def complete_names(state_dict: Any, prefix: str, shapes: Shapes) -> list[str]:
                 "adapter_config.json, or the base model, is not the one the file was written with."
             )
     return present
+
+
+def count_layouts(layers: Iterable[str], layouts: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    """{layout: number of layers}, as adapter_config.json keeps it.
+
+    Args:
+        layers: the names of all adapted layers, those that are tied to others included.
+        layouts: `lora_layouts`.
+    """
+    return dict(sorted(Counter(layouts[name][0] if name in layouts else "linear" for name in layers).items()))
 
 
 # -- names of layers -------------------------------------------------------------------------------------------------

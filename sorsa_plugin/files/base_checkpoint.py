@@ -26,6 +26,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..compat.transformers import build_on_meta, kept_in_fp32, load_state_dict
 from ..errors import BaseFilesError
+from .json_values import UNREADABLE
+from .time_limit import time_limit
+
+BUILDING = 300.0
+"""Seconds in which any real model is built on the meta device: large ones take a few."""
 
 AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -129,7 +134,7 @@ class BaseFiles:
             )
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+        except UNREADABLE as error:
             raise BaseFilesError(
                 f"{index} cannot be read ({error!r}); expected JSON with a weight_map. It is damaged: fetch it again."
             ) from error
@@ -157,14 +162,19 @@ def read_model_config(source: str | PathLike[str], revision: str | None = None) 
     """
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        first = re.sub(r":\s+", ": ", str(error)).strip().splitlines()[0]  # joins the two lines on a refused option
+    except (OSError, StrictDataclassError, *UNREADABLE) as error:
+        first = first_line(error)
         raise BaseFilesError(
             f"{source} gives no model config ({first}). Expected a directory with a config.json that transformers "
             "knows, or the id of a model that is on the hub or in the local cache."
         ) from error
     config.name_or_path = str(source)
     return config
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of transformers, with the second, if it is about a refused option."""
+    return next(iter(re.sub(r":\s+", ": ", str(error)).strip().splitlines()), repr(error))
 
 
 def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -183,11 +193,13 @@ def empty_model(config: Any, task_type: str | None = None, dtype: torch.dtype | 
     model_class = class_for(config, task_type)
     build = getattr(model_class, "from_config", None) or model_class._from_config
     try:
-        model = build_on_meta(build, deepcopy(config), dtype)
-    except ValueError as error:
+        with time_limit(f"Building the empty model of {config.name_or_path}", BUILDING, BaseFilesError):
+            model = build_on_meta(build, deepcopy(config), dtype)
+    except BaseFilesError:
+        raise
+    except UNREADABLE as error:
         raise BaseFilesError(
-            f"{model_class.__name__} cannot be made from the config of {config.name_or_path}: "
-            f"{str(error).splitlines()[0]}"
+            f"{model_class.__name__} cannot be made from the config of {config.name_or_path}: {first_line(error)}"
         ) from error
     for name in kept_in_fp32(model, dtype):
         parameter = model.get_parameter(name)
@@ -201,9 +213,10 @@ def class_for(config: Any, task_type: str | None = None) -> Any:
     Raises:
         BaseFilesError: transformers has no such class.
     """
-    named = (getattr(config, "architectures", None) or ["AutoModel"])[0]
-    wanted = AUTO_CLASSES.get(task_type, "AutoModel") if task_type else named
-    found = getattr(transformers, wanted, None)
+    named = getattr(config, "architectures", None) or ["AutoModel"]
+    first = named[0] if isinstance(named, (list, tuple)) else named
+    wanted = AUTO_CLASSES.get(task_type, "AutoModel") if task_type else first
+    found = getattr(transformers, wanted, None) if isinstance(wanted, str) else None
     if found is None:
         raise BaseFilesError(f"transformers has no class {wanted}, which the config of {config.name_or_path} names.")
     return found

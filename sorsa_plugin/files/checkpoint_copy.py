@@ -67,10 +67,16 @@ def copy_weights(
 def copy_other_files(files: BaseFiles, target: Path) -> list[str]:
     """Copy all files but weights, card, config and hidden directories.
 
+    Links are followed to where the base's files lie (the hub's cache links all of them to one place), and nowhere else:
+    what a stranger's model links to on this machine is not its own.
+
     Returns:
         The files that were left out; see `NOT_COPIED`.
     """
     left_out = []
+    own = {path.resolve().parent for path in (files.directory / CONFIG_NAME, *files.shards)} | {
+        files.directory.resolve()
+    }
     for path in sorted(files.directory.rglob("*")):
         relative = path.relative_to(files.directory)
         name = relative.as_posix()
@@ -79,7 +85,8 @@ def copy_other_files(files: BaseFiles, target: Path) -> list[str]:
         if hidden or written or not path.is_file():
             continue
         more_weights = path.parent == files.directory and path.suffix == ".safetensors"
-        if more_weights or any(fnmatch(name, pattern) for pattern in NOT_COPIED):
+        foreign = not any(place in path.resolve().parents for place in own)
+        if foreign or more_weights or any(fnmatch(name, pattern) for pattern in NOT_COPIED):
             left_out.append(name)
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)

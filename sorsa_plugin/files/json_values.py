@@ -1,10 +1,22 @@
-"""Turns Python values into JSON's, for every report that is written or printed as JSON."""
+"""JSON: turns Python values into its types, for every report, and knows how reading a stranger's values fails."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from typing import Any
+
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    RuntimeError,
+)
+"""What values of the wrong type or size end in, in the code of PEFT, transformers and torch that reads them."""
 
 
 def json_values(value: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+import math
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -20,13 +22,22 @@ from .adapter_format import (
     FROZEN,
     OFFSETS,
     ROOT,
+    base_name,
     complete_names,
+    count_layouts,
     factor_shapes,
     outer_name,
     pattern_name,
     plain_name,
 )
+from .json_values import UNREADABLE
 from .ranks import rank_of
+from .time_limit import time_limit
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of the dtypes that factors may have."""
 
 
 def read_config(source: Path) -> SORSAConfig:
@@ -42,9 +53,12 @@ def read_config(source: Path) -> SORSAConfig:
         remedy = f"Its adapters are in {', '.join(below)}: give one of these." if below else "Give the directory."
         raise ForeignAdapterError(f"{source} holds no {CONFIG_NAME}; expected the directory of an adapter. {remedy}")
     try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+        options = json.loads(path.read_text(encoding="utf-8"))
+        kind = options["peft_type"]
         config = SORSAConfig.from_pretrained(str(source)) if kind == "SORSA" else None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        if config is not None and config.adapted_layers is None and options.get("lora_layouts", {}) is None:
+            raise ValueError("lora_layouts is None; expected a table, as every adapter is saved with")
+    except UNREADABLE as error:
         raise IncompleteAdapterError(
             f"{path} cannot be read as an adapter's configuration ({error!r}); expected JSON with a peft_type and "
             "options that it can have. Take it from the original run again."
@@ -55,6 +69,18 @@ def read_config(source: Path) -> SORSAConfig:
             "serves it if it is a LoRA; peft.convert_to_lora makes one of many other methods."
         )
     return config
+
+
+class Header(NamedTuple):
+    """Shape and dtype of a stored tensor; of dtypes that no factor has, safetensors' name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+
+
+def _header(tensor: Any) -> Header:
+    dtype = tensor.get_dtype()
+    return Header(tuple(tensor.get_shape()), DTYPES.get(dtype, dtype))
 
 
 @contextmanager
@@ -95,7 +121,7 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
     Raises:
         ForeignAdapterError, IncompleteAdapterError: the files are damaged, or do not belong together.
     """
-    shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    shapes = {name: _header(file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
     matches = {name: FACTOR.fullmatch(name) for name in shapes}
     parts = (*OFFSETS, *FROZEN)
     layers = dict.fromkeys(match["layer"] for match in matches.values() if match and match["part"] in parts)
@@ -120,11 +146,24 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
             f"{plain_name(wrapped[0])}. Load it onto the plain model and save it again: "
             "PeftModel.from_pretrained(model, directory).save_pretrained(another)."
         )
+    with time_limit("Matching the layers of the adapter file"):
+        ranks = _ranks(shapes, config, layers)
+    _check_layouts(config, shapes, layers)
+    if config.modules_to_save and not any(f"{name}." in key for name in config.modules_to_save for key in carried):
+        raise IncompleteAdapterError(
+            f"The adapter file has no tensors for modules_to_save={config.modules_to_save}; expected those of one "
+            "module at least. It is truncated or was edited: take it from the original run again."
+        )
+    return ranks, carried
+
+
+def _ranks(shapes: Mapping[str, Header], config: SORSAConfig, layers: Collection[str]) -> dict[str, int]:
+    """{layer: rank}, after a check of its tensors' shapes, and that the config selects it."""
     ranks = {}
     for layer in layers:
         prefix = f"{ROOT}{layer}.sorsa_factors."
         layout = config.lora_layouts.get(layer)
-        U, V = (shapes.get(prefix + name, torch.empty(0, 0, device="meta")) for name in ("U0", "V0"))
+        U, V = (shapes.get(prefix + name, Header((0, 0), torch.float32)) for name in ("U0", "V0"))
         rows = [next(iter(factor.shape[-2:]), 0) for factor in (U, V)]
         rank = rank_of(config, pattern_name(layer, layout, layers), *rows)
         complete_names(shapes, prefix, factor_shapes(rows[0], rows[1], rank, tuple(U.shape[:-2])))
@@ -136,9 +175,29 @@ def survey(file: Any, config: SORSAConfig) -> tuple[dict[str, int], list[str]]:
                 "two belong to different adapters: take both from the original run again."
             )
         ranks[layer] = rank
-    if config.modules_to_save and not any(f"{name}." in key for name in config.modules_to_save for key in carried):
+    return ranks
+
+
+def _check_layouts(config: SORSAConfig, shapes: Mapping[str, Header], layers: Collection[str]) -> None:
+    """Raises IncompleteAdapterError if `lora_layouts` does not fit the layers of the file, or some are absent."""
+    tied = {name: layout for name, layout in config.lora_layouts.items() if layout[0] == "tied"}
+    for name, layout in config.lora_layouts.items():
+        kind, *details = layout
+        known = details[0] in layers if kind == "tied" else name in layers
+        width = shapes[f"{ROOT}{name}.sorsa_factors.V0"].shape[-2] if name in layers else 0
+        if not known or (kind == "convolution" and math.prod(details) != width):
+            raise IncompleteAdapterError(
+                f"lora_layouts in {CONFIG_NAME} says {layout} of {name}, which does not fit the tensors of the file. "
+                "The two belong to different adapters: take both from the original run again."
+            )
+    found, expected = count_layouts([*layers, *tied], config.lora_layouts), config.adapted_layers
+    if expected is not None and found != dict(sorted(expected.items())):
         raise IncompleteAdapterError(
-            f"The adapter file has no tensors for modules_to_save={config.modules_to_save}; expected those of one "
-            "module at least. It is truncated or was edited: take it from the original run again."
+            f"The adapter file and lora_layouts in {CONFIG_NAME} give these layers by kind: {found}; the adapter was "
+            f"saved with {expected}. One of the two was edited or damaged: take both from the original run again."
         )
-    return ranks, carried
+    targets: set[str] = config.target_modules if isinstance(config.target_modules, set) else set()
+    names = [base_name(name, config.lora_layouts.get(name), layers) for name in (*layers, *tied)]
+    absent = sorted(target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names))
+    if absent and expected is None:  # written before layers were counted; PEFT lets a target match nothing
+        logger.warning("The adapter file has no layer for %s of target_modules: is it whole?", ", ".join(absent))

@@ -6,16 +6,19 @@ Merging (`merging.py`), folding (`folding.py`) and the methods that PEFT calls (
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from ..compat.peft import BaseTunerLayer
+from ..files.adapter_format import FROZEN
 from ..linalg.fingerprint import check, fingerprint, storage_of
 from ..linalg.precision import full_precision
+from ..linalg.triplet_check import check_orthonormal, check_triplets
 from .base_weight import base_weight_here, device_of, refuse_sharded, with_base_weight
-from .factors import SORSAFactors, not_loaded
+from .factors import SORSAFactors, not_loaded, product
 from .weight_state import Intact, WeightState
 
 if TYPE_CHECKING:
@@ -167,7 +170,7 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         Raises:
             ValueError: the layer has no adapter of that name.
             FactorsNotLoadedError: the tensors have not arrived.
-            BaseMismatchError: the adapter was made from another weight.
+            BaseMismatchError, IncompleteAdapterError: see `check_base`.
         """
         factors = self.factors(adapter_name)
         if not factors.base_checked and not torch.compiler.is_compiling():
@@ -216,26 +219,53 @@ class AdaptedWeight(ReadThrough, BaseTunerLayer):
         shared = any(config is other for name, other in self.configs.items() if name != adapter_name)
         return config.factors_from_file and not shared
 
-    @with_base_weight
     def check_base(self, adapter_name: str) -> None:
-        """Compare the adapter's fingerprint with the base weight.
+        """Compare the adapter's fingerprint, and its frozen factors, with the base weight.
 
-        Does nothing yet while the weight is on the meta device, sharded, or merged.
+        Does nothing yet while the weight is on the meta device, on another device, sharded, or merged.
 
         Raises:
             BaseMismatchError: the adapter was made from another weight.
+            IncompleteAdapterError: its frozen factors are no singular triplets of the weight.
         """
-        factors, config = self.factors(adapter_name), self.configs[adapter_name]
-        matrix = self.base_matrix()
-        sharded = hasattr(matrix, "device_mesh") or 0 in (matrix.numel(), factors.fingerprint.numel())
-        if matrix.is_meta or sharded or factors.pending or self.merged or matrix.device != factors.fingerprint.device:
-            return
+        factors = self.factors(adapter_name)
+        tensors = {name: getattr(factors, name) for name in FROZEN}
+        if not factors.pending and self._compare(adapter_name, tensors):
+            factors.base_checked = True
+
+    def check_file(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The same for tensors of a state dict ({name in `FROZEN`: tensor}) before any layer takes one.
+
+        Raises:
+            BaseMismatchError, IncompleteAdapterError: see `check_base`.
+        """
+        without_values = any(tensor.is_meta for tensor in tensors.values())
+        # a residual maker finds out whether the base stores this adapter's residual
+        if self.residual_maker is None and not without_values:
+            device = self.base_weight().device
+            if self._compare(adapter_name, {name: tensor.to(device) for name, tensor in tensors.items()}):
+                self.factors(adapter_name).accept(tensors["fingerprint"])
+
+    @with_base_weight
+    def _compare(self, adapter_name: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether tensors were compared with the base weight: now is not always the time."""
+        config, matrix, saved = self.configs[adapter_name], self.base_matrix(), tensors["fingerprint"]
+        sharded = any(hasattr(tensor, "device_mesh") or not tensor.numel() for tensor in (matrix, *tensors.values()))
+        if matrix.is_meta or sharded or self.merged or matrix.device != saved.device:
+            return False
+        initial = tensors["U0"], tensors["S0"], tensors["V0"]
+        residual = config.residual_base and self.quantised
         with self.weight_state.intact_weight(self):
-            saved = factors.fingerprint
-            if config.residual_base and not self.quantised:  # it is of the residual, and W is here in full precision
-                saved = saved + fingerprint(factors.initial_matrix())
-            check(saved, self.base_matrix(), config.storage_of(self.name), self.storage(), self.name)
-        factors.base_checked = True
+            matrix = self.base_matrix()
+            if config.residual_base and not residual:  # it is of the residual, and W is here in full precision
+                saved = saved + fingerprint(product(*initial))
+            then, now = config.storage_of(self.name), self.storage()
+            check(saved, matrix, then, now, self.name)
+            if config.init_weights:  # else they are random
+                check_orthonormal(initial[0], initial[2], self.name)
+                if not residual:
+                    check_triplets(*initial, matrix, then, now, self.name)
+        return True
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
         """Give awaited tensors that the file holds storage on the base weight's device, wherever the file was read

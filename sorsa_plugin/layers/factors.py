@@ -71,6 +71,7 @@ class SORSAFactors(nn.Module):
         for name in FROZEN:
             setattr(self, name, placed(torch.zeros(shapes[name], **options), as_parameter=False))
         self.base_checked = False
+        self._accepted: torch.Tensor | None = None
         # The values that a file gave the offsets, in the offsets' own memory. Code that casts with
         # `parameter.data = ...` gives an offset other memory, and these values stay as they were.
         self._as_loaded: dict[str, torch.Tensor] = {}
@@ -226,10 +227,13 @@ class SORSAFactors(nn.Module):
         """L (out x 2r) and R (in x 2r) with L R^T = U diag(S) V^T - U0 diag(S0) V0^T, in the factors' dtype."""
         return self.parts().pair()
 
-    @full_precision()
     def initial_matrix(self) -> torch.Tensor:
         """U0 diag(S0) V0^T (out x in), fp32."""
-        return (self.U0 * self.S0.unsqueeze(-2)) @ self.V0.mT
+        return product(self.U0, self.S0, self.V0)
+
+    def accept(self, fingerprint: torch.Tensor) -> None:
+        """Remember a state dict's fingerprint (out), by identity: the load that takes it need not check the base."""
+        self._accepted = fingerprint
 
     def materialise(self, device: torch.device) -> None:
         """Give pending tensors storage on `device`; the code that loads them fills it."""
@@ -291,6 +295,8 @@ class SORSAFactors(nn.Module):
     ) -> None:
         """Load all of the adapter's tensors or none, as fp32 whatever dtype the file has."""
         present = self.names_in(state_dict, prefix)
+        accepted, self._accepted = self._accepted, None
+        checked = bool(present) and accepted is state_dict[prefix + "fingerprint"]
         if local_metadata.get("assign_to_params_buffers", False):  # the given tensors become ours, in their dtype
             state_dict.update({prefix + name: state_dict[prefix + name].float() for name in present})
         elif present:
@@ -301,8 +307,14 @@ class SORSAFactors(nn.Module):
         with staying_placed(self, FROZEN):
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         if present:
-            self.base_checked = False
+            self.base_checked = checked
             self._as_loaded = {name: getattr(self, name).data for name in OFFSETS}
+
+
+@full_precision()
+def product(U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """U diag(S) V^T (out x in) of U (out x r), S (r), V (in x r) or stacks of them, in their common dtype."""
+    return (U * S.unsqueeze(-2)) @ V.mT
 
 
 def not_loaded(name: str, awaited: bool) -> FactorsNotLoadedError:

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from ..config import SORSAConfig
 from ..errors import MissingPackageError, SORSAConfigError, SORSAError
-from ..files.atomic_directory import appearing_whole, refuse_occupied
+from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ..files.base_checkpoint import BaseFiles, class_for, local_directory
 from ..files.checkpoint_copy import copy_other_files
 from ..layers.layer import sorsa_layers
@@ -92,7 +92,7 @@ def init_residual(
         raise SORSAConfigError(
             "The config is that of a saved adapter; expected the options of a new one. Make one with SORSAConfig(...)."
         )
-    output = Path(output_dir).resolve()
+    output = output_path(output_dir)
     refuse_occupied(output)
     files = BaseFiles(local_directory(base, revision, patterns=None))
     empty = files.empty_model(config.task_type, dtype)  # refuses a base that is damaged or of another task

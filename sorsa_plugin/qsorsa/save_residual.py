@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import FoldError
-from ..files.atomic_directory import appearing_whole, refuse_occupied
+from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ..layers.layer import sorsa_layers
 from ..layers.unwrapped import without_adapters
 
@@ -37,7 +37,7 @@ def save_residual(model: PeftModel, directory: str | PathLike[str], adapter_name
         FoldError: the base stores no residuals, or an adapter is merged into it.
         OutputExistsError: the directory exists and is not empty.
     """
-    output = Path(directory).resolve()
+    output = output_path(directory)
     layers = sorsa_layers(model)
     if not layers or any(not layer.weight_state.is_residual or layer.merged for layer in layers):
         raise FoldError(

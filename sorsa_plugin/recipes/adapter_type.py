@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
 
-NOT_OPTIONS = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "base_storage", "lora_layouts")
+NOT_OPTIONS = (
+    "peft_type",
+    "auto_mapping",
+    "inference_mode",
+    "peft_version",
+    "base_storage",
+    "lora_layouts",
+    "adapted_layers",
+)
 """Fields of PEFT configs that are filled in, and that no user gives."""
 
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from ..config import SORSAConfig
 from ..errors import IncompleteAdapterError, RankError, UnsupportedLayerError
 from ..files.adapter_format import ROOT, outer_name
-from ..files.atomic_directory import appearing_whole, refuse_occupied
+from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ..files.saved_adapter import open_tensors, read_config, survey
 from ..linalg.offset_form import Parts, change_norm
 
@@ -104,7 +104,7 @@ def export_lora(
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise RankError(f"rank is {rank!r}; expected an integer >= 1, or None for the exact LoRA of rank 2r.")
-    source, output = Path(adapter_dir), Path(output_dir).resolve()
+    source, output = Path(adapter_dir), output_path(output_dir)
     config = read_config(source)
     refuse_occupied(output)
     tensors: dict[str, torch.Tensor] = {}

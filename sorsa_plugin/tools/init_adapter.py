@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from ..config import SORSAConfig
 from ..errors import SORSAConfigError
 from ..files.adapter_format import FROZEN, ROOT
-from ..files.atomic_directory import appearing_whole, refuse_occupied
+from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ..files.base_checkpoint import BaseFiles
 from ..files.json_values import json_values
 from ..files.safetensors_writer import TensorFile
@@ -84,7 +84,7 @@ def init_adapter(
         SORSAConfigError: PEFT refuses the options for this model, or they are not those of a new adapter.
         RankError, UnsupportedLayerError, DecompositionError: as for get_peft_model.
     """
-    output = Path(output_dir).resolve()
+    output = output_path(output_dir)
     refuse_occupied(output)
     if config.factors_from_file or not config.init_weights:
         raise SORSAConfigError(

@@ -286,13 +286,17 @@ def _copies(model: PeftModel) -> int:
     return sum(p.numel() for name, p in names.items() if any(part in name for part in twice))
 
 
+LARGEST = 10**12
+"""No count of processes, sequences or tokens is larger."""
+
+
 def _check(gpus: int, engine: str, batch: int, length: int, optimizer: str, unit_seconds: float | None) -> None:
     if engine not in ENGINES:
         raise SORSAConfigError(f"engine is {engine!r}; expected one of {', '.join(map(repr, ENGINES))}.")
     if optimizer not in OPTIMIZER_STATE:
         raise SORSAConfigError(f"optimizer is {optimizer!r}; expected one of {', '.join(map(repr, OPTIMIZER_STATE))}.")
     for name, value in {"gpus": gpus, "batch": batch, "length": length}.items():
-        if value < 1:
-            raise SORSAConfigError(f"{name} is {value}; expected an integer >= 1.")
-    if unit_seconds is not None and unit_seconds <= 0:
+        if not 1 <= value <= LARGEST:
+            raise SORSAConfigError(f"{name} is {value}; expected an integer from 1 to {LARGEST:,}.")
+    if unit_seconds is not None and not 0 < unit_seconds < math.inf:  # NaN is neither
         raise SORSAConfigError(f"unit_seconds is {unit_seconds}; expected a number of seconds above 0.")

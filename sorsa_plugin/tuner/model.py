@@ -13,7 +13,7 @@ from torch import nn
 from ..compat.peft import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, BaseTuner, LoraModel
 from ..config import SORSAConfig
 from ..errors import UnsupportedLayerError
-from ..files.adapter_format import plain_layouts
+from ..files.adapter_format import count_layouts, plain_layouts
 from ..layers.base_weight import keep_here
 from ..layers.factors import ROUNDED
 from ..layers.folding import fold_layers
@@ -33,7 +33,7 @@ from .initialise import initialise_layers
 from .layer_choice import Ranks, layer_class_for, new_layer, say_other_inputs, say_unmatched
 from .mixed_batch import copies_per_row, mixed_batch
 from .rollback import take_off, whole_or_not_at_all
-from .state_dict_check import check_names, take_wrappers_out
+from .state_dict_check import check_adapters, take_wrappers_out
 from .wildcard import resolve_all_linear
 
 
@@ -88,11 +88,10 @@ class SORSAModel(BaseTuner):
                 config.base_storage = _storage(layers)
                 config.lora_layouts = {
                     name: list(layout)
-                    for name, layer in model.named_modules()
-                    if isinstance(layer, SORSALayer)
-                    and adapter_name in layer.configs
-                    and (layout := layer.lora_layout())
+                    for name, layer in _names(model, adapter_name).items()
+                    if (layout := layer.lora_layout())
                 }
+                config.adapted_layers = count_layouts(_names(model, adapter_name), config.lora_layouts)
                 say_unmatched(model, named, [layer for layer in everyone if adapter_name in layer.configs])
             announce(layers)
             initialise_layers(layers, adapter_name)
@@ -293,11 +292,17 @@ class SORSAModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Check all names before any layer takes a tensor."""
+        """Check names, shapes and fingerprints of all layers before one takes a tensor."""
         layers = {name: layer for name, layer in self.named_modules() if isinstance(layer, SORSALayer)}
         take_wrappers_out(state_dict, prefix, layers)
-        check_names(state_dict, prefix, layers, list(self.peft_config))
+        check_adapters(state_dict, prefix, layers, list(self.peft_config))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _names(model: nn.Module, adapter_name: str) -> dict[str, SORSALayer]:
+    """{name in the file: layer} of the layers that have an adapter, those tied to others included."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SORSALayer)}
+    return {name: layer for name, layer in layers.items() if adapter_name in layer.configs}
 
 
 def _storage(layers: list[SORSALayer]) -> str | dict[str, str] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import IncompleteAdapterError
-from ..files.adapter_format import OFFSETS, plain_name
+from ..files.adapter_format import FROZEN, OFFSETS, plain_name
 
 if TYPE_CHECKING:
     from ..layers.layer import SORSALayer
@@ -22,7 +22,7 @@ FACTOR = re.compile(r"(?P<layer>.+)\.sorsa_factors\.((?P<adapter>[^.]+)\.)?[^.]+
 def take_wrappers_out(state_dict: MutableMapping[str, Any], prefix: str, layers: Mapping[str, SORSALayer]) -> None:
     """Rename factors that differ from a layer's by wrappers alone: they were saved from a compiled model, say.
 
-    A name stays where no layer, or more than one, could be meant. `check_names` refuses it then.
+    A name stays where no layer, or more than one, could be meant. `check_adapters` refuses it then.
 
     Args:
         state_dict: the one that PEFT or torch loads; changed in place.
@@ -62,7 +62,7 @@ def _with_adapter(end: str, layer: SORSALayer) -> str | None:
     return f".{factors}.{waiting[0]}.{rest[0]}" if len(waiting) == 1 else None
 
 
-def check_names(
+def check_adapters(
     state_dict: Mapping[str, Any], prefix: str, layers: Mapping[str, SORSALayer], adapters: Iterable[str]
 ) -> None:
     """Check that the factors in a state dict are those of whole adapters. There may be none: then it is the base's.
@@ -74,9 +74,12 @@ def check_names(
         adapters: the model's.
 
     Raises:
-        IncompleteAdapterError: an adapter has factors for only some of its layers, or for layers that are not its own.
+        IncompleteAdapterError: an adapter has factors for only some of its layers, for layers that are not its own, or
+            of no use.
+        BaseMismatchError: the adapter was made from other weights than the layers'.
     """
     adapters = list(adapters)
+    weights = [key for key in state_dict if ".sorsa_factors." not in key]
     _refuse_strangers(state_dict, prefix, layers, adapters)
     for adapter in adapters:
         keys = {
@@ -90,8 +93,11 @@ def check_names(
                 f"The adapter file has no tensors for {len(absent)} of the {len(keys)} adapted layers, the first "
                 f"of them {absent[0]}. It is truncated, or its adapter_config.json belongs to another file."
             )
-        for name, key in keys.items():
-            layers[name].factors(adapter).names_in(state_dict, key)
+        present = [name for name, key in keys.items() if layers[name].factors(adapter).names_in(state_dict, key)]
+        for name in present:
+            if any(key.startswith(f"{prefix}{name}.base_layer.") for key in weights):
+                continue  # the base weight is replaced as well: the two are compared afterwards
+            layers[name].check_file(adapter, {part: state_dict[keys[name] + part] for part in FROZEN})
 
 
 def _refuse_strangers(

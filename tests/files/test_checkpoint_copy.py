@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from builders.saved import saved_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sorsa_plugin.files.checkpoint_copy import copy_shard
+from sorsa_plugin.files.base_checkpoint import BaseFiles
+from sorsa_plugin.files.checkpoint_copy import copy_other_files, copy_shard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn]
 SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -69,3 +71,22 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "source")
     with pytest.raises(FileExistsError):
         copy_shard(tmp_path / "source", tmp_path / "source", {}, {}, len)
+
+
+def test_links_out_of_the_base_are_not_followed_and_those_of_the_hubs_cache_are(tmp_path):
+    """A stranger's model could link to a key of the user's, which would be published with the merged model."""
+    (tmp_path / "secret").write_text("mine")
+    blobs, base = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    saved_base(base)
+    (base / "tokenizer.json").write_text("{}")
+    for number, path in enumerate(sorted(base.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(blobs / str(number))
+    (base / "vocab.txt").symlink_to(tmp_path / "secret")
+    (base / "loop").symlink_to(base / "loop")
+    target = tmp_path / "target"
+    target.mkdir()
+    assert copy_other_files(BaseFiles(base), target) == ["vocab.txt"]
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert not (target / "vocab.txt").exists()

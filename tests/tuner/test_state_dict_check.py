@@ -16,7 +16,7 @@ from peft import __version__ as peft_version
 from safetensors.torch import load_file
 
 from sorsa_plugin import SORSAConfig, export_lora
-from sorsa_plugin.errors import FactorsNotLoadedError, IncompleteAdapterError
+from sorsa_plugin.errors import BaseMismatchError, FactorsNotLoadedError, IncompleteAdapterError
 from sorsa_plugin.files.adapter_format import FROZEN, OFFSETS, plain_layouts
 from sorsa_plugin.layers.layer import sorsa_layers
 
@@ -195,3 +195,83 @@ def test_wrappers_do_not_hide_another_models_layers(saved, tmp_path):
     damaged(saved[0], tmp_path, renamed(r"q_proj", "_orig_mod.z_proj"))
     with pytest.raises(IncompleteAdapterError, match="for 2 layers that do not have the adapter"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
+
+
+# -- whether the factors are those of the base weight ----------------------------------------------------------------
+
+UP = "base_model.model.model.layers.1.mlp.up_proj.sorsa_factors."
+GATE = "base_model.model.model.layers.1.mlp.gate_proj.sorsa_factors."  # of the same shape
+
+
+def changed(part, function):
+    return lambda tensors: {**tensors, UP + part: function(tensors[UP + part])}
+
+
+def other_layers_factors(tensors):
+    return {**tensors, **{UP + part: tensors[GATE + part].clone() for part in ("U0", "S0", "V0")}}
+
+
+EDITS = {
+    "another-fingerprint": (changed("fingerprint", lambda f: f * 1.01), BaseMismatchError, r"up_proj differs by 0\.01"),
+    "tripled-U0": (
+        changed("U0", lambda U: 3 * U),
+        IncompleteAdapterError,
+        r"U0 of .*1\.mlp\.up_proj is not orthonormal",
+    ),
+    "one-V0-column-twice": (
+        changed("V0", lambda V: V[:, [0, 0, 2]]),
+        IncompleteAdapterError,
+        r"V0 of .*1\.mlp\.up_proj is not",
+    ),
+    "negated-S0": (changed("S0", lambda S: -S), IncompleteAdapterError, r"up_proj are no singular triplets"),
+    "scaled-S0": (changed("S0", lambda S: 1.01 * S), IncompleteAdapterError, r"up_proj are no singular triplets"),
+    "other-order": (
+        changed("U0", lambda U: U.flip(1).contiguous()),
+        IncompleteAdapterError,
+        r"up_proj are no singular triplets",
+    ),
+    "another-layers": (other_layers_factors, IncompleteAdapterError, r"up_proj are no singular triplets"),
+    **{
+        f"{part}-{dtype}".replace("torch.", ""): (
+            changed(part, lambda tensor, dtype=dtype: tensor.to(dtype)),
+            IncompleteAdapterError,
+            rf"up_proj\S*{part} is stored as {str(dtype).removeprefix('torch.')} .*expected float32",
+        )
+        for part in ("dU", "S0")
+        for dtype in (torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn)
+    },
+}
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("change", "error", "message"), EDITS.values(), ids=EDITS)
+def test_factors_that_are_not_the_base_weights_are_refused_and_change_nothing(
+    saved, tmp_path, tokens, change, error, message, low_cpu_mem_usage
+):
+    damaged(saved[0], tmp_path, change)
+    model = trained(seed=5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        model.load_adapter(tmp_path, adapter_name="default", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
+def test_a_file_that_was_cast_is_loaded_onto_its_base_in_any_dtype(saved, tmp_path, dtype, base):
+    damaged(saved[0], tmp_path, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
+    loaded = PeftModel.from_pretrained(tiny_llama(base), tmp_path)
+    assert all(layer.factors("default").base_checked for layer in sorsa_layers(loaded))
+
+
+def test_a_state_dict_with_the_base_weights_is_compared_with_those(saved):
+    source = trained(seed=5)
+    model = get_peft_model(tiny_llama(seed=1), SORSAConfig(r=3, target_modules="all-linear"))
+    model.load_state_dict(source.state_dict())
+    assert all(layer.factors("default").base_checked for layer in sorsa_layers(model))
+
+
+def test_random_factors_of_tests_are_no_triplets_and_load(tmp_path):
+    config = SORSAConfig(r=3, target_modules="all-linear", init_weights=False)
+    get_peft_model(tiny_llama(), config).save_pretrained(tmp_path)
+    PeftModel.from_pretrained(tiny_llama(), tmp_path)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from sorsa_transformers import SORSACallback, last_complete_checkpoint
 
 WEIGHTS = "adapter_model.safetensors"
+STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def checkpoint(directory: Path, step: int) -> Path:
@@ -20,6 +21,8 @@ def checkpoint(directory: Path, step: int) -> Path:
     path = directory / f"checkpoint-{step}"
     path.mkdir(parents=True)
     save_file({"dU": torch.ones(4, 3)}, path / WEIGHTS)
+    for name in STATES:
+        torch.save({"state": torch.ones(100)}, path / name)
     (path / "trainer_state.json").write_text('{"global_step": 1}')
     return path
 
@@ -38,6 +41,19 @@ DAMAGE = {
     "half a header": lambda path: cut(path / WEIGHTS, 20),
     "half the weights": lambda path: cut(path / WEIGHTS, -24),
     "all but one byte": lambda path: cut(path / WEIGHTS, -1),
+    "a list as trainer state": lambda path: (path / "trainer_state.json").write_text("[]"),
+    "a trainer state without a step": lambda path: (path / "trainer_state.json").write_text("{}"),
+    "an endless trainer state": lambda path: (path / "trainer_state.json").write_text("[" * 100_000 + "]" * 100_000),
+    **{f"no {name}": lambda path, name=name: (path / name).unlink() for name in STATES},
+    **{f"empty {name}": lambda path, name=name: cut(path / name, 0) for name in STATES},
+    **{f"half of {name}": lambda path, name=name: cut(path / name, 600) for name in STATES},
+    **{f"all but one byte of {name}": lambda path, name=name: cut(path / name, -1) for name in STATES},
+    **{f"zeros for {name}": lambda path, name=name: (path / name).write_bytes(bytes(2000)) for name in STATES},
+    "an absent shard": lambda path: (path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-1.safetensors"}}'
+    ),
+    "an empty scaler": lambda path: (path / "scaler.pt").touch(),
+    "DeepSpeed's folder is gone": lambda path: (path / "latest").write_text("global_step10"),
     "an empty directory": lambda path: (shutil.rmtree(path), path.mkdir()),
 }
 
@@ -50,6 +66,29 @@ def test_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path) == str(earlier)
     DAMAGE[damage](earlier)
     assert last_complete_checkpoint(tmp_path) is None
+
+
+def test_a_checkpoint_of_a_model_alone_is_complete(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 5)
+    for name in STATES:
+        (path / name).unlink()
+    assert last_complete_checkpoint(tmp_path) == str(path)
+
+
+def test_no_file_is_unpickled(tmp_path: Path) -> None:
+    """A pickle that would create a file is as good as any."""
+    path = checkpoint(tmp_path, 5)
+    torch.save(Touches(tmp_path / "touched"), path / "rng_state.pth")
+    assert last_complete_checkpoint(tmp_path) == str(path)
+    assert not (tmp_path / "touched").exists()
+
+
+class Touches:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
 
 
 def test_newest_is_by_number_and_other_names_are_ignored(tmp_path: Path) -> None:

@@ -172,6 +172,20 @@ def test_the_command_line_overrides_the_recipe_and_the_resolved_recipe_runs_agai
     assert yaml.safe_load(written.read_text())["sorsa"] == {"gamma": 0.01}  # waits for its word
 
 
+def test_a_recipe_of_the_users_own_in_the_output_directory_stays_as_it_is(tmp_path):
+    own = recipe(tmp_path / "recipe.yaml", output_dir=str(tmp_path))
+    own.write_text("# my notes\n" + own.read_text())
+    before = own.read_text()
+    parsed = RecipeParser("sft").parse(["--config", str(own), "--max_steps", "7", *ON_CPU])
+    for _ in range(2):  # a second run replaces what the first wrote
+        assert parsed.write(tmp_path) == tmp_path / "recipe.run.yaml"
+    assert own.read_text() == before
+    assert yaml.safe_load((tmp_path / "recipe.run.yaml").read_text())["max_steps"] == 7
+    (tmp_path / "run").mkdir()
+    for _ in range(2):
+        assert parsed.write(tmp_path / "run") == tmp_path / "run" / "recipe.yaml"
+
+
 def test_an_interrupted_run_resumes_from_the_last_complete_checkpoint(tmp_path):
     whole = run("sft", "--config", recipe(tmp_path / "a.yaml", output_dir=str(tmp_path / "a"), max_steps=4))
     saving = {"output_dir": str(tmp_path / "b"), "save_strategy": "steps", "save_steps": 1, "save_only_model": False}

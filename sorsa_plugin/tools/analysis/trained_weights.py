@@ -23,11 +23,13 @@ from torch import nn
 
 from ...compat.peft import BaseTunerLayer, LoraLayer
 from ...compat.transformers import Conv1D
+from ...config import SORSAConfig
 from ...errors import ForeignAdapterError, IncompleteAdapterError
 from ...files.adapter_format import ROOT
 from ...files.base_checkpoint import BaseFiles
+from ...files.json_values import UNREADABLE
 from ...files.run_checkpoints import checkpoints, is_complete
-from ...files.saved_adapter import open_tensors
+from ...files.saved_adapter import open_tensors, read_config, survey
 from ...files.stored_parameters import StoredWeights
 from ...layers.layer import SORSALayer
 from ...linalg.spectra import product_condition
@@ -171,6 +173,9 @@ class AdapterWeights:
         with open_tensors(path) as file:
             for key in file.keys():  # noqa: SIM118
                 self._place(key)
+            if isinstance(self._config, SORSAConfig):
+                self._config = read_config(path)
+                survey(file, self._config)
         for name, layout in getattr(self._config, "lora_layouts", {}).items():
             if layout[0] == "tied":  # its weight is the embedding's, and adapted there
                 self._replaced.pop(name, None)
@@ -292,13 +297,14 @@ def _principal(layer: Any, initial: bool) -> float | None:
 def _read_any_config(path: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(path))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        kind = config.peft_type.value
+    except UNREADABLE as error:
         raise IncompleteAdapterError(
             f"{path / CONFIG_NAME} cannot be read as an adapter's configuration ({error!r}). It was damaged, or "
             "written by a newer PEFT or a package that is not imported here."
         ) from error
     if config.is_prompt_learning or not hasattr(config, "target_modules"):
-        raise ForeignAdapterError(f"{path} is a {config.peft_type.value} adapter, which changes no weight.")
+        raise ForeignAdapterError(f"{path} is a {kind} adapter, which changes no weight.")
     return config
 
 

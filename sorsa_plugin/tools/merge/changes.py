@@ -15,11 +15,15 @@ from ...config import SORSAConfig
 from ...errors import IncompleteAdapterError, MergeError
 from ...files.adapter_format import ROOT
 from ...files.saved_adapter import read_config, survey
+from ...files.time_limit import time_limit
 from ...layers.kinds.tied import TiedLayer
 from ...layers.layer import SORSALayer
 from ...tuner.model import SORSAModel
 from ..empty_adapter import ADAPTER, adapt_empty
 from ..trained_tokens import TRAINED_TOKENS, trained_tokens
+
+INJECTION = 600.0
+"""Seconds in which PEFT has found the layers of any model: large ones take a few."""
 
 
 class OpenAdapter(NamedTuple):
@@ -124,7 +128,7 @@ def _together(parameter: str, one: Change, other: Change, adapters: Adapters) ->
 
 def _empty_layers(model: PreTrainedModel, adapters: Adapters) -> dict[str, SORSALayer]:
     """The model's SORSA layers, without values, as PEFT would inject them, under their names in the files."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), time_limit("Finding the adapter's layers in the base model", INJECTION):
         # PEFT's advice about tied embeddings, and about several adapters, is for work in memory
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*tied|Already found a `peft_config`")
         for name, adapter in adapters.items():

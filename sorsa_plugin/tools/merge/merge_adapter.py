@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ...errors import BaseFilesError, MergeError
 from ...files.adapter_format import outer_name
-from ...files.atomic_directory import appearing_whole, refuse_occupied
+from ...files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ...files.base_checkpoint import BaseFiles, empty_model, local_directory
 from ...files.checkpoint_copy import copy_config, copy_other_files, copy_weights
 from ...files.saved_adapter import open_tensors, read_config
@@ -82,7 +82,7 @@ def merge_adapter(
         MergeError: the adapters cannot be merged together.
         OutputExistsError: the output exists and is not an empty directory.
     """
-    output = Path(output_dir).resolve()
+    output = output_path(output_dir)
     sources = [adapter_dir] if isinstance(adapter_dir, (str, PathLike)) else adapter_dir
     if not sources:
         raise MergeError("The list of adapters is empty; expected one directory at least.")
