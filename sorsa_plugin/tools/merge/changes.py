@@ -9,7 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from ...config import SORSAConfig
-from ...errors import IncompleteAdapterError
+from ...errors import IncompleteAdapterError, SORSAError
 from ...files.adapter_format import ROOT
 from ...files.time_limit import time_limit
 from ...layers.kinds.tied import TiedLayer
@@ -73,7 +73,15 @@ def _empty_layers(model: PreTrainedModel, config: SORSAConfig, names: list[str])
     with warnings.catch_warnings(), time_limit("Finding the adapter's layers in the base model", INJECTION):
         # PEFT's advice about tied embeddings is for merging in memory
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*tied")
-        SORSAModel(model, config, ADAPTER)
+        try:
+            SORSAModel(model, config, ADAPTER)
+        except SORSAError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise IncompleteAdapterError(
+                f"PEFT refuses the options in adapter_config.json for {type(model).__name__}: {error}. They belong to "
+                "another adapter or base model: take both from the original run again."
+            ) from error
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SORSALayer)}
     own = [name for name, layer in layers.items() if not isinstance(layer, TiedLayer)]
     absent = [name for name in own if name not in names]
