@@ -134,11 +134,11 @@ class BaseFiles:
             )
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            outside = [name for name in sorted(names) if Path(name).is_absolute() or ".." in Path(name).parts]
         except UNREADABLE as error:
             raise BaseFilesError(
                 f"{index} cannot be read ({error!r}); expected JSON with a weight_map. It is damaged: fetch it again."
             ) from error
-        outside = [name for name in sorted(names) if Path(name).is_absolute() or ".." in Path(name).parts]
         if outside:
             raise BaseFilesError(
                 f"{index} names {outside[0]}, which is outside of {self.directory}; expected shards in it. Load the "

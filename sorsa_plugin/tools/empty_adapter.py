@@ -27,5 +27,5 @@ def adapt_empty(empty: PreTrainedModel, config: SORSAConfig, revision: str | Non
         return get_peft_model(empty, deepcopy(config), adapter_name=ADAPTER, revision=revision)
     except SORSAError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise SORSAConfigError(f"PEFT refuses these options for {type(empty).__name__}: {error}") from error

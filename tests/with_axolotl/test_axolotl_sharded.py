@@ -87,7 +87,7 @@ def test_resuming_from_a_sharded_checkpoint_that_is_read_in_part_is_refused(
     with pytest.raises(IncompleteAdapterError, match="was cut off"):
         choose_checkpoint(DictDefault(cfg))
     assert "Set state_dict_type: SHARDED_STATE_DICT and final_state_dict_type: FULL_STATE_DICT" in caplog.text
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 4}')
     choose_checkpoint(DictDefault(cfg))
     (checkpoint / "pytorch_model_fsdp.bin").touch()
     with pytest.raises(IncompleteAdapterError, match=f"lora_model_dir: {checkpoint}"):

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ...config import SORSAConfig
-from ...errors import IncompleteAdapterError, MergeError
+from ...errors import IncompleteAdapterError, MergeError, SORSAError
 from ...files.adapter_format import ROOT
 from ...files.saved_adapter import read_config, survey
 from ...files.time_limit import time_limit
@@ -135,9 +135,14 @@ def _empty_layers(model: PreTrainedModel, adapters: Adapters) -> dict[str, SORSA
             try:
                 SORSAModel(model, adapter.config, name)
             except (ValueError, TypeError) as error:
-                if name == ADAPTER:
+                if name != ADAPTER:
+                    raise MergeError(f"The adapters cannot be put on one model together: {error}") from error
+                if isinstance(error, SORSAError):
                     raise
-                raise MergeError(f"The adapters cannot be put on one model together: {error}") from error
+                raise IncompleteAdapterError(
+                    f"PEFT refuses the options in adapter_config.json for {type(model).__name__}: {error}. They belong "
+                    "to another adapter or base model: take both from the original run again."
+                ) from error
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SORSALayer)}
     for name, adapter in adapters.items():
         own = [path for path, layer in layers.items() if name in layer.sorsa_factors]

@@ -237,7 +237,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_complete(tmp_path, capl
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         save_file({"dU": torch.ones(4, 3)}, checkpoint / "adapter_model.safetensors")
-        (checkpoint / "trainer_state.json").write_text("{}")
+        (checkpoint / "trainer_state.json").write_text(f'{{"global_step": {step}}}')
     (tmp_path / "checkpoint-7" / "trainer_state.json").unlink()
     truncated = tmp_path / "checkpoint-8" / "adapter_model.safetensors"
     truncated.write_bytes(truncated.read_bytes()[:-1])
