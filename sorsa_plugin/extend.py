@@ -65,6 +65,7 @@ from __future__ import annotations
 from .cli import options
 from .cli.formatting import console, size
 from .config import RegSchedule, RegUpdate, SORSAConfig
+from .errors import nearest
 from .files.adapter_format import FROZEN, OFFSETS
 from .files.atomic_directory import appearing_whole, refuse_occupied
 from .files.run_checkpoints import checkpoints, is_complete
@@ -81,7 +82,7 @@ from .linalg.svd import SvdMethod
 from .model_card import complete_model_card
 from .plugins import hookimpl
 from .rank_zero import say
-from .recipes.adapter_type import AdapterOptions, AdapterSetup, AdapterType, build_config, nearest
+from .recipes.adapter_type import AdapterOptions, AdapterSetup, AdapterType, build_config
 from .recipes.peft_methods import LORA_NAMES, steps_placeholder
 from .recipes.setup_adapter import SPELLINGS, VARIANTS, VOCABULARY, block_names, setup_adapter
 from .recipes.yaml_values import yaml_values

@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterOptionsError, SORSAError
+from ..config_checks import FILLED_IN
+from ..errors import AdapterOptionsError, SORSAError, nearest
 from ..plugins import manager
 from ..rank_zero import say
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-
-NOT_OPTIONS = ("peft_type", "auto_mapping", "inference_mode", "peft_version", "base_storage", "lora_layouts")
-"""Fields of PEFT configs that are filled in, and that no user gives."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def build_config(
         AdapterOptionsError: the class does not have the field, two values disagree, or it refuses a value.
     """
     names, fixed, adapter = names or {}, fixed or {}, options.adapter
-    fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in NOT_OPTIONS]
+    fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in FILLED_IN]
     values: dict[str, Any] = {}
     for word, value in options.common.items():
         field = names.get(word, word)
@@ -141,9 +138,3 @@ def build_config(
         raise
     except (ImportError, TypeError, ValueError) as error:
         raise AdapterOptionsError(f"PEFT refuses these options for {adapter}: {error}") from error
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """' Did you mean ...?' with the known word that is most similar; empty if none is."""
-    matches = get_close_matches(str(word), known, 1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""

@@ -23,9 +23,9 @@ from typing import Any
 import yaml
 
 from ..compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING
-from ..errors import AdapterOptionsError, PluginError
+from ..errors import AdapterOptionsError, PluginError, nearest
 from ..plugins import answers, broken_note
-from .adapter_type import AdapterOptions, AdapterSetup, AdapterType, nearest
+from .adapter_type import AdapterOptions, AdapterSetup, AdapterType
 from .peft_methods import NEEDS_A_CALL, verbatim
 from .yaml_values import yaml_values
 
