@@ -26,11 +26,13 @@ class AdapterSetup:
         peft_config: for `get_peft_model`, or a TRL trainer's `peft_config`; None for full fine-tuning.
         callbacks: Trainer callbacks that the method needs, or that log its metrics: those given, and those that
             plug-ins return for the config (`sorsa_callbacks`).
+        learning_rate: the peak rate that the method's block names, for the trainer's arguments; None if it names none.
     """
 
     adapter: str
     peft_config: PeftConfig | None
     callbacks: list[Any] = field(default_factory=list)
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.peft_config is None:
@@ -48,7 +50,13 @@ class AdapterSetup:
         return model if self.peft_config is None else get_peft_model(model, self.peft_config)
 
     def add_callbacks(self, trainer: Any) -> None:
-        """Add the callbacks to a Trainer. Callbacks with a `trainer` attribute then log to all of its reporters."""
+        """Add the callbacks to a Trainer. Callbacks with a `trainer` attribute then log to all of its reporters.
+
+        Logs one line if the trainer's learning rate is not the one that the method's block names.
+        """
+        rate = getattr(trainer.args, "learning_rate", None) if self.learning_rate else None
+        if rate != self.learning_rate:
+            say("The block of %s names learning_rate %s; the trainer has %s.", self.adapter, self.learning_rate, rate)
         for callback in self.callbacks:
             if getattr(callback, "trainer", trainer) is None:
                 callback.trainer = trainer
@@ -62,12 +70,14 @@ class AdapterOptions:
     Attributes:
         adapter: the type's name.
         common: {word of `VOCABULARY`: value} of those that were given.
-        own: the method's own block.
+        own: the method's own block, without its learning rate.
+        learning_rate: the peak rate that the block names; None if it names none.
     """
 
     adapter: str
     common: Mapping[str, Any]
     own: Mapping[str, Any]
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
