@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .config_checks import check_module_options, refuse_lora_options
+from .config_checks import check_module_options
 from .errors import SORSAConfigError
 from .linalg.svd import DEFAULT_ENERGY, SvdMethod
+from .lora_options import options_of_lora, own_options, takes_lora_options
 from .model_card import CardValues, complete_saved_card
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 RegUpdate = Literal["coupled", "decoupled"]
 RegSchedule = Literal["lr", "constant"]
@@ -25,14 +29,16 @@ MAX_DECOUPLED_GAMMA = 0.5
 """At 1/2 the decoupled update is one Newton-Schulz step to the nearest orthonormal matrix; larger values overshoot."""
 
 
+@takes_lora_options
 @dataclass
 class SORSAConfig(PeftConfig):
     """Configuration of SORSA (https://arxiv.org/abs/2409.00055): the top singular triplets of each weight are trained.
 
         W = W_r + U diag(S) V^T,    y = x W_r^T + ((x V) * S) U^T + b,    only U, S, V are trained
 
-    There is no alpha: S is trainable and the paper has no scale. There is no `bias`: a trained bias would break
-    "disabled adapter = base model".
+    LoraConfig's options may be given in place of ours: `lora_dropout` is `sorsa_dropout`. Those that mean nothing here
+    (`lora_alpha`, `use_rslora`, `alpha_pattern`, `init_lora_weights`) are logged in one line: S is trained, so there is
+    no scale. `bias="none"` is what SORSA does: a trained bias would break "disabled adapter = base model".
 
     Args:
         r: rank, the number of singular triplets trained per weight (out x in); min(in, out) of
@@ -69,7 +75,8 @@ class SORSAConfig(PeftConfig):
 
     Raises:
         SORSAConfigError: an option has a value that cannot be honoured.
-        LoraOptionError: an option is one of LoraConfig's that SORSA does not have.
+        LoraOptionError: an option is one of LoraConfig's that cannot be honoured, such as use_dora=True.
+        UnknownOptionError: an option is neither ours nor LoraConfig's.
     """
 
     r: int = field(default=8, metadata={"help": "Rank: the number of singular triplets trained per weight."})
@@ -144,10 +151,20 @@ class SORSAConfig(PeftConfig):
         metadata={"help": "Filled in: number of adapted layers by their layout, to notice a file that lacks some."},
     )
 
-    def __new__(cls, *args: Any, **options: Any) -> SORSAConfig:
-        """Refuse options that LoraConfig alone has, and say what to do about each."""
-        refuse_lora_options(options, cls)
-        return super().__new__(cls)
+    @classmethod
+    def from_lora(cls, lora_config: LoraConfig, **overrides: Any) -> SORSAConfig:
+        """The config that says what a LoraConfig says: rank, targets, dropout and all else that both methods have.
+
+        Logs one line on what means nothing to SORSA, such as lora_alpha.
+
+        Args:
+            lora_config: of LoRA itself; it stays as it is.
+            overrides: options of this class that take the place of those, or are added (gamma, svd, ...).
+
+        Raises:
+            SORSAConfigError: the LoraConfig or an override cannot be honoured.
+        """
+        return cls(**{**options_of_lora(lora_config, cls), **own_options(overrides, cls)})
 
     def __post_init__(self) -> None:
         # A config read from an adapter's directory awaits its factors from there. PeftConfig.from_pretrained gives it

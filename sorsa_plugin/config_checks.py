@@ -1,4 +1,4 @@
-"""Checks the options that `SORSAConfig` shares with PEFT's other configs, and refuses those that LoraConfig alone has.
+"""Checks the options that `SORSAConfig` shares with PEFT's other configs.
 
 PEFT iterates over any value that it is given: a string in place of a list selects modules by its letters.
 """
@@ -6,41 +6,17 @@ PEFT iterates over any value that it is given: a string in place of a list selec
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Collection, Mapping
 from os import PathLike
 from typing import Any
 
-from peft import LoraConfig
+from .errors import SORSAConfigError
 
-from .errors import LoraOptionError, SORSAConfigError
-
-REMEDIES = {
-    "lora_alpha": "SORSA has no scale, because S is trained. Delete it",
-    "alpha_pattern": "SORSA has no scale, because S is trained. Delete it",
-    "use_rslora": "it scales LoRA, and SORSA has no scale. Delete it",
-    "lora_dropout": "here it is called sorsa_dropout",
-    "bias": 'SORSA trains no bias: a disabled adapter would no longer be the base model. Delete it, also bias="none"',
-    "init_lora_weights": "SORSA starts from the singular triplets, and `svd` says how they are computed. Delete it",
-    "layer_replication": "SORSA does not repeat layers. Repeat them in the base model and save it, or use LoRA",
-}
-
-
-def refuse_lora_options(given: Iterable[str], ours: type) -> None:
-    """Check the names of options given to a config class.
-
-    Args:
-        given: the names.
-        ours: the config class.
-
-    Raises:
-        LoraOptionError: some are options of LoraConfig that the class does not have.
-    """
-    loras = {option.name for option in fields(LoraConfig)} - {option.name for option in fields(ours)}
-    foreign = [name for name in given if name in loras]
-    if foreign:
-        reasons = "; ".join(f"{name}: {REMEDIES.get(name, 'it makes another LoRA. Delete it')}" for name in foreign)
-        raise LoraOptionError(f"SORSAConfig got {len(foreign)} of LoraConfig's options that it has not. {reasons}.")
+FILLED_IN = (
+    *("peft_type", "auto_mapping", "inference_mode", "peft_version"),
+    *("base_storage", "lora_layouts", "adapted_layers"),
+)
+"""Fields of PEFT configs that are filled in, and that no user gives."""
 
 
 def check_module_options(config: Any) -> None:

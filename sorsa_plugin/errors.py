@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 
 class SORSAError(Exception):
     """Base class of this package's errors."""
@@ -12,7 +14,11 @@ class SORSAConfigError(SORSAError, ValueError):
 
 
 class LoraOptionError(SORSAConfigError, TypeError):
-    """An option that LoraConfig has and `SORSAConfig` does not; a TypeError, as for any unknown option."""
+    """An option of LoraConfig's that `SORSAConfig` cannot honour; a TypeError, as for any unknown option."""
+
+
+class UnknownOptionError(SORSAConfigError, TypeError):
+    """An option that `SORSAConfig` does not have; a TypeError, as for any unknown option."""
 
 
 class RankError(SORSAConfigError):
@@ -81,3 +87,15 @@ class PluginError(SORSAError, RuntimeError):
 
 class MissingPackageError(SORSAError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """' Did you mean ...?' with the known word that is most similar, or that follows a prefix; empty if there is none.
+
+    Args:
+        word: what was given, such as "gama" or "sorsa_r".
+        known: what could have been meant.
+    """
+    bare = str(word).partition("_")[2]
+    matches = [bare] if bare in known else get_close_matches(str(word), known, 1)
+    return f" Did you mean {matches[0]!r}?" if matches else ""

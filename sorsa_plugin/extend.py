@@ -65,6 +65,7 @@ from __future__ import annotations
 from .cli import options
 from .cli.formatting import console, size
 from .config import RegSchedule, RegUpdate, SORSAConfig
+from .errors import nearest
 from .files.adapter_format import FROZEN, OFFSETS
 from .files.atomic_directory import appearing_whole, refuse_occupied
 from .files.run_checkpoints import checkpoints, is_complete
@@ -81,9 +82,9 @@ from .linalg.svd import SvdMethod
 from .model_card import complete_model_card
 from .plugins import hookimpl
 from .rank_zero import say
-from .recipes.adapter_type import AdapterOptions, AdapterSetup, AdapterType, build_config, nearest
+from .recipes.adapter_type import AdapterOptions, AdapterSetup, AdapterType, build_config
 from .recipes.peft_methods import LORA_NAMES, steps_placeholder
-from .recipes.setup_adapter import SPELLINGS, VARIANTS, VOCABULARY, block_names, setup_adapter
+from .recipes.setup_adapter import SPELLINGS, VARIANTS, VOCABULARY, block_names, block_note, read_options, setup_adapter
 from .recipes.yaml_values import yaml_values
 from .regularizer.attach import attach
 from .regularizer.engines import Engine, Share, WholeFactors
@@ -122,6 +123,7 @@ __all__ = [
     "appearing_whole",
     "attach",
     "block_names",
+    "block_note",
     "build_config",
     "checkpoints",
     "complete_model_card",
@@ -136,6 +138,7 @@ __all__ = [
     "open_tensors",
     "options",
     "read_config",
+    "read_options",
     "refuse_occupied",
     "require_matplotlib",
     "say",

@@ -22,13 +22,6 @@ from sorsa_plugin.errors import SORSAConfigError
 from sorsa_plugin.layers.layer import sorsa_layers
 
 REFUSED = [
-    (
-        {"lora_alpha": 32, "lora_dropout": 0.05},
-        "lora_alpha: SORSA has no scale.*lora_dropout: here it is called",
-    ),
-    ({"bias": "none"}, "SORSA trains no bias.*Delete it"),
-    ({"layer_replication": [[0, 1]]}, "does not repeat layers"),
-    ({"use_dora": True}, "use_dora: it makes another LoRA. Delete it"),
     ({"r": 0}, "r is 0; expected an integer >= 1"),
     ({"r": -3}, "r is -3; expected an integer >= 1"),
     ({"r": True}, "r is True; expected an integer"),
@@ -122,11 +115,6 @@ def test_values_on_the_border_are_accepted(options):
     config = SORSAConfig(**options)
     assert config.rank_pattern == {}
     assert config.resolved_gamma <= 10.0
-
-
-def test_an_unknown_option_is_an_error():
-    with pytest.raises(TypeError, match="sorsa_alpha"):
-        SORSAConfig(sorsa_alpha=16)
 
 
 @pytest.mark.parametrize("update", ["coupled", "decoupled"])

@@ -8,7 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sorsa_plugin.extend import RegSchedule, RegUpdate, SvdMethod, nearest
 
-from .recipe import ADAPTERS, check_config, merge_with_peft, refuse_unhonoured
+from .recipe import (
+    ADAPTERS,
+    check_config,
+    merge_with_peft,
+    refuse_stray,
+    refuse_unhonoured,
+    use_the_blocks_rate,
+)
 
 
 class SORSABlock(BaseModel):
@@ -26,6 +33,11 @@ class SORSABlock(BaseModel):
     )
     reg_schedule: RegSchedule | None = Field(
         default=None, description="Decoupled only: 'lr' (default) follows the learning rate's schedule, or 'constant'."
+    )
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="Peak learning rate with this adapter, in place of the recipe's, which is then other adapters'.",
     )
     svd: SvdMethod | None = Field(
         default=None, description="How weights are factorised: 'auto' (default), 'exact' or 'randomized'."
@@ -71,13 +83,15 @@ class SORSAArgs(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def check_sorsa_keys(cls, recipe: Any) -> Any:
-        """Check the keys of an unparsed recipe with one of our adapters, and set how merge-lora merges.
+        """Check the keys of an unparsed recipe with one of our adapters, and set its rate and how merge-lora merges.
 
         Raises:
-            AdapterOptionsError: see `refuse_unhonoured` and `merge_with_peft`.
+            AdapterOptionsError: see `refuse_stray`, `refuse_unhonoured` and `merge_with_peft`.
         """
         if isinstance(recipe, dict) and recipe.get("adapter") in ADAPTERS:
+            refuse_stray(recipe, SORSABlock.model_fields)
             refuse_unhonoured(recipe)
+            use_the_blocks_rate(recipe)
             merge_with_peft(recipe)
         return recipe
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sorsa_plugin import SORSAConfig, setup_adapter
 from sorsa_plugin.errors import AdapterOptionsError
+from sorsa_plugin.extend import say
 
 ADAPTERS = ("sorsa", "qsorsa")
 BLOCK = "sorsa"
@@ -78,6 +79,44 @@ def refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
         lines.append(f"fsdp_version is {_fsdp_version(recipe)}: FSDP1 is not supported. Set fsdp_version: 2.")
     if lines:
         raise AdapterOptionsError(f"adapter: {recipe['adapter']} cannot honour this recipe.\n" + "\n".join(lines))
+
+
+def refuse_stray(recipe: Mapping[str, Any], block: Collection[str]) -> None:
+    """Check that SORSA's options stand where they are read: Axolotl drops keys that it does not know.
+
+    Args:
+        recipe: an unparsed recipe with one of our adapters.
+        block: the options of the sorsa block.
+
+    Raises:
+        AdapterOptionsError: some stand outside of the block, or are called sorsa_... in place of Axolotl's lora_...
+    """
+    lines = []
+    for key in recipe:
+        name = str(key).removeprefix("sorsa_")
+        if name in block and key != "learning_rate":
+            lines.append(f"{key} belongs into the block: `sorsa: {{{name}: ...}}`.")
+        elif name != key:
+            axolotls = f"lora_{name}"
+            lines.append(
+                f"{key} is read by nobody. {f'Write {axolotls}' if axolotls in HONOURED else 'Delete the line'}."
+            )
+    if lines:
+        raise AdapterOptionsError(f"adapter: {recipe['adapter']} cannot honour this recipe.\n" + "\n".join(lines))
+
+
+def use_the_blocks_rate(recipe: dict[str, Any]) -> None:
+    """Make the learning rate that the sorsa block names the recipe's, and say so if the recipe has another.
+
+    Args:
+        recipe: an unparsed recipe with one of our adapters, changed in place.
+    """
+    rate, others = _look_up(recipe, f"{BLOCK}.learning_rate"), recipe.get("learning_rate")
+    if rate is None:
+        return
+    if others is not None and str(others) != str(rate):
+        say("learning_rate is %s, as the sorsa block says; %s is for other adapters.", rate, others)
+    recipe["learning_rate"] = rate
 
 
 def refuse_continued_preferences(recipe: Mapping[str, Any]) -> None:

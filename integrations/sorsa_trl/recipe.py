@@ -13,8 +13,17 @@ from typing import Any
 
 import yaml
 
-from sorsa_plugin.errors import AdapterOptionsError
-from sorsa_plugin.extend import SPELLINGS, VARIANTS, VOCABULARY, block_names, nearest, yaml_values
+from sorsa_plugin.errors import AdapterOptionsError, SORSAError
+from sorsa_plugin.extend import (
+    SPELLINGS,
+    VARIANTS,
+    VOCABULARY,
+    block_names,
+    block_note,
+    nearest,
+    read_options,
+    yaml_values,
+)
 from sorsa_transformers import AdapterArguments
 
 from .requirement import require_trl
@@ -103,12 +112,20 @@ class RecipeParser(TrlParser):
         return super().set_defaults_with_config(**rest)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """argparse's method. Notes which options the command line gave, as opposed to defaults."""
+        """argparse's method. Notes which options the command line gave, as opposed to defaults.
+
+        The learning rate that the method's block names takes the place of the recipe's, not of the command line's. It
+        does so here, because training arguments hand theirs on when they are made, to DeepSpeed's config for one.
+        """
         unset = object()
         blank = Namespace(**dict.fromkeys(self.fields, unset))
         seen, _ = super().parse_known_args(args, blank)
         self.typed = {name: value for name, value in vars(seen).items() if value is not unset}
-        return super().parse_known_args(args, namespace)
+        parsed, rest = super().parse_known_args(args, namespace)
+        rate = read_options(_adapter_options({**self.from_file, **self.typed})).learning_rate
+        if rate is not None and "learning_rate" not in self.typed:
+            parsed.learning_rate = rate
+        return parsed, rest
 
     def parse(self, args: Iterable[str]) -> Recipe:
         """Parse a command line, with the recipe that its --config names.
@@ -125,6 +142,8 @@ class RecipeParser(TrlParser):
             *parts, from_file, from_command_line = self.parse_args_and_config(
                 arguments, return_remaining_strings=True, separate_remaining_strings=True
             )
+        except SORSAError:
+            raise
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise AdapterOptionsError(f"The recipe or the arguments cannot be honoured: {error}") from error
         self._check_launch_arguments([*from_file, *from_command_line])
@@ -143,7 +162,7 @@ class RecipeParser(TrlParser):
                 known = [*self.fields, *VOCABULARY, *SPELLINGS, *block_names(), *launch]
                 raise AdapterOptionsError(
                     f"{name!r} is an option neither of `sorsa {self.command}` nor of `accelerate launch`."
-                    f"{nearest(name, known)} `sorsa {self.command} --help` lists them."
+                    f"{block_note(name) or nearest(name, known)} `sorsa {self.command} --help` lists them."
                 )
         script = parser.parse_known_args([*strings, "script"])[0].training_script
         if script != "script":

@@ -16,9 +16,10 @@ from ..compat.peft import BaseTunerLayer
 from ..files.adapter_format import FROZEN
 from ..linalg.fingerprint import check, fingerprint, storage_of
 from ..linalg.precision import full_precision
+from ..linalg.svd import product
 from ..linalg.triplet_check import check_orthonormal, check_triplets
 from .base_weight import base_weight_here, device_of, refuse_sharded, with_base_weight
-from .factors import SORSAFactors, not_loaded, product
+from .factors import SORSAFactors, not_loaded
 from .weight_state import Intact, WeightState
 
 if TYPE_CHECKING:

@@ -28,8 +28,7 @@ from torch import nn
 from ..errors import FactorsNotLoadedError
 from ..files.adapter_format import FROZEN, OFFSETS, complete_names, factor_shapes
 from ..linalg.offset_form import Parts, left_to_autograd
-from ..linalg.precision import full_precision
-from ..linalg.svd import Triplets
+from ..linalg.svd import Triplets, product
 from .frozen_placement import placed, staying_placed
 
 ROUNDED = (torch.float16, torch.bfloat16)
@@ -309,12 +308,6 @@ class SORSAFactors(nn.Module):
         if present:
             self.base_checked = checked
             self._as_loaded = {name: getattr(self, name).data for name in OFFSETS}
-
-
-@full_precision()
-def product(U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """U diag(S) V^T (out x in) of U (out x r), S (r), V (in x r) or stacks of them, in their common dtype."""
-    return (U * S.unsqueeze(-2)) @ V.mT
 
 
 def not_loaded(name: str, awaited: bool) -> FactorsNotLoadedError:

@@ -303,3 +303,9 @@ def _fix_signs(triplets: Triplets) -> Triplets:
     peak = U.abs().argmax(0, keepdim=True)
     sign = torch.where(U.gather(0, peak) < 0, -1.0, 1.0).to(U.dtype)
     return Triplets((U * sign).contiguous(), S.contiguous(), (V * sign).contiguous())
+
+
+@full_precision()
+def product(U: torch.Tensor, S: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """U diag(S) V^T (out x in) of U (out x r), S (r), V (in x r) or stacks of them, in their common dtype."""
+    return (U * S.unsqueeze(-2)) @ V.mT

@@ -5,27 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
-from ..errors import AdapterOptionsError, SORSAError
+from ..config_checks import FILLED_IN
+from ..errors import AdapterOptionsError, SORSAError, nearest
 from ..plugins import manager
 from ..rank_zero import say
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import nn
-
-NOT_OPTIONS = (
-    "peft_type",
-    "auto_mapping",
-    "inference_mode",
-    "peft_version",
-    "base_storage",
-    "lora_layouts",
-    "adapted_layers",
-)
-"""Fields of PEFT configs that are filled in, and that no user gives."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +26,13 @@ class AdapterSetup:
         peft_config: for `get_peft_model`, or a TRL trainer's `peft_config`; None for full fine-tuning.
         callbacks: Trainer callbacks that the method needs, or that log its metrics: those given, and those that
             plug-ins return for the config (`sorsa_callbacks`).
+        learning_rate: the peak rate that the method's block names, for the trainer's arguments; None if it names none.
     """
 
     adapter: str
     peft_config: PeftConfig | None
     callbacks: list[Any] = field(default_factory=list)
+    learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.peft_config is None:
@@ -59,7 +50,13 @@ class AdapterSetup:
         return model if self.peft_config is None else get_peft_model(model, self.peft_config)
 
     def add_callbacks(self, trainer: Any) -> None:
-        """Add the callbacks to a Trainer. Callbacks with a `trainer` attribute then log to all of its reporters."""
+        """Add the callbacks to a Trainer. Callbacks with a `trainer` attribute then log to all of its reporters.
+
+        Logs one line if the trainer's learning rate is not the one that the method's block names.
+        """
+        rate = getattr(trainer.args, "learning_rate", None) if self.learning_rate else None
+        if rate != self.learning_rate:
+            say("The block of %s names learning_rate %s; the trainer has %s.", self.adapter, self.learning_rate, rate)
         for callback in self.callbacks:
             if getattr(callback, "trainer", trainer) is None:
                 callback.trainer = trainer
@@ -73,12 +70,14 @@ class AdapterOptions:
     Attributes:
         adapter: the type's name.
         common: {word of `VOCABULARY`: value} of those that were given.
-        own: the method's own block.
+        own: the method's own block, without its learning rate.
+        learning_rate: the peak rate that the block names; None if it names none.
     """
 
     adapter: str
     common: Mapping[str, Any]
     own: Mapping[str, Any]
+    learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ def build_config(
         AdapterOptionsError: the class does not have the field, two values disagree, or it refuses a value.
     """
     names, fixed, adapter = names or {}, fixed or {}, options.adapter
-    fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in NOT_OPTIONS]
+    fields = [item.name for item in dataclasses.fields(config_class) if item.init and item.name not in FILLED_IN]
     values: dict[str, Any] = {}
     for word, value in options.common.items():
         field = names.get(word, word)
@@ -149,9 +148,3 @@ def build_config(
         raise
     except (ImportError, TypeError, ValueError) as error:
         raise AdapterOptionsError(f"PEFT refuses these options for {adapter}: {error}") from error
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """' Did you mean ...?' with the known word that is most similar; empty if none is."""
-    matches = get_close_matches(str(word), known, 1)
-    return f" Did you mean {matches[0]!r}?" if matches else ""

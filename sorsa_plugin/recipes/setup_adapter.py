@@ -8,6 +8,8 @@ it:
     target_modules: all-linear
     sorsa: {gamma: 4.0e-4, svd: exact}
 
+A block may name the `learning_rate` of its method too, which the caller gives to its trainer (`AdapterSetup`).
+
 TRL's and Axolotl's spellings of the vocabulary are accepted. The types come through the `sorsa_adapters` seam. Blocks
 of other methods may stay in the recipe and are not read, so that changing one word switches the method.
 """
@@ -15,17 +17,21 @@ of other methods may stay in the recipe and are not read, so that changing one w
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 import yaml
+from peft import PeftConfig
 
 from ..compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING
-from ..errors import AdapterOptionsError, PluginError
+from ..config import SORSAConfig
+from ..config_checks import FILLED_IN
+from ..errors import AdapterOptionsError, PluginError, nearest
 from ..plugins import answers, broken_note
-from .adapter_type import AdapterOptions, AdapterSetup, AdapterType, nearest
+from .adapter_type import AdapterOptions, AdapterSetup, AdapterType
 from .peft_methods import NEEDS_A_CALL, verbatim
 from .yaml_values import yaml_values
 
@@ -71,7 +77,10 @@ def setup_adapter(options: Mapping[str, Any] | str | PathLike[str] | Any) -> Ada
         PluginError: two plug-ins claim one name.
     """
     parsed = read_options(options)
-    return adapter_type(parsed.adapter).setup(parsed)
+    setup = adapter_type(parsed.adapter).setup(parsed)
+    if parsed.learning_rate is None:
+        return setup
+    return dataclasses.replace(setup, learning_rate=parsed.learning_rate)
 
 
 def registered_adapters() -> dict[str, AdapterType]:
@@ -135,6 +144,7 @@ def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> Adap
     _axolotls_all_linear(given)
     blocks = block_names()
     own = _own_block(adapter, given)
+    rate = _checked_rate(own.pop("learning_rate", None), adapter)
     common: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for key, value in given.items():
@@ -145,7 +155,7 @@ def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> Adap
             known = [*VOCABULARY, *SPELLINGS, *VARIANTS, "adapter", "adapter_options", *blocks]
             raise AdapterOptionsError(
                 f"{key!r} is no option of an adapter; expected one of {', '.join(VOCABULARY)}, or a block of the "
-                f"method's own options ({adapter}: {{...}}).{nearest(key, known)}"
+                f"method's own options ({adapter}: {{...}}).{block_note(key) or nearest(key, known)}"
             )
         if name == "target_modules":
             value = _one_expression(value)
@@ -155,7 +165,16 @@ def read_options(options: Mapping[str, Any] | str | PathLike[str] | Any) -> Adap
             )
         if value is not None:
             common[name], spelled[name] = value, key
-    return AdapterOptions(adapter, common, own)
+    return AdapterOptions(adapter, common, own, rate)
+
+
+def block_note(word: str) -> str:
+    """' It belongs ...' if a word outside of SORSA's block, or what follows "sorsa_" in it, is an option of the block;
+    else empty."""
+    ours, pefts = ({item.name for item in dataclasses.fields(kind)} for kind in (SORSAConfig, PeftConfig))
+    own = (ours | {"learning_rate"}) - pefts - VOCABULARY.keys() - set(FILLED_IN)
+    name = word if word in own else word.removeprefix("sorsa_")
+    return f" It belongs into the block of SORSA's own options: `sorsa: {{{name}: ...}}`." if name in own else ""
 
 
 def _one_expression(names: Any) -> Any:
@@ -198,6 +217,14 @@ def _variant(adapter: str, given: dict[str, Any]) -> str:
             )
         adapter = method
     return adapter
+
+
+def _checked_rate(rate: Any, adapter: str) -> float | None:
+    if rate is None:
+        return None
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+        raise AdapterOptionsError(f"learning_rate in the block of {adapter} is {rate!r}; expected a number above 0.")
+    return float(rate)
 
 
 def _axolotls_all_linear(given: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ METHODS = {
     "Analysis": ["last", "save", "summaries"],
     "Attachment": ["detach", "gaps", "metrics", "penalty"],
     "ResidualReport": ["adapter"],
+    "SORSAConfig": ["from_lora"],
     "SORSALayer": [
         "base_matrix",
         "delta_to_weight",

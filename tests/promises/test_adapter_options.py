@@ -178,7 +178,10 @@ def test_hot_swapping_by_pefts_helper_is_refused_by_peft(tmp_path, refused):
         hotswap_adapter(model, str(tmp_path), "default")
 
 
-@pytest.mark.parametrize("option", ["layer_replication", "bias", "use_dora", "lora_alpha"])
-def test_options_that_lora_has_and_the_method_has_not_are_refused_by_name(option, refused):
-    with refused(TypeError, rf"of LoraConfig's options that it has not. {option}: .*(Delete|Repeat)"):
-        SORSAConfig(**{option: None})
+@pytest.mark.parametrize(
+    "options", [{"layer_replication": [[0, 1]]}, {"bias": "all"}, {"use_dora": True}, {"use_qalora": True}], ids=str
+)
+def test_options_that_lora_has_and_the_method_has_not_are_refused_by_name(options, refused):
+    (name,) = options
+    with refused(TypeError, rf"cannot honour 1 of LoraConfig's options. {name}=.*: .*(Delete|Repeat)"):
+        SORSAConfig(**options)

@@ -9,11 +9,12 @@ from typing import Any
 
 import peft
 import pytest
+from builders.llama import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from sorsa_plugin import AdapterSetup, registered_adapters, setup_adapter
 from sorsa_plugin.errors import AdapterOptionsError
@@ -140,6 +141,21 @@ def test_a_flag_that_names_a_method_is_that_method_or_an_error(flag):
         ({"adapter": "sorsa", "rnak": 4}, "'rnak' is no option of an adapter"),
         ({"adapter": "sorsa", "target_module": []}, r"Did you mean 'target_modules'\?"),
         ({"adapter": "sorsa", "gamma": 1}, r"'gamma' is no option of an adapter; .* \(sorsa: \{...\}\)"),
+        (
+            {"adapter": "sorsa", "gamma": 1},
+            r"It belongs into the block of .*: `sorsa: \{gamma: ...\}`",
+        ),
+        ({"adapter": "lora", "reg_update": "coupled"}, r"'reg_update' is no option .*`sorsa: \{reg_update: ...\}`"),
+        ({"adapter": "sorsa", "sorsa_gamma": 1}, r"'sorsa_gamma' is no option .*`sorsa: \{gamma: ...\}`"),
+        ({"adapter": "sorsa", "sorsa_dropout": 0.1}, r"'sorsa_dropout' is no .*`sorsa: \{sorsa_dropout: ...\}`"),
+        ({"adapter": "sorsa", "sorsa_r": 8, "lora_r": 4}, r"'sorsa_r' is no option .* Did you mean 'r'\?"),
+        ({"adapter": "sorsa", "sorsa_alpha": 8}, r"Did you mean 'alpha'\?"),
+        ({"adapter": "sorsa", "learning_rate": 1e-3}, r"'learning_rate' is no .*`sorsa: \{learning_rate: ...\}`"),
+        (
+            {"adapter": "sorsa", "sorsa": {"learning_rate": 0}},
+            "learning_rate in the block of sorsa is 0; expected",
+        ),
+        ({"adapter": "lora", "lora": {"learning_rate": "fast"}}, "learning_rate in the block of lora is 'fast'"),
         ({"adapter": "sorsa", "sorsa": {"gama": 1}}, r"'gama' is no option of sorsa; .* Did you mean 'gamma'\?"),
         ({"adapter": "sorsa", "sorsa": 3}, "sorsa is 3; expected a block of sorsa's own options"),
         ({"adapter": "sorsa", "sorsa": {"gamma": -1}}, "gamma is -1; expected a finite number"),
@@ -240,3 +256,20 @@ def test_callbacks_that_a_setup_brings_along_are_not_added_again():
     config = setup_adapter({"adapter": "sorsa", **COMMON}).peft_config
     assert AdapterSetup("mine", config, [mine]).callbacks == [mine]
     assert [type(callback) for callback in AdapterSetup("mine", config).callbacks] == [SORSACallback]
+
+
+def test_one_word_switches_the_method_and_its_learning_rate():
+    recipe = {"r": 4, "sorsa": {"learning_rate": 1e-3, "gamma": 0.01}, "lora": {"learning_rate": 2e-4}}
+    rates = {
+        name: setup_adapter({"adapter": name, **recipe}).learning_rate for name in ("sorsa", "lora", "dora", "full")
+    }
+    assert rates == {"sorsa": 1e-3, "lora": 2e-4, "dora": None, "full": None}
+    assert setup_adapter({"adapter": "sorsa", **recipe}).peft_config.gamma == 0.01
+
+
+@pytest.mark.parametrize(("rate", "lines"), [(1e-3, 0), (5e-5, 1)])
+def test_a_trainer_with_another_rate_than_the_block_names_gets_one_line(rate, lines, tmp_path, caplog):
+    setup = setup_adapter({"adapter": "sorsa", "r": 2, "target_modules": ["q_proj"], "sorsa": {"learning_rate": 1e-3}})
+    arguments = TrainingArguments(str(tmp_path), learning_rate=rate, use_cpu=True, report_to="none")
+    setup.add_callbacks(Trainer(setup.wrap(tiny_llama()), arguments))
+    assert caplog.text.count("The block of sorsa names learning_rate 0.001; the trainer has 5e-05.") == lines

@@ -310,7 +310,7 @@ def of_dense_layers(tmp_path):
     model = get_peft_model(tiny_deepseek(), config)
     perturb(model, scale=0.3)
     config.target_modules, config.target_parameters = {name.removeprefix("model.layers.") for name in names}, None
-    config.lora_layouts = {name: ["weight"] for name in names}
+    config.lora_layouts, config.adapted_layers = {name: ["weight"] for name in names}, None
     model.save_pretrained(tmp_path / "sorsa")
     return tmp_path / "sorsa"
 

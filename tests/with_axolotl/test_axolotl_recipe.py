@@ -147,6 +147,16 @@ def test_merging_goes_through_peft_and_the_method_for_lora_tensors_is_refused() 
     assert "--adapter out -o merged" in message
 
 
+def test_the_sorsa_blocks_learning_rate_is_the_one_that_is_trained_with() -> None:
+    assert validated(learning_rate=2e-4, sorsa={"learning_rate": "3e-3"}).learning_rate == 3e-3
+    assert validated(learning_rate=2e-4, adapter="lora", sorsa={"learning_rate": "3e-3"}).learning_rate == 2e-4
+
+
+def test_options_outside_of_the_block_are_refused() -> None:
+    assert "gamma belongs into the block: `sorsa: {gamma: ...}`." in refusal(gamma=0.1)
+    assert "sorsa_r is read by nobody. Write lora_r." in refusal(sorsa_r=8)
+
+
 def test_fsdp_1_is_refused_and_fsdp_2_is_not() -> None:
     sharding = {"transformer_layer_cls_to_wrap": "LlamaDecoderLayer", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
     assert "fsdp_version is 1: FSDP1 is not supported. Set fsdp_version: 2." in refusal(

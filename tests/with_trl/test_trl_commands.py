@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import re
@@ -155,6 +156,33 @@ def test_a_recipes_numbers_are_those_that_setup_adapter_reads_from_it(block, tmp
     assert parsed.to_dict() == read | {"task_type": "CAUSAL_LM"}
 
 
+def test_the_methods_block_names_its_learning_rate_and_the_command_line_has_the_last_word(tmp_path):
+    """4e-3 without a dot is a word in YAML 1.1. DeepSpeed's config takes the rate from arguments when they are made."""
+    path, zero = tmp_path / "recipe.yaml", tmp_path / "zero.json"
+    path.write_text("adapter: sorsa\nlearning_rate: 2.0e-4\nsorsa: {learning_rate: 4e-3}\n")
+    zero.write_text('{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}')
+
+    def parsed(*arguments):
+        return RecipeParser("sft").parse(["--config", str(path), *ON_CPU, *arguments])
+
+    assert parsed().training.learning_rate == 4e-3
+    assert setup_adapter(parsed().adapter).learning_rate == 4e-3
+    assert parsed("--adapter", "lora").training.learning_rate == 2e-4
+    assert parsed("--learning_rate", "1e-5").training.learning_rate == 1e-5
+    assert parsed("--adapter_options", '{"learning_rate": 3e-3}').training.learning_rate == 3e-3
+    if importlib.util.find_spec("deepspeed") is not None:
+        engine = parsed("--deepspeed", str(zero)).training.hf_deepspeed_config.config
+        assert engine["optimizer"]["params"]["lr"] == 4e-3
+
+
+def test_a_blocks_learning_rate_is_trained_with(tmp_path, caplog):
+    block = {"gamma": 0.01, "learning_rate": 1e-3}
+    trainer = run("sft", "--config", recipe(tmp_path / "recipe.yaml", sorsa=block, max_steps=1))
+    assert [group["initial_lr"] for group in trainer.optimizer.param_groups] == [1e-3] * 2
+    assert "names learning_rate" not in caplog.text
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["sorsa"] == block
+
+
 def test_the_command_line_overrides_the_recipe_and_the_resolved_recipe_runs_again(tmp_path):
     path = recipe(tmp_path / "recipe.yaml", seed=3)
     first = run(
@@ -277,6 +305,9 @@ def test_local_data_of_every_kind(kind, tmp_path):
             r"'adaptor' is an option neither of `sorsa sft` nor of `accelerate launch`. Did you mean 'adapter",
         ),
         ({"sorsa": {"gama": 1}}, r"'gama' is no option of sorsa; .* Did you mean 'gamma'\?"),
+        ({"gamma": 0.1}, r"'gamma' is an option neither .* It belongs into the block .*: `sorsa: \{gamma: ...\}`"),
+        ({"sorsa_reg_update": "coupled"}, r"'sorsa_reg_update' is .*`sorsa: \{reg_update: ...\}`"),
+        ({"sorsa_r": 8, "lora_r": 4}, r"'sorsa_r' is an option neither .* Did you mean 'r'\?"),
         ({"model_name_or_path": None}, "No model: give model_name_or_path"),
         ({"dataset_name": None}, "No data: give dataset_name"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "The data has the splits train; expected 'test'"),
