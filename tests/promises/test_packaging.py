@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 PACKAGES = {
     "sorsa_autoload",
+    "sorsa_cli",
     "sorsa_plugin",
     "sorsa_transformers",
     "sorsa_distributed",
