@@ -96,7 +96,7 @@ from .recipes.yaml_values import yaml_values
 from .regularizer.attach import attach
 from .regularizer.engines import Engine, Share, WholeFactors
 from .regularizer.optimizers import groups_by_parameter, innermost
-from .regularizer.step_hooks import Attachment
+from .regularizer.step_hooks import Attachment, attachment_of
 from .regularizer.trained_factors import Factor, model_factors, trained_adapters
 from .tools.analysis.charts import require_matplotlib
 
@@ -129,6 +129,7 @@ __all__ = [
     "add_low_rank",
     "appearing_whole",
     "attach",
+    "attachment_of",
     "block_names",
     "build_config",
     "checkpoints",

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from peft.tuners.adamss.asa_callback import AdamssAsaCallback
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 ENTRIES = {
+    "DEFAULT_CALLBACKS": "callbacks that every Trainer begins with, before its reporters; gone: metrics reach no "
+    "reporter",
     "LayerWiseDummyOptimizer": "the Trainer's stand-in where each parameter has an optimizer of its own; gone: nothing "
     "to find",
     "initialize_lora_eva_weights": "EVA's initialisation, with a forward of our own",
     "AdamssAsaCallback": "what AdaMSS calls after every step",
 }
 
-TRAINER = ("create_model_card", "add_callback", "remove_callback", "log", "callback_handler")
-"""Attributes that are called or replaced on a Trainer. `log` clears `control.should_log`; the callback sets it
-again."""
+TRAINER = ("create_model_card", "add_callback", "remove_callback", "callback_handler")
+"""Attributes that are called or replaced on a Trainer."""
