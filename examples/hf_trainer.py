@@ -125,7 +125,7 @@ def main() -> None:
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         processing_class=tokenizer,
     )
-    setup.add_callbacks(trainer)  # (2) what the method needs during training; SORSA's logs the gaps
+    setup.add_callbacks(trainer)  # (2) what the method needs during training
     checkpoint = last_complete_checkpoint(options.output) if options.resume else None  # (3) never a half-written one
     result = trainer.train(resume_from_checkpoint=checkpoint)
     before = next((entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry), math.nan)

@@ -55,15 +55,23 @@ which part of each factor P = initial + offset this process steps, and where its
 The regularizer then costs one all-reduce of r x r matrices a step. `sorsa_frozen_as_parameters()` says how frozen
 factors survive under the engine. `sorsa_gather(parameters)` is a context in which partitioned weights are whole.
 
-**A command**: `sorsa_commands(app)` adds to the typer app of `sorsa`; `options` has the arguments that commands share.
+**A command**: a function that adds to the typer app of `sorsa`, under an entry-point group of its own:
+
+    [project.entry-points.sorsa_commands]
+    my_plugin = "my_package.commands:add_commands"
+
+`sorsa --help` calls it, so its module imports typer and `sorsa_cli.options`, the arguments that commands share, and no
+more; a command imports what it needs when it runs. The hook `sorsa_commands(app)` does the same, but costs
+`sorsa --help` the import of torch.
 
 A whole package with a layer kind and an adapter word is in examples/third_party_plugin.
 """
 
 from __future__ import annotations
 
-from .cli import options
-from .cli.formatting import console, size
+from sorsa_cli import options
+from sorsa_cli.formatting import console, size
+
 from .config import RegSchedule, RegUpdate, SORSAConfig
 from .errors import nearest
 from .files.adapter_format import FROZEN, OFFSETS
@@ -89,7 +97,7 @@ from .recipes.yaml_values import yaml_values
 from .regularizer.attach import attach
 from .regularizer.engines import Engine, Share, WholeFactors
 from .regularizer.optimizers import groups_by_parameter, innermost
-from .regularizer.step_hooks import Attachment
+from .regularizer.step_hooks import Attachment, attachment_of
 from .regularizer.trained_factors import Factor, model_factors, trained_adapters
 from .tools.analysis.charts import require_matplotlib
 
@@ -122,6 +130,7 @@ __all__ = [
     "add_low_rank",
     "appearing_whole",
     "attach",
+    "attachment_of",
     "block_names",
     "block_note",
     "build_config",

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import pluggy
@@ -21,6 +21,9 @@ from .errors import PluginError
 
 GROUP = "sorsa_plugin"
 """The entry-point group under which installed plug-ins are found."""
+
+COMMANDS = "sorsa_commands"
+"""The entry-point group of functions that add commands to `sorsa`, a typer app, and import nothing heavy to do so."""
 
 hookspec = pluggy.HookspecMarker(GROUP)
 hookimpl = pluggy.HookimplMarker(GROUP)
@@ -36,7 +39,6 @@ BUILT_INS = (
     "sorsa_plugin.regularizer.engines",
     "sorsa_plugin.recipes.sorsa",
     "sorsa_plugin.recipes.peft_methods",
-    "sorsa_plugin.cli.commands",
 )
 """This package's own plug-ins, as strings that are loaded when a hook is first called. They stand above this file,
 which must not import them."""
@@ -70,7 +72,7 @@ def manager() -> pluggy.PluginManager:
     for name in BUILT_INS:
         plugins.register(import_module(name), name)
     for entry in entry_points(group=GROUP):
-        distributions[entry.name] = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
+        distributions[entry.name] = origin(entry)
         try:
             plugin = entry.load()
             plugins.register(plugin, entry.name)
@@ -78,8 +80,13 @@ def manager() -> pluggy.PluginManager:
         except Exception as error:
             if plugins.has_plugin(entry.name):
                 plugins.unregister(name=entry.name)
-            _report(entry.name, error)
+            report(entry.name, error)
     return plugins
+
+
+def origin(entry: EntryPoint) -> str:
+    """Name and version of the package that an entry point came from."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "unknown"
 
 
 def _require_known_hooks(plugins: pluggy.PluginManager, plugin: Any) -> None:
@@ -98,7 +105,7 @@ def answers(hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
         try:
             yield implementation.plugin_name, implementation.function(**arguments)
         except Exception as error:
-            _report(implementation.plugin_name, error)
+            report(implementation.plugin_name, error)
 
 
 def broken_note() -> str:
@@ -109,9 +116,16 @@ def broken_note() -> str:
     return f" Plug-ins that could not be loaded: {names}. `sorsa doctor` shows their tracebacks."
 
 
-def _report(name: str, error: Exception) -> None:
+def report(name: str, error: Exception, distribution: str | None = None) -> None:
+    """Note and log that a plug-in could not be loaded, or failed where it can be left out.
+
+    Args:
+        name: of the plug-in.
+        error: what it raised.
+        distribution: name and version of its package; default: what the manager knows.
+    """
     trace = "".join(traceback.format_exception(error))
-    distribution = distributions.get(name, "this process")
+    distribution = distribution or distributions.get(name, "this process")
     broken[name] = BrokenPlugin(name, distribution, f"{type(error).__name__}: {error}", trace)
     logger.warning(
         "The plug-in %s of %s failed and is left out; everything else works. Repair or uninstall it.\n%s",

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_plugin import (
     AdapterSetup,
     AdapterType,
@@ -29,7 +30,6 @@ from sorsa_plugin import (
     registered_adapters,
     setup_adapter,
 )
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import AdapterOptionsError, AttachError, PluginError, UnsupportedLayerError
 from sorsa_plugin.layers.kinds.linear import SORSALinear
 from sorsa_plugin.plugins import manager
@@ -197,7 +197,7 @@ def test_installed_plugin_that_cannot_be_imported_is_named_and_harms_nobody_else
     entries = [*entry_points(group="sorsa_plugin"), EntryPoint("broken", "no_such_module_anywhere", "sorsa_plugin")]
     monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
     fresh = manager.__wrapped__()
-    assert fresh.has_plugin("quickstart")
+    assert fresh.has_plugin("transformers")
     assert not fresh.has_plugin("broken")
     assert "ModuleNotFoundError: No module named 'no_such_module_anywhere'" in plugins.broken["broken"].error
     assert "Traceback" in caplog.text

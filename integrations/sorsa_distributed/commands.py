@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sorsa_plugin.extend import options, size
+from sorsa_cli import options
+from sorsa_cli.formatting import size
+
+
+def add_commands(app: typer.Typer) -> None:
+    """`sorsa convert-checkpoint`."""
+    app.command("convert-checkpoint")(convert_checkpoint)
 
 
 def convert_checkpoint(

@@ -1,4 +1,4 @@
-"""The plug-in: the engines, how frozen factors survive under them, and `sorsa convert-checkpoint`."""
+"""The plug-in: the engines, and how frozen factors survive under them."""
 
 from __future__ import annotations
 
@@ -34,11 +34,3 @@ def sorsa_gather(parameters: list[torch.nn.Parameter]) -> AbstractContextManager
     from .deepspeed_compat import gathered
 
     return gathered(parameters)
-
-
-@hookimpl
-def sorsa_commands(app: Any) -> None:
-    """`sorsa convert-checkpoint`."""
-    from .commands import convert_checkpoint
-
-    app.command("convert-checkpoint")(convert_checkpoint)

@@ -1,4 +1,4 @@
-"""`SORSACallback`: finds the optimizer for `attach`, keeps offsets fp32, logs the gaps, completes model cards."""
+"""`SORSACallback`: finds the optimizer for `attach`, keeps offsets fp32, checks every step, completes model cards."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ from sorsa_plugin.extend import (
 )
 
 from .best_adapter import load_best_adapters
+from .metrics import silent
 from .trainer_compat import LayerWiseDummyOptimizer
 
 
 class SORSACallback(TrainerCallback):
     """Controls and logs SORSA's orthonormal regularizer in a Trainer.
 
-        Trainer(..., callbacks=[SORSACallback()])           metrics on the console
-        trainer.add_callback(SORSACallback(trainer))        metrics in log_history and every reporter
+        Trainer(..., callbacks=[SORSACallback()])
 
-    Metrics, at every training log: `sorsa/gap_mean` and `sorsa/gap_max` over all factors; `sorsa/reg_loss`, what the
-    penalty adds to the training loss; `sorsa/gamma`, the regularizer's rate at this step. A plain callback cannot reach
-    reporters, because the Trainer calls them first and gives callbacks no trainer.
+    The metrics (`SORSAMetrics`) are logged without it too. It attaches the regularizer before the first step, raises
+    where the optimizer does not deliver it, and stops a run whose gradients are not finite before they are saved.
 
     Args:
-        trainer: the trainer that the callback is added to. With it, metrics go everywhere, and the model cards that the
-            trainer writes when it pushes to the hub get SORSA's section.
+        trainer: the trainer that the callback is added to, if there is one already: the model cards that it writes when
+            it pushes to the hub get SORSA's section.
         gamma: overrides the adapters' gamma.
-        log: whether to log the metrics; False if other code does.
+        log: whether the metrics are logged.
 
     Raises (when training begins):
         NoAdaptedLayersError, AttachError: see `sorsa_plugin.attach()`.
@@ -85,6 +84,8 @@ class SORSACallback(TrainerCallback):
             return self._attach_to_each(model, list(inner.optimizer_dict.values()))
         self.attachment = attach(model, optimizer, gamma=self.gamma)
         self._steps_seen = self.attachment.steps
+        if not self.log:
+            silent.add(self.attachment)
         _require_singular_values(model, inner)
 
     def _attach_to_each(self, model: nn.Module, optimizers: list[Any]) -> None:
@@ -103,7 +104,7 @@ class SORSACallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Check that the optimizer step called the regularizer, and log.
+        """Check that the optimizer step called the regularizer.
 
         Raises:
             AttachError: a training step ended without a call of the regularizer's hook.
@@ -123,17 +124,6 @@ class SORSACallback(TrainerCallback):
             self.attachment.name_skipped_step(state.global_step)
         if control.should_save:
             self.attachment.watch.settle()  # raises before factors that are lost are saved
-        self._log_everywhere(control, optimizer)
-
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self._log_everywhere(control, optimizer)  # logging_strategy="epoch"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -155,25 +145,6 @@ class SORSACallback(TrainerCallback):
         """Put the adapter's config beside FSDP2's shards."""
         if state.is_world_process_zero and model is not None:
             complete_sharded_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", model)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Add the metrics to the Trainer's log line, if the callback has no trainer to log through."""
-        if self.log and self.trainer is None and self.attachment is not None and logs is not None and "loss" in logs:
-            logs.update(self.attachment.metrics(innermost(optimizer)))
-
-    def _log_everywhere(self, control: TrainerControl, optimizer: Any) -> None:
-        if self.log and control.should_log and self.trainer is not None and self.attachment is not None:
-            # not self.trainer.log: TRL's trainers would put the metrics of their next log into this one, and drop them
-            Trainer.log(self.trainer, self.attachment.metrics(innermost(optimizer)))
-            control.should_log = True  # log() clears it, and the Trainer's own log of this step is still to come
 
     @staticmethod
     def _prepare(model: nn.Module | None) -> None:

@@ -9,9 +9,12 @@ from typing import Any
 
 from peft.tuners.adamss.asa_callback import AdamssAsaCallback
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from transformers.trainer import DEFAULT_CALLBACKS
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 ENTRIES = {
+    "DEFAULT_CALLBACKS": "callbacks that every Trainer begins with, before its reporters; gone: metrics reach no "
+    "reporter",
     "LayerWiseDummyOptimizer": "the Trainer's stand-in where each parameter has an optimizer of its own; gone: nothing "
     "to find",
     "initialize_lora_eva_weights": "EVA's initialisation, with a forward of our own",
@@ -22,13 +25,12 @@ TRAINER = (
     "create_model_card",
     "add_callback",
     "remove_callback",
-    "log",
     "callback_handler",
     "is_in_train",
     "_load_best_model",
 )
-"""Attributes that are called or replaced on a Trainer. `log` clears `control.should_log`; the callback sets it
-again. Without `_load_best_model`: load the adapter of `state.best_model_checkpoint`."""
+"""Attributes that are called or replaced on a Trainer. Without `_load_best_model`: load the adapter of
+`state.best_model_checkpoint`."""
 
 
 def load_best_model(trainer: Any) -> None:

@@ -42,7 +42,7 @@ class _Regularizer(SORSACallback):
     """The wrapper's callback. Each training run starts without penalties that an earlier run did not report."""
 
     def __init__(self, trainer: Trainer, gamma: float | None) -> None:
-        super().__init__(trainer, gamma=gamma, log=False)
+        super().__init__(trainer, gamma=gamma)
         self.penalties = _Penalties()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -64,18 +64,10 @@ class OrthonormalLoss:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         given = next((c for c in trainer.callback_handler.callbacks if isinstance(c, SORSACallback)), None)
-        if given is not None:  # its gamma is used below; its metrics would be logged twice
+        if given is not None:  # its gamma is used below
             trainer.remove_callback(given)
         self.regularizer = _Regularizer(trainer, given.gamma if given else None)
         trainer.add_callback(self.regularizer)
-
-    def add_callback(self, callback: Any) -> None:
-        """The Trainer's method. A SORSACallback that is added logs nothing, because the wrapper does."""
-        trainer: Any = self
-        super().add_callback(callback)  # type: ignore[misc]
-        for added in trainer.callback_handler.callbacks:
-            if isinstance(added, SORSACallback):
-                added.log = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The loss of one micro-batch (scalar), in the Trainer's scale, plus its share of the step's penalty."""

@@ -162,7 +162,8 @@ class RecipeParser(TrlParser):
                 known = [*self.fields, *VOCABULARY, *SPELLINGS, *block_names(), *launch]
                 raise AdapterOptionsError(
                     f"{name!r} is an option neither of `sorsa {self.command}` nor of `accelerate launch`."
-                    f"{block_note(name) or nearest(name, known)} `sorsa {self.command} --help` lists them."
+                    f"{block_note(name) or nearest(name, known)} `sorsa {self.command} --help` and "
+                    f"`trl {self.command} --help` list them."
                 )
         script = parser.parse_known_args([*strings, "script"])[0].training_script
         if script != "script":

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points,
 from typing import Any
 
 import torch
+import typer
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from peft.utils import PeftType
@@ -19,7 +20,7 @@ from peft.utils import PeftType
 from ..compat.peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..config import SORSAConfig
 from ..errors import PluginError
-from ..plugins import BrokenPlugin, answers, broken, distributions, manager
+from ..plugins import COMMANDS, BrokenPlugin, answers, broken, distributions, manager, origin
 from ..recipes.setup_adapter import registered_adapters
 from ..tuner.model import SORSAModel
 from ..tuner.registration import NAME, version_conflict
@@ -152,9 +153,10 @@ def _installed(name: str) -> str | None:
 def _plugins() -> tuple[tuple[LoadedPlugin, ...], str | None]:
     """The plug-ins that are loaded, and what two of them both claim.
 
-    Calls every plug-in for its adapter types, so that those that fail are noted.
+    Calls every plug-in for its adapter types and its commands, so that those that fail are noted.
     """
     host = manager()
+    list(answers("sorsa_commands", app=typer.Typer()))
     offered = {name: tuple(kind.name for kind in kinds) for name, kinds in answers("sorsa_adapters")}
     conflict = None
     try:
@@ -171,7 +173,12 @@ def _plugins() -> tuple[tuple[LoadedPlugin, ...], str | None]:
         for name, plugin in host.list_name_plugin()
         if plugin is not None and name not in broken
     ]
-    return tuple(loaded), conflict
+    commands = [
+        LoadedPlugin(entry.name, origin(entry), (COMMANDS,), ())
+        for entry in entry_points(group=COMMANDS)
+        if entry.name not in broken
+    ]
+    return tuple(loaded + commands), conflict
 
 
 def _device() -> str:

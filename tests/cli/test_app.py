@@ -10,10 +10,10 @@ import typer
 from safetensors import SafetensorError
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_plugin import (
     hookimpl,
 )
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.plugins import manager
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from sorsa_plugin.cli import build_app
+from sorsa_cli import build_app
 from sorsa_plugin.tools.doctor import examine
 
 

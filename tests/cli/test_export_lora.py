@@ -8,8 +8,8 @@ import pytest
 from builders.saved import saved_adapter
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_plugin import export_lora
-from sorsa_plugin.cli import build_app
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import os
 from builders.models import tiny_mixtral
 from typer.testing import CliRunner
 
-from sorsa_plugin.cli import build_app
+from sorsa_cli import build_app
 
 
 def test_the_command_writes_the_same(llama_files, whole, tmp_path):

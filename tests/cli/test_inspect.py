@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from builders.adapters import perturb
@@ -12,9 +13,10 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
+from sorsa_cli.inspect import _print
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.cli import build_app
-from sorsa_plugin.tools.inspect_adapter import inspect_adapter
+from sorsa_plugin.tools.inspect_adapter import LayerSummary, inspect_adapter
 
 FILE = "adapter_model.safetensors"
 
@@ -66,3 +68,20 @@ def test_nan_is_shown_and_is_still_json(saved, tmp_path):
     assert [layer["name"] for layer in found["layers"] if layer["gap_U"] is None] == ["model.layers.1.mlp.up_proj"]
     run = CliRunner().invoke(build_app(), ["inspect", str(tmp_path / "nan")])
     assert "1 layers hold NaN or infinity, the first of them model.layers.1.mlp.up_proj" in run.output
+
+
+WIDE = LayerSummary(
+    "model.layers.31.mlp.experts.gate_up_proj", 64, 14336, 14336, 1024,
+    1.2e-07, 2.3e-07, 1.23e-05, 2.34e-05, 3.4e-07, 4.5e-07, 5.6e-07, 6.7,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_a_large_model_fits_into_the_terminal(columns, saved, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _print(replace(inspect_adapter(saved[0]), layers=(WIDE,)))
+    shown = capsys.readouterr().out
+    table = shown[shown.index("out x in") :]
+    assert max(map(len, table.splitlines())) <= columns
+    numbers = ("64 x", "14336 x 14336", "1024", "1.2e-07", "2.3e-07", "1.23e-05", "2.34e-05", "3.4e-07", "4.5e-07")
+    assert all(number in table for number in numbers)

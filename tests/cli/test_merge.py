@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typer.testing import CliRunner
 
-from sorsa_plugin.cli import build_app
+from sorsa_cli import build_app
 
 
 def test_the_command_merges_and_reports(sharded_llama, adapter, tmp_path):

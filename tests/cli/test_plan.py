@@ -7,8 +7,8 @@ import json
 from builders.llama import tiny_llama
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_plugin import SORSAConfig, plan
-from sorsa_plugin.cli import build_app
 
 
 def config(**options) -> SORSAConfig:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import ModuleType
 
 import pytest
-from transformers import Trainer, TrainingArguments
+import transformers.trainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from sorsa_transformers import SORSACallback, trainer_compat
+from sorsa_transformers.metrics import SORSAMetrics
 from sorsa_trl import trl_compat
 from sorsa_trl.recipe import RecipeParser
 
@@ -26,17 +28,19 @@ def test_a_trainer_has_what_the_callback_calls_and_replaces(tmp_path) -> None:
     assert isinstance(trainer.callback_handler, CallbackHandler)
 
 
-def test_the_trainers_own_log_clears_the_flag_that_the_callback_sets_again(tmp_path) -> None:
+def test_a_trainer_begins_with_the_default_callbacks_and_then_its_reporters(tmp_path, monkeypatch) -> None:
     import torch
 
-    trainer = Trainer(torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="none"))
-    trainer.control.should_log = True
-    Trainer.log(trainer, {"sorsa/gap_mean": 0.0})
-    assert trainer.control.should_log is False, "SORSACallback._log_everywhere sets it again: no longer needed"
+    class Mine(TrainerCallback): ...
+
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*trainer_compat.DEFAULT_CALLBACKS, Mine])
+    trainer = Trainer(torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="tensorboard"))
+    names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert names.index("Mine") < names.index("TensorBoardCallback")
 
 
 def test_callbacks_hear_of_the_events_that_ours_answers() -> None:
-    events = [name for name in vars(SORSACallback) if name.startswith("on_")]
+    events = [name for ours in (SORSACallback, SORSAMetrics) for name in vars(ours) if name.startswith("on_")]
     assert all(hasattr(CallbackHandler, name) for name in events)
 
 

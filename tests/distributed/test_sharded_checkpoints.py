@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch.distributed import checkpoint as dcp
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_distributed.sharded_checkpoints import adapter_tensors, complete_sharded_checkpoint
 from sorsa_plugin import SORSAConfig
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, MissingPackageError, OutputExistsError
 from sorsa_transformers import convert_checkpoint
 

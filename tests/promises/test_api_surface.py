@@ -63,16 +63,16 @@ def hooks() -> dict[str, str]:
 
 def commands() -> dict[str, Any]:
     """The console script, what of the command line can be imported, and the plug-ins that the package brings."""
-    from sorsa_plugin.cli import main
+    from sorsa_cli import main
 
-    groups = {group: entry_points(group=group) for group in ("console_scripts", plugins.GROUP)}
+    groups = {group: entry_points(group=group) for group in ("console_scripts", plugins.GROUP, plugins.COMMANDS)}
     own = {
         f"{group}: {entry.name}": entry.value
         for group, entries in groups.items()
         for entry in entries
         if entry.dist is not None and entry.dist.name == "sorsa-plugin"
     }
-    return dict(sorted(own.items())) | {"sorsa_plugin.cli:main": signature(main)}
+    return dict(sorted(own.items())) | {"sorsa_cli:main": signature(main)}
 
 
 def integration(package: str, names: list[str]) -> dict[str, Any]:

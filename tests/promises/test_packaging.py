@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 PACKAGES = {
     "sorsa_autoload",
+    "sorsa_cli",
     "sorsa_plugin",
     "sorsa_transformers",
     "sorsa_distributed",
@@ -66,7 +68,8 @@ def imported() -> dict[str, list[str]]:
     names = {}
     for package in ("sorsa_plugin", "peft"):
         code = f"import sys, {package}; print(*sys.modules)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        environment = os.environ | {"SORSA_AUTOLOAD": "0"}  # or PEFT would bring this package
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
         names[package] = done.stdout.splitlines()[-1].split()
     return names
 

@@ -16,7 +16,7 @@ from builders.llama import tiny_llama
 from builders.saved import CONFIG, FILE, INDEX
 from typer.testing import CliRunner
 
-from sorsa_plugin.cli import build_app
+from sorsa_cli import build_app
 
 pytestmark = pytest.mark.slow
 

@@ -59,7 +59,7 @@ def test_a_strangers_plugin_adds_a_layer_kind_and_an_adapter_type(tmp_path: Path
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
-    listed = json.loads(run("-c", "from sorsa_plugin.cli import main; main()", "doctor", "--json"))
+    listed = json.loads(run("-c", "from sorsa_cli import main; main()", "doctor", "--json"))
     (mine,) = [plugin for plugin in listed["plugins"] if plugin["name"] == "scaled_linear"]
     assert mine["distribution"] == "sorsa-scaled-linear 0.1.0"
     assert mine["adapters"] == ["house-style"]

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_plugin import SORSAConfig, init_residual, quantize_residual
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import BaseFilesError, BaseMismatchError, OutputExistsError, SORSAConfigError, SORSAError
 from sorsa_plugin.qsorsa.prepare import FORMATS
 

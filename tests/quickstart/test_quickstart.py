@@ -90,7 +90,7 @@ def quickstart(output: Path, *options: str) -> dict[str, Any]:
     command = [
         sys.executable,
         "-c",
-        "from sorsa_plugin.cli import main; main()",
+        "from sorsa_cli import main; main()",
         "quickstart",
         "--output",
         str(output),

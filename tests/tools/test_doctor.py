@@ -18,8 +18,8 @@ from peft.utils import PeftType
 from typer.testing import CliRunner
 
 import sorsa_plugin.tools.doctor as doctor
+from sorsa_cli import build_app
 from sorsa_plugin import AdapterType, hookimpl, plugins
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.tools.doctor import Package, examine
 
 if sys.version_info >= (3, 11):

@@ -13,8 +13,8 @@ from builders.models import tiny_mixtral
 from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_plugin import SORSAConfig, save_adapter
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError
 from sorsa_plugin.layers.layer import sorsa_layers
 from sorsa_plugin.linalg.fingerprint import fingerprint

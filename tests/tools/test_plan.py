@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 import sorsa_plugin.tools.plan
+from sorsa_cli import build_app
 from sorsa_plugin import SORSAConfig, plan
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import BaseFilesError, RankError, SORSAConfigError
 from sorsa_plugin.tools.plan import LayerGroup, Memory, estimate_activations, estimate_init, largest_block, memory
 

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from builders.llama import tiny_llama
-from builders.trainer_runs import adapted, attachment_of, make_trainer
+from builders.trainer_runs import adapted, attachment_of, make_trainer, trained_values
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
-from sorsa_plugin import gaps
+from sorsa_plugin import SORSAConfig, gaps
 from sorsa_plugin.errors import AttachError, NoAdaptedLayersError, NonFiniteGradientError
 from sorsa_plugin.regularizer.nonfinite_gradients import Found, GradientWatch, Norms
+from sorsa_quickstart.answering import load_base
+from sorsa_quickstart.task import train_examples
 from sorsa_transformers import SORSACallback
+from sorsa_transformers.metrics import SORSAMetrics
 
 METRICS = {"sorsa/gap_mean", "sorsa/gap_max", "sorsa/reg_loss", "sorsa/gamma"}
 GAMMA, LR = 1e-3, 1e-4
@@ -30,21 +37,29 @@ def metrics(trainer: Trainer) -> list[dict[str, float]]:
     return [entry for entry in trainer.state.log_history if METRICS & entry.keys()]
 
 
-def test_plain_callback_writes_to_the_console_and_not_to_the_history(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+HOW = {
+    "nothing passed": lambda trainer: None,
+    "callback": lambda trainer: trainer.add_callback(SORSACallback()),
+    "callback with trainer": lambda trainer: trainer.add_callback(SORSACallback(trainer)),
+}
+
+
+@pytest.mark.parametrize("prepare", HOW.values(), ids=HOW)
+def test_metrics_are_part_of_the_log_line_and_of_the_history(
+    prepare: Callable[[Trainer], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, callbacks=[SORSACallback()], learning_rate=LR)
+    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, learning_rate=LR)
+    prepare(trainer)
     trainer.train()
     lines = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
-    assert len(lines) == 4
+    assert len(lines) == len(losses(trainer)) == 4
     for line in lines:
         assert line.keys() >= METRICS
         assert {"grad_norm", "learning_rate"} <= line.keys()
-    assert len(losses(trainer)) == 4
-    assert not metrics(trainer)
+    assert metrics(trainer) == losses(trainer)
 
 
-def test_plain_callback_passes_metrics_to_the_callbacks_after_it(tmp_path: Path) -> None:
+def test_callbacks_see_the_metrics_in_training_logs_alone(tmp_path: Path) -> None:
     seen = []
 
     class Listener(TrainerCallback):
@@ -52,10 +67,20 @@ def test_plain_callback_passes_metrics_to_the_callbacks_after_it(tmp_path: Path)
             seen.append(dict(logs))
 
     make_trainer(
-        adapted(gamma=GAMMA), tmp_path, callbacks=[SORSACallback(), Listener()], eval_strategy="steps", eval_steps=2
+        adapted(gamma=GAMMA), tmp_path, callbacks=[Listener(), SORSACallback()], eval_strategy="steps", eval_steps=2
     ).train()
     assert [logs.keys() >= METRICS for logs in seen if "loss" in logs] == [True] * 4
     assert not any(METRICS & logs.keys() for logs in seen if "loss" not in logs), "evaluation logs are not ours"
+
+
+def test_metrics_can_be_switched_off(tmp_path: Path) -> None:
+    for callbacks, taken_out in (([SORSACallback(log=False)], False), ([], True)):
+        trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, callbacks=callbacks)
+        if taken_out:
+            trainer.remove_callback(SORSAMetrics)
+        trainer.train()
+        assert len(losses(trainer)) == 4
+        assert not metrics(trainer)
 
 
 @pytest.mark.parametrize(
@@ -68,24 +93,51 @@ def test_plain_callback_passes_metrics_to_the_callbacks_after_it(tmp_path: Path)
         ({"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1}, [2, 4]),
     ],
 )
-def test_callback_with_its_trainer_writes_every_log_to_the_history(
+def test_every_training_log_has_metrics_and_training_is_the_same_without_them(
     options: dict, steps: list[int], tmp_path: Path
 ) -> None:
     without = make_trainer(adapted(gamma=GAMMA), tmp_path, examples=8, learning_rate=LR, **options)
+    without.remove_callback(SORSAMetrics)
     without.train()
     trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, examples=8, learning_rate=LR, **options)
-    trainer.add_callback(SORSACallback(trainer))
     trainer.train()
     assert [entry["step"] for entry in metrics(trainer)] == steps
     assert all(entry.keys() >= METRICS for entry in metrics(trainer))
-    assert losses(trainer) == losses(without), "the Trainer's own entries are not all there"
+    rest = [{name: value for name, value in entry.items() if name not in METRICS} for entry in losses(trainer)]
+    assert rest == losses(without)
+    ours, theirs = trained_values(trainer.model), trained_values(without.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_callback_with_its_trainer_reaches_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sft_trainer(directory: Path) -> Trainer:
+    trl = pytest.importorskip("trl")
+    base, tokenizer = load_base()
+    options = {"bf16": False, "use_cpu": True, "max_steps": 4, "logging_steps": 1, "report_to": "tensorboard"}
+    return trl.SFTTrainer(
+        base,
+        args=trl.SFTConfig(str(directory), per_device_train_batch_size=2, save_strategy="no", **options),
+        train_dataset=Dataset.from_list(train_examples(8)),
+        processing_class=tokenizer,
+        peft_config=SORSAConfig(r=2, target_modules=["q_proj"], gamma=GAMMA, task_type="CAUSAL_LM"),
+    )
+
+
+def hf_trainer(directory: Path) -> Trainer:
+    return make_trainer(adapted(gamma=GAMMA), directory, learning_rate=LR, report_to="tensorboard")
+
+
+@pytest.mark.parametrize("make", [hf_trainer, sft_trainer])
+@pytest.mark.parametrize("prepare", HOW.values(), ids=HOW)
+def test_metrics_reach_tensorboard(
+    prepare: Callable[[Trainer], None],
+    make: Callable[[Path], Trainer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = make_trainer(adapted(gamma=GAMMA), tmp_path, learning_rate=LR, report_to="tensorboard")
-    trainer.add_callback(SORSACallback(trainer))
+    trainer = make(tmp_path)
+    prepare(trainer)
     trainer.train()
     (directory,) = {path.parent for path in (tmp_path / "events").rglob("events.out*")}
     events = accumulator.EventAccumulator(str(directory)).Reload()
@@ -96,6 +148,22 @@ def test_callback_with_its_trainer_reaches_tensorboard(tmp_path: Path, monkeypat
         for (_, value), (_, logged) in zip(found, expected, strict=True):
             assert value == pytest.approx(logged, rel=2.0**-23)  # event files hold fp32
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_a_trainer_imported_after_the_adapter_was_made_logs_the_metrics_too() -> None:
+    """And neither the package nor an adapter imports it."""
+    code = """
+import sys, torch
+from peft import get_peft_model
+from sorsa_plugin import SORSAConfig
+get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SORSAConfig(r=2, target_modules=["0"]))
+assert "transformers.trainer" not in sys.modules
+from transformers import Trainer
+from transformers.trainer import DEFAULT_CALLBACKS
+print([callback.__name__ for callback in DEFAULT_CALLBACKS])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["['DefaultFlowCallback', 'SORSAMetrics']"], done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def mean_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
 def test_one_word_switches_the_method(method, tmp_path):
     """In a subprocess, through `accelerate launch`, on GSM8K's rows; what is saved reloads with plain PEFT."""
     path = recipe(tmp_path / "recipe.yaml", adapter=method, max_steps=8, target_modules="all-linear")
-    command = [sys.executable, "-c", "from sorsa_plugin.cli import main; main()", "sft", "--config", str(path)]
+    command = [sys.executable, "-c", "from sorsa_cli import main; main()", "sft", "--config", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     directory = tmp_path / "run"
@@ -366,7 +366,7 @@ def test_a_config_option_without_a_file_is_a_sentence(capsys):
 
 def test_errors_come_from_the_command_before_anything_is_launched(tmp_path):
     path = recipe(tmp_path / "recipe.yaml", adapter="sorza")
-    command = [sys.executable, "-c", "from sorsa_plugin.cli import main; main()", "sft", "--config", str(path)]
+    command = [sys.executable, "-c", "from sorsa_cli import main; main()", "sft", "--config", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "Error: adapter is 'sorza'" in done.stderr

@@ -139,7 +139,7 @@ def written_merged(case: Path) -> dict[str, torch.Tensor]:
 
 def inspected(case: Path) -> dict[str, Any]:
     """What `sorsa inspect --json` prints, without the directory and the options."""
-    from sorsa_plugin.cli import main
+    from sorsa_cli import main
 
     arguments, sys.argv = sys.argv, ["sorsa", "inspect", str(adapter_directory(case)), "--json"]
     try:

@@ -16,8 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 from typer.testing import CliRunner
 
+from sorsa_cli import build_app
 from sorsa_plugin import SORSAConfig, analyze
-from sorsa_plugin.cli import build_app
 from sorsa_plugin.errors import (
     DecompositionError,
     ForeignAdapterError,

@@ -11,8 +11,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from sorsa_cli.app import build_app
 from sorsa_plugin import SORSAConfig, export_lora, merge_adapter
-from sorsa_plugin.cli.app import build_app
 from sorsa_plugin.errors import BaseMismatchError, MergeError
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}

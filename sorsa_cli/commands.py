@@ -1,10 +1,9 @@
-"""The package's own commands of the `sorsa` command line, one a file. Each loads what it needs when it runs."""
+"""The package's own commands, one a file. Each loads what it needs when it runs."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ..plugins import hookimpl
 from .analyze import analyze
 from .doctor import doctor
 from .export_lora import export_lora
@@ -14,9 +13,11 @@ from .merge import merge
 from .plan import plan
 from .plugins import plugins
 
+if TYPE_CHECKING:
+    import typer
 
-@hookimpl
-def sorsa_commands(app: Any) -> None:
+
+def add_commands(app: typer.Typer) -> None:
     """The commands on base models, on saved adapters, and on this installation."""
     app.command("plan")(plan)
     app.command("init")(init)

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import SORSAConfigError
-
 if TYPE_CHECKING:
     import torch
 
-    from ..config import SORSAConfig
+    from sorsa_plugin.config import SORSAConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,7 +61,7 @@ def sorsa_config(
     Raises:
         SORSAConfigError: an option cannot be honoured.
     """
-    from ..config import SORSAConfig
+    from sorsa_plugin.config import SORSAConfig
 
     return SORSAConfig(
         r=rank,
@@ -85,6 +83,8 @@ def task(name: str) -> str | None:
         SORSAConfigError: PEFT has no such type.
     """
     from peft import TaskType
+
+    from sorsa_plugin.errors import SORSAConfigError
 
     if name.lower() == "none":
         return None
@@ -108,6 +108,8 @@ def torch_dtype(name: str | None) -> torch.dtype | None:
     """
     import torch
 
+    from sorsa_plugin.errors import SORSAConfigError
+
     if name is None:
         return None
     if name not in DTYPES:
@@ -120,6 +122,8 @@ def _parts(text: str | None) -> list[str]:
 
 
 def _pair(text: str) -> tuple[str, int]:
+    from sorsa_plugin.errors import SORSAConfigError
+
     name, separator, rank = text.rpartition("=")
     if not separator:
         raise SORSAConfigError(f"--rank-pattern is {text!r}; expected NAME=RANK, such as q_proj=64.")
@@ -127,6 +131,8 @@ def _pair(text: str) -> tuple[str, int]:
 
 
 def _integer(text: str, option: str) -> int:
+    from sorsa_plugin.errors import SORSAConfigError
+
     try:
         return int(text)
     except ValueError as error:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import options
-from .formatting import console, size
+from .formatting import console, pair, size
 
 if TYPE_CHECKING:
-    from ..tools.inspect_adapter import AdapterSummary
+    from sorsa_plugin.tools.inspect_adapter import AdapterSummary
 
 
 def inspect(
@@ -19,7 +19,7 @@ def inspect(
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
 ) -> None:
     """Show an adapter's options, gaps, singular values and size of change, from its files alone."""
-    from ..tools.inspect_adapter import inspect_adapter
+    from sorsa_plugin.tools.inspect_adapter import inspect_adapter
 
     summary = inspect_adapter(adapter)
     if as_json:
@@ -32,6 +32,7 @@ def _print(summary: AdapterSummary) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
 
+    page = console()
     config, layers = summary.config, summary.layers
     facts = Table.grid(padding=(0, 2))
     schedule = f", {config.resolved_reg_schedule}" if config.reg_update == "decoupled" else ""
@@ -56,23 +57,24 @@ def _print(summary: AdapterSummary) -> None:
     table = Table(
         caption="gap: ||P'P - I||, of experts the largest; S: range; dS: ||dS|| / ||S0||; change: ||L R'||",
         box=SIMPLE,
+        pad_edge=False,
     )
     table.add_column("layer", overflow="fold", min_width=12)
-    for heading in ("out x in", "r", "gap U", "gap V", "S", "dS", "change"):
+    for heading in ("out x in", "r", pair("gap U", ", ", "V", page), "S", "dS", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
     for x in layers:
+        shape = f"{x.out_features} x {x.in_features}"
         table.add_row(
             x.name,
-            f"{x.matrices} x " * (x.matrices > 1) + f"{x.out_features} x {x.in_features}",
+            pair(f"{x.matrices} x", " ", shape, page) if x.matrices > 1 else shape,
             str(x.rank),
-            f"{x.gap_U:.2g}",
-            f"{x.gap_V:.2g}",
-            f"{x.S_min:.3g}..{x.S_max:.3g}",
+            pair(f"{x.gap_U:.2g}", ", ", f"{x.gap_V:.2g}", page),
+            pair(f"{x.S_min:.3g}", "..", f"{x.S_max:.3g}", page),
             f"{x.relative_dS:.2g}",
             f"{x.change:.2g}",
             style=None if x.finite else "bold red",
         )
-    console().print(facts, table)
+    page.print(facts, table)
     broken = [x.name for x in layers if not x.finite]
     if broken:
-        console().print(f"{len(broken)} layers hold NaN or infinity, the first of them {broken[0]}.", style="bold red")
+        page.print(f"{len(broken)} layers hold NaN or infinity, the first of them {broken[0]}.", style="bold red")

@@ -19,7 +19,7 @@ def merge(
     revision: options.Revision = None,
 ) -> None:
     """Write the base model with one adapter or several merged in, as a plain model, one weight at a time."""
-    from ..tools.merge.merge_adapter import merge_adapter
+    from sorsa_plugin.tools.merge.merge_adapter import merge_adapter
 
     report = merge_adapter(base, adapter, output, safe=safe, revision=revision)
     shards = "1 file" if report.shards == 1 else f"{report.shards} files"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 NOT_A_TERMINAL = 140
-"""Columns of a table that is written to a file or a pipe, which has no width to fit into."""
+"""Columns of a table that is written to a file or a pipe, which has no width to fit into; COLUMNS overrides it."""
+
+NARROW = 110
+"""Below this many columns, a table puts the two numbers of a pair below each other."""
 
 
 def size(count: float) -> str:
@@ -32,6 +36,11 @@ def console() -> Console:
     from rich.console import Console
 
     found = Console()
-    if not found.is_terminal:
+    if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = NOT_A_TERMINAL
     return found
+
+
+def pair(first: str, between: str, second: str, page: Console) -> str:
+    """Two numbers with a sign between them, on two lines where the page is narrow."""
+    return f"{first}{between.rstrip()}\n{second}" if page.width < NARROW else f"{first}{between}{second}"

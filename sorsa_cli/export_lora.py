@@ -19,8 +19,8 @@ def export_lora(
     rank: int | None = typer.Option(None, help="Truncate to this rank; default: the exact LoRA, of rank 2r."),
 ) -> None:
     """Write an adapter as a plain LoRA, which PEFT, vLLM, TGI and llama.cpp load without this package."""
-    from ..tools.export_lora import export_lora as export
-    from ..tools.lora_beside import export_beside
+    from sorsa_plugin.tools.export_lora import export_lora as export
+    from sorsa_plugin.tools.lora_beside import export_beside
 
     if (output is None) != beside:
         raise typer.BadParameter("give either --output DIR or --beside")

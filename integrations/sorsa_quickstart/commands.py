@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from sorsa_plugin.extend import hookimpl
 
-
-@hookimpl
-def sorsa_commands(app: Any) -> None:
+def add_commands(app: typer.Typer) -> None:
     """`sorsa quickstart`."""
     app.command("quickstart")(quickstart)
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import options
-from .formatting import console
+from .formatting import console, pair
 
 if TYPE_CHECKING:
-    from ..tools.analysis.analyze import Analysis
+    from rich.console import Console
+
+    from sorsa_plugin.tools.analysis.analyze import Analysis
 
 
 def analyze(
@@ -29,9 +31,9 @@ def analyze(
     revision: options.Revision = None,
 ) -> None:
     """Measure what training did to singular values and vectors, as the paper does: tables, CSV, JSON and charts."""
-    from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
-    from ..tools.analysis.analyze import analyze as measure
-    from ..tools.analysis.charts import require_matplotlib, save_plots
+    from sorsa_plugin.files.atomic_directory import appearing_whole, output_path, refuse_occupied
+    from sorsa_plugin.tools.analysis.analyze import analyze as measure
+    from sorsa_plugin.tools.analysis.charts import require_matplotlib, save_plots
 
     target = output_path(output)
     refuse_occupied(target)
@@ -56,12 +58,22 @@ def analyze(
 
 
 def _show(analysis: Analysis) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
+    page = console()
     layers = max(row.layers for row in analysis.summaries())
-    table = Table(title=f"Change of the weights of {analysis.base}, mean of {layers}", title_justify="left")
+    page.print(f"Change of the weights of {analysis.base}, mean of {layers}", style="italic", highlight=False)
+    table = Table(box=SIMPLE)
     table.add_column("run", overflow="fold", min_width=8)
-    for name in ("step", "dSigma", "dD", "|dW|/|W|", "cond. merged", "cond. W_p"):
+    for name in (
+        "step",
+        "dSigma",
+        "dD",
+        "|dW|/|W|",
+        pair("cond.", " ", "merged", page),
+        pair("cond.", " ", "W_p", page),
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     rows = analysis.summaries()
     for row, following in zip(rows, [*rows[1:], None], strict=True):
@@ -71,14 +83,14 @@ def _show(analysis: Analysis) -> None:
             f"{row.d_sigma:.3g}",
             f"{row.d_direction:.3g}",
             f"{row.relative_change:.3g}",
-            _change(row.condition_before, row.condition_after),
-            _change(row.principal_condition_before, row.principal_condition_after),
+            _change(row.condition_before, row.condition_after, page),
+            _change(row.principal_condition_before, row.principal_condition_after, page),
             end_section=following is not None and following.run != row.run,
         )
-    console().print(table)
+    page.print(table)
 
 
-def _change(before: float | None, after: float | None) -> str:
+def _change(before: float | None, after: float | None, page: Console) -> str:
     if after is None:
         return "-"
-    return f"{'-' if before is None else f'{before:.3g}'} > {after:.3g}"
+    return pair("-" if before is None else f"{before:.3g}", " > ", f"{after:.3g}", page)

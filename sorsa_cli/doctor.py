@@ -10,12 +10,12 @@ import typer
 from .formatting import console
 
 if TYPE_CHECKING:
-    from ..tools.doctor import Diagnosis
+    from sorsa_plugin.tools.doctor import Diagnosis
 
 
 def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
     """Check versions, PEFT's registration, plug-ins and device; exits with 1 where something has to be repaired."""
-    from ..tools.doctor import examine
+    from sorsa_plugin.tools.doctor import examine
 
     diagnosis = examine()
     if as_json:

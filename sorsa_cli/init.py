@@ -36,8 +36,8 @@ def init(
     Weights are read and factorised one at a time. Interrupted, the same command continues where it stopped (with
     --quantize: begins anew).
     """
-    from ..qsorsa.prepare import init_residual
-    from ..tools.init_adapter import init_adapter
+    from sorsa_plugin.qsorsa.prepare import init_residual
+    from sorsa_plugin.tools.init_adapter import init_adapter
 
     config = options.sorsa_config(
         rank,

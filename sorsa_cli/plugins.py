@@ -9,7 +9,8 @@ import typer
 
 def plugins(as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table.")) -> None:
     """List plug-ins; `sorsa doctor` does that too, and takes the place of this command."""
-    from ..tools.doctor import examine
+    from sorsa_plugin.tools.doctor import examine
+
     from .doctor import print_plugins
 
     typer.echo("`sorsa plugins` is a part of `sorsa doctor` now, and goes with the next release.", err=True)

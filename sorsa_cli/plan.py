@@ -12,7 +12,7 @@ from . import options
 from .formatting import console, duration, size
 
 if TYPE_CHECKING:
-    from ..tools.plan import Plan
+    from sorsa_plugin.tools.plan import Plan
 
 
 def plan(
@@ -40,7 +40,7 @@ def plan(
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Count parameters, memory and initialisation time from a model's config, without its weights."""
-    from ..tools.plan import plan as make_plan
+    from sorsa_plugin.tools.plan import plan as make_plan
 
     config = options.sorsa_config(
         rank,

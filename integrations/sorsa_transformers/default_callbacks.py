@@ -1,0 +1,53 @@
+"""Makes every Trainer begin with `SORSAMetrics`, so that SORSA's metrics are logged where nobody passed a callback."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from sorsa_plugin.extend import say
+
+TRAINER = "transformers.trainer"
+
+
+def log_in_every_trainer() -> None:
+    """Do so now, or once transformers' trainer module is imported, which no other use of an adapter needs."""
+    if TRAINER in sys.modules:
+        _add()
+    else:
+        sys.meta_path.insert(0, _Watch())
+
+
+class _Watch:
+    """Finds the trainer module as it would be found anyway, and acts when it is imported."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != TRAINER:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        loader: Any = spec.loader if spec else None
+        if loader is None:
+            return spec
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _add()
+
+        loader.exec_module = exec_module
+        return spec
+
+
+def _add() -> None:
+    """Put the callback among the Trainer's own. If that cannot be, it is logged: training does not need it."""
+    try:
+        from .metrics import SORSAMetrics
+        from .trainer_compat import DEFAULT_CALLBACKS
+    except ImportError as error:
+        say("SORSA's metrics are not logged by the Trainer: %s.", error)
+        return
+    if SORSAMetrics not in DEFAULT_CALLBACKS:
+        DEFAULT_CALLBACKS.append(SORSAMetrics)
