@@ -19,5 +19,6 @@ ENTRIES = {
     "AdamssAsaCallback": "what AdaMSS calls after every step",
 }
 
-TRAINER = ("create_model_card", "add_callback", "remove_callback", "callback_handler")
-"""Attributes that are called or replaced on a Trainer."""
+TRAINER = ("create_model_card", "add_callback", "remove_callback", "callback_handler", "hub_model_id")
+"""Attributes that are called or replaced on a Trainer. Its `__init__` ends with `callback_handler.on_init_end(...)`, from
+which `cards.py` finds it; if it no longer does, cards that a trainer writes before a push stay without SORSA's section."""
