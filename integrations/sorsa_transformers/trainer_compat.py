@@ -20,5 +20,5 @@ ENTRIES = {
 }
 
 TRAINER = ("create_model_card", "add_callback", "remove_callback", "callback_handler", "hub_model_id")
-"""Attributes that are called or replaced on a Trainer. Its `__init__` ends with `callback_handler.on_init_end(...)`, from
-which `cards.py` finds it; if it no longer does, cards that a trainer writes before a push stay without SORSA's section."""
+"""Attributes that are called or replaced on a Trainer. Its `__init__` calls `callback_handler.on_init_end`, from which
+`cards.py` finds it; gone: cards that a trainer writes before a push stay without SORSA's section."""
