@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from sorsa_plugin.tools.analysis.analyze import Analysis
 
 
+HEALTHY = (
+    "Healthy: condition numbers (before > after) that do not grow much. "
+    "dSigma and dD are 0 where nothing was trained, and dD is at most 1."
+)
+
+
 def analyze(
     base: options.Base,
     output: options.Output,
@@ -88,6 +94,7 @@ def _show(analysis: Analysis) -> None:
             end_section=following is not None and following.run != row.run,
         )
     page.print(table)
+    page.print(HEALTHY, highlight=False)
 
 
 def _change(before: float | None, after: float | None, page: Console) -> str:

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from sorsa_plugin.tools.inspect_adapter import AdapterSummary
 
 
+HEALTHY = (
+    "Healthy: gaps near 0, which is orthonormal, and not growing from checkpoint to checkpoint; a larger gamma lowers "
+    "them. dS and change are 0 where nothing was trained."
+)
+
+
 def inspect(
     adapter: options.Adapter,
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
@@ -75,6 +81,7 @@ def _print(summary: AdapterSummary) -> None:
             style=None if x.finite else "bold red",
         )
     page.print(facts, table)
+    page.print(HEALTHY, highlight=False)
     broken = [x.name for x in layers if not x.finite]
     if broken:
         page.print(f"{len(broken)} layers hold NaN or infinity, the first of them {broken[0]}.", style="bold red")

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from sorsa_plugin.tools.plan import Plan
 
 
+GPU_SIZES = (16, 24, 40, 48, 80)
+"""GB of usual GPUs, which are GiB by their data sheets."""
+
+
 def plan(
     model: options.Model,
     rank: options.Rank = 128,
@@ -90,7 +94,7 @@ def _show(plan: Plan, work: str) -> None:
         "base parameters": f"{plan.base_parameters:,}",
         "trainable parameters": f"{plan.trainable_parameters:,} ({share:.2%} of the base)",
         "adapter file": f"{size(plan.adapter_bytes)} ({plan.adapter_bytes:,} bytes)",
-        "initialisation, estimated": f"{duration(plan.init_seconds)} ({plan.init_basis})",
+        "initialisation time, estimated": f"{duration(plan.init_seconds)} ({plan.init_basis})",
     }
     if plan.stacked_parameters:
         facts["not adapted"] = f"{plan.stacked_parameters:,} parameters in stacked tensors (fused experts)"
@@ -113,3 +117,15 @@ def _show(plan: Plan, work: str) -> None:
     for name, value in parts.items():
         table.add_row(name, "unknown" if value is None else size(value), end_section=name.startswith("activations"))
     page.print(table)
+    page.print(_fit(memory.total, unknown=memory.activations is None), highlight=False)
+
+
+def _fit(total: int, unknown: bool) -> str:
+    """Which usual GPUs have room, by this plan's total alone; frameworks take a GB or two beside it."""
+    enough = next((size for size in GPU_SIZES if total <= size * 2**30), None)
+    without = ", without the activations, which are unknown" if unknown else ""
+    if enough is None:
+        return (
+            f"More than a GPU of {GPU_SIZES[-1]} GB holds{without}: see --engine, --gpus, --checkpointing and --length."
+        )
+    return f"Fits in a GPU of {enough} GB{without}."

@@ -216,10 +216,17 @@ class SORSAConfig(PeftConfig):
         """Write adapter_config.json, and SORSA's section into the model card that PEFT has just written beside it."""
         super().save_pretrained(save_directory, **kwargs)
         if "auto_mapping_dict" in kwargs:  # PEFT's models pass this and write a card; transformers' do neither
-            complete_saved_card(save_directory, self.card_values())
+            complete_saved_card(save_directory, self.card_values(kwargs["auto_mapping_dict"]))
 
-    def card_values(self) -> CardValues:
-        """What a model card says about an adapter with this config."""
+    def card_values(self, auto_mapping: dict[str, str] | None = None) -> CardValues:
+        """What a model card says about an adapter with this config.
+
+        Args:
+            auto_mapping: PEFT's name for the base model's class, which it saves where there is no task type; default:
+                this config's own.
+        """
+        mapping = auto_mapping or self.auto_mapping or {}
+        named = "base_model_class" in mapping and "parent_library" in mapping
         return CardValues(
             gamma=self.resolved_gamma,
             update=self.reg_update,
@@ -227,6 +234,8 @@ class SORSAConfig(PeftConfig):
             base=self.base_model_name_or_path,
             residual_storage=(self.storages or "not known") if self.residual_base else None,
             full_precision_base=self.full_precision_base,
+            task_type=self.task_type,
+            base_class=(mapping["parent_library"], mapping["base_model_class"]) if named else None,
         )
 
     def _check_rank(self) -> None:

@@ -1,8 +1,7 @@
-"""`SORSACallback`: finds the optimizer for `attach`, keeps offsets fp32, checks every step, completes model cards."""
+"""`SORSACallback`: finds the optimizer for `attach`, keeps offsets fp32, checks every step."""
 
 from __future__ import annotations
 
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from sorsa_distributed import complete_sharded_checkpoint
 from sorsa_plugin.errors import AttachError
 from sorsa_plugin.extend import (
     Attachment,
-    SORSAConfig,
     attach,
-    complete_model_card,
     frozen_as_parameters,
     groups_by_parameter,
     innermost,
@@ -26,6 +23,7 @@ from sorsa_plugin.extend import (
 )
 
 from .best_adapter import load_best_adapters
+from .cards import complete_cards_of
 from .metrics import silent
 from .trainer_compat import LayerWiseDummyOptimizer
 
@@ -39,8 +37,7 @@ class SORSACallback(TrainerCallback):
     where the optimizer does not deliver it, and stops a run whose gradients are not finite before they are saved.
 
     Args:
-        trainer: the trainer that the callback is added to, if there is one already: the model cards that it writes when
-            it pushes to the hub get SORSA's section.
+        trainer: the trainer that the callback is added to, if it was made before its model got the adapter.
         gamma: overrides the adapters' gamma.
         log: whether the metrics are logged.
 
@@ -56,7 +53,7 @@ class SORSACallback(TrainerCallback):
         self._steps_seen = 0
         if trainer is not None:
             self._prepare(trainer.model)
-            _complete_cards_of(trainer)
+            complete_cards_of(trainer)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -171,20 +168,3 @@ def _require_singular_values(model: nn.Module, optimizer: Any) -> None:
                 "some optimizers (Muon) leave out tensors of one dimension. Use another, such as adamw_torch, or give "
                 "it S in a parameter group of its own."
             )
-
-
-def _complete_cards_of(trainer: Any) -> None:
-    """Make the trainer add SORSA's section to each card that it writes over the card saved with the adapter.
-
-    The trainer writes the card between saving and uploading, when no event reaches a callback.
-    """
-    write = trainer.create_model_card
-
-    @wraps(write)
-    def create_model_card(*args: Any, **kwargs: Any) -> None:
-        write(*args, **kwargs)
-        config = getattr(trainer.model, "active_peft_config", None)
-        if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
-            complete_model_card(trainer.args.output_dir, config.card_values())
-
-    trainer.create_model_card = create_model_card

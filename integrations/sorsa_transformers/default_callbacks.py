@@ -1,4 +1,4 @@
-"""Makes every Trainer begin with `SORSAMetrics`, so that SORSA's metrics are logged where nobody passed a callback."""
+"""Makes every Trainer begin with `SORSAMetrics` and `SORSACards`, so that both work where nobody passed a callback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sorsa_plugin.extend import say
 TRAINER = "transformers.trainer"
 
 
-def log_in_every_trainer() -> None:
+def join_every_trainer() -> None:
     """Do so now, or once transformers' trainer module is imported, which no other use of an adapter needs."""
     if TRAINER in sys.modules:
         _add()
@@ -42,12 +42,13 @@ class _Watch:
 
 
 def _add() -> None:
-    """Put the callback among the Trainer's own. If that cannot be, it is logged: training does not need it."""
+    """Put them among the Trainer's own. If that cannot be, it is logged: training does not need them."""
     try:
+        from .cards import SORSACards
         from .metrics import SORSAMetrics
         from .trainer_compat import DEFAULT_CALLBACKS
     except ImportError as error:
-        say("SORSA's metrics are not logged by the Trainer: %s.", error)
+        say("The Trainer does not log SORSA's metrics: %s.", error)
         return
-    if SORSAMetrics not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(SORSAMetrics)
+    ours = (SORSAMetrics, SORSACards)
+    DEFAULT_CALLBACKS.extend(callback for callback in ours if callback not in DEFAULT_CALLBACKS)

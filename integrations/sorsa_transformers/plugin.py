@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from sorsa_plugin.extend import SORSAConfig, hookimpl, steps_placeholder
 
-from .default_callbacks import log_in_every_trainer
+from .default_callbacks import join_every_trainer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-log_in_every_trainer()  # plug-ins are loaded when the first adapter is made
+join_every_trainer()  # plug-ins are loaded when the first adapter is made
 
 
 @hookimpl

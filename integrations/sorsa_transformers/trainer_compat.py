@@ -22,15 +22,12 @@ ENTRIES = {
 }
 
 TRAINER = (
-    "create_model_card",
-    "add_callback",
-    "remove_callback",
-    "callback_handler",
-    "is_in_train",
-    "_load_best_model",
+    *("create_model_card", "add_callback", "remove_callback", "callback_handler", "hub_model_id"),
+    *("is_in_train", "_load_best_model"),
 )
-"""Attributes that are called or replaced on a Trainer. Without `_load_best_model`: load the adapter of
-`state.best_model_checkpoint`."""
+"""Attributes that are called or replaced on a Trainer. Its `__init__` calls `callback_handler.on_init_end`, from which
+`cards.py` finds it; gone: cards that a trainer writes before a push stay without SORSA's section. Without
+`_load_best_model`: load the adapter of `state.best_model_checkpoint`."""
 
 
 def load_best_model(trainer: Any) -> None:

@@ -28,6 +28,7 @@ from ..files.adapter_format import ROOT, outer_name
 from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ..files.saved_adapter import open_tensors, read_config, survey
 from ..linalg.offset_form import Parts, change_norm
+from ..model_card import public_name
 
 logger = logging.getLogger(__name__)
 
@@ -266,7 +267,7 @@ def _base_of(config: SORSAConfig) -> str | None:
 
 def _card(config: SORSAConfig, rank: int, error: float) -> str:
     name = _base_of(config)
-    base = f"base_model: {json.dumps(name)}\n" if name else ""
+    base = f"base_model: {json.dumps(name)}\n" if name and name == public_name(name) else ""
     return CARD.format(base=base, rank=rank, error=f"{error:.3g}, truncated" if error else "none, it is exact")
 
 

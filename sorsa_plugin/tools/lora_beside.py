@@ -10,16 +10,17 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from ..errors import OutputExistsError
+from ..files.saved_adapter import read_config
+from ..model_card import LORA as FOLDER
+from ..model_card import complete_saved_card
 from .export_lora import EXPORTED, ExportReport, export_lora
-
-FOLDER = "lora"
-"""`PeftModel.from_pretrained(base, directory, subfolder="lora")` loads it, from a hub too."""
 
 
 def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) -> ExportReport:
     """Write an adapter as a LoRA into its own directory, under `lora`. An earlier export there is replaced.
 
-    Until the new one is complete, the earlier one stays.
+    `PeftModel.from_pretrained(base, directory, subfolder="lora")` loads it, from a hub too, and the adapter's card says
+    so. Until the new one is complete, the earlier one stays.
 
     Args:
         adapter_dir: directory of the adapter.
@@ -31,7 +32,9 @@ def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) 
     """
     folder = Path(adapter_dir).resolve() / FOLDER
     if not folder.exists():
-        return export_lora(adapter_dir, folder, rank=rank)
+        report = export_lora(adapter_dir, folder, rank=rank)
+        complete_saved_card(adapter_dir, read_config(Path(adapter_dir)).card_values())
+        return report
     if not _is_export(folder):
         raise OutputExistsError(
             f"{folder} exists and was not written by `sorsa export-lora`; expected an earlier export, which would be "
@@ -42,6 +45,7 @@ def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) 
     report = export_lora(adapter_dir, new, rank=rank)
     shutil.rmtree(folder)
     new.rename(folder)
+    complete_saved_card(adapter_dir, read_config(Path(adapter_dir)).card_values())
     return ExportReport(folder, report.rank, report.layers, report.relative_error, report.bytes, report.carried)
 
 

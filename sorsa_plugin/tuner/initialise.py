@@ -112,10 +112,15 @@ def _owners(layers: list[SORSALayer], adapter_name: str) -> list[int]:
 
 def _bar(layers: list[SORSALayer]) -> tqdm:
     """A progress bar on the first process, if the work is slow."""
-    slow = any(_size(layer) >= SLOW for layer in layers)
+    slow = any(_size(layer) >= SLOW and _is_here(layer) for layer in layers)
     first = not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
     description = "SORSA: singular triplets"
     return tqdm(total=len(layers), desc=description, unit="layer", disable=not (slow and first), leave=False)
+
+
+def _is_here(layer: SORSALayer) -> bool:
+    """Whether there are weights to work on: `sorsa plan` makes adapters on none."""
+    return any(not parameter.is_meta for parameter in layer.get_base_layer().parameters())
 
 
 def _size(layer: SORSALayer) -> int:

@@ -21,3 +21,4 @@ def test_the_table_shows_every_number_and_heading(columns, monkeypatch, capsys):
     assert max(map(len, shown.splitlines())) <= columns
     assert all(shown.split().count(number) == 1 for number in NUMBERS)
     assert all(heading in shown for heading in ("step", "dSigma", "dD", "|dW|/|W|", "merged", "W_p"))
+    assert "Healthy: condition numbers" in shown

@@ -83,5 +83,6 @@ def test_a_large_model_fits_into_the_terminal(columns, saved, monkeypatch, capsy
     shown = capsys.readouterr().out
     table = shown[shown.index("out x in") :]
     assert max(map(len, table.splitlines())) <= columns
+    assert "Healthy: gaps near 0" in table
     numbers = ("64 x", "14336 x 14336", "1024", "1.2e-07", "2.3e-07", "1.23e-05", "2.34e-05", "3.4e-07", "4.5e-07")
     assert all(number in table for number in numbers)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import pytest
 from builders.llama import tiny_llama
 from typer.testing import CliRunner
 
 from sorsa_cli import build_app
+from sorsa_cli.plan import _show
 from sorsa_plugin import SORSAConfig, plan
 
 
@@ -40,3 +43,33 @@ def test_the_command_prints_a_table_or_json(tmp_path):
     refused = runner.invoke(app, [*arguments, "--task-type", "CHAT"])
     assert refused.exit_code == 1
     assert "--task-type is 'CHAT'; expected one of SEQ_CLS," in refused.output
+
+
+def test_no_bar_is_shown_for_work_that_is_not_done(tmp_path, capsys):
+    config_only(tiny_llama(layers=1), tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "intermediate_size": 2**15}))  # a bar's size
+    plan(tmp_path, config(), unit_seconds=1.0)
+    assert "singular triplets" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gib", "line"),
+    [(1, "Fits in a GPU of 16 GB."), (24, "Fits in a GPU of 24 GB."), (24.1, "Fits in a GPU of 40 GB."),
+     (81, "More than a GPU of 80 GB holds: see --engine")],
+)  # fmt: skip
+def test_it_says_which_gpu_has_room(gib, line, tmp_path, capsys):
+    config_only(tiny_llama(), tmp_path)
+    found = plan(tmp_path, config(), unit_seconds=1.0)
+    rest = found.memory.total - found.memory.weights
+    sized = replace(found, memory=replace(found.memory, weights=int(gib * 2**30) - rest))
+    _show(sized, "1 x 8 tokens")
+    assert line in capsys.readouterr().out
+    _show(replace(sized, memory=replace(sized.memory, activations=None)), "1 x 8 tokens")
+    assert "without the activations, which are unknown" in capsys.readouterr().out
+
+
+def test_initialisation_time_is_called_that(tmp_path, capsys):
+    config_only(tiny_llama(), tmp_path)
+    _show(plan(tmp_path, config(), unit_seconds=1.0), "1 x 8 tokens")
+    assert "initialisation time, estimated: " in capsys.readouterr().out

@@ -9,6 +9,7 @@ import transformers.trainer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from sorsa_plugin import SORSAConfig
 from sorsa_transformers import SORSACallback, trainer_compat
 from sorsa_transformers.metrics import SORSAMetrics
 from sorsa_trl import trl_compat
@@ -37,6 +38,15 @@ def test_a_trainer_begins_with_the_default_callbacks_and_then_its_reporters(tmp_
     trainer = Trainer(torch.nn.Linear(1, 1), TrainingArguments(str(tmp_path), report_to="tensorboard"))
     names = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
     assert names.index("Mine") < names.index("TensorBoardCallback")
+
+
+def test_a_trainer_that_is_being_made_is_found_by_its_first_event(tmp_path) -> None:
+    import torch
+    from peft import get_peft_model
+
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SORSAConfig(r=2, target_modules=["0"]))
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), report_to="none"))
+    assert "create_model_card" in vars(trainer)
 
 
 def test_callbacks_hear_of_the_events_that_ours_answers() -> None:

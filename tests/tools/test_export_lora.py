@@ -299,7 +299,7 @@ def test_a_models_own_base_layer_is_no_wrapper(tmp_path):
 
 
 def test_the_model_card_names_the_command(saved):
-    assert "sorsa export-lora path/to/this/adapter -o lora" in (saved / "README.md").read_text()
+    assert "sorsa export-lora DIRECTORY --beside" in (saved / "README.md").read_text()
 
 
 @pytest.fixture

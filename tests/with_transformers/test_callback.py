@@ -163,7 +163,9 @@ from transformers.trainer import DEFAULT_CALLBACKS
 print([callback.__name__ for callback in DEFAULT_CALLBACKS])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["['DefaultFlowCallback', 'SORSAMetrics']"], done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1:] == ["['DefaultFlowCallback', 'SORSAMetrics', 'SORSACards']"], done.stderr[
+        -3000:
+    ]
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_the_card_written_for_the_hub_has_the_section_and_the_trainers_own_text(
         trainer.create_model_card(model_name="mine", tags=["own-tag"])
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.count(HEADING) == 1
-    for text in ("(gamma 0.25, coupled). Rank 2", "import sorsa_plugin", "sorsa export-lora", "arXiv:2409.00055"):
+    for text in ("(gamma 0.25, coupled). Rank 2", "pip install sorsa-plugin", "sorsa export-lora", "arXiv:2409.00055"):
         assert text in card.text
     assert "sorsa" in card.data.tags
     assert {"trl", "own-tag"}.issubset(card.data.tags) == (make is sft_trainer)  # for others PEFT drops all tags
