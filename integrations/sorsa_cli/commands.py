@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .adapters import adapters
 from .analyze import analyze
 from .doctor import doctor
 from .export_lora import export_lora
@@ -25,5 +26,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command("analyze")(analyze)
     app.command("merge")(merge)
     app.command("export-lora")(export_lora)
+    app.command("adapters")(adapters)
     app.command("plugins")(plugins)
     app.command("doctor")(doctor)

@@ -50,7 +50,7 @@ class AdapterSetup:
         return model if self.peft_config is None else get_peft_model(model, self.peft_config)
 
     def add_callbacks(self, trainer: Any) -> None:
-        """Add the callbacks to a Trainer. Callbacks with a `trainer` attribute then log to all of its reporters.
+        """Add the callbacks to a Trainer. Those with a `trainer` attribute that is None get the trainer in it.
 
         Logs one line if the trainer's learning rate is not the one that the method's block names.
         """
