@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..plugins import hookimpl
+from .advise import advise
 from .analyze import analyze
 from .doctor import doctor
 from .export_lora import export_lora
@@ -19,6 +20,7 @@ from .plugins import plugins
 def sorsa_commands(app: Any) -> None:
     """The commands on base models, on saved adapters, and on this installation."""
     app.command("plan")(plan)
+    app.command("advise")(advise)
     app.command("init")(init)
     app.command("inspect")(inspect)
     app.command("analyze")(analyze)

@@ -11,14 +11,12 @@ from torch.optim import LBFGS
 from ..config import check_gamma
 from ..errors import AttachError
 from ..layers.layer import SORSALayer, sorsa_layers
+from ..learning_rate import suggested_rate
 from ..rank_zero import say
 from .engines import Engine, find_engine
 from .optimizers import peak_rate
 from .step_hooks import Attachment, attachment_of, attachments, require_fp32
 from .trained_factors import model_factors, trainable_factors
-
-ADVISED_LR = 1e-4
-"""A peak learning rate above this is logged once: the published recipe uses 3e-5."""
 
 
 def attach(model: nn.Module, optimizer: Any, *, gamma: float | None = None) -> Attachment:
@@ -77,13 +75,11 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
             "gradients alone. Use reg_update='decoupled' with it."
         )
     require_fp32(layers, engine)
-    owning = {id(share.group): share.group for share in engine.shares(trainable_factors(layers))}
+    factors = trainable_factors(layers)
+    owning = {id(share.group): share.group for share in engine.shares(factors)}
     peak = max((peak_rate(group, settings.gamma) for group in owning.values() if group is not None), default=0.0)
-    if peak > ADVISED_LR:
-        say(
-            "The learning rate %g is above %g: SORSA's factors have unit norm, the published recipe uses 3e-5. If the "
-            "loss is unsteady, lower it.", peak, ADVISED_LR,
-        )  # fmt: skip
+    if peak > 0 and "adam" in type(optimizer).__name__.lower():  # what is known about rates is Adam's
+        _advise(peak, layers, rank=max(factor.initial.shape[-1] for factor in factors))
     if known is not None:  # attached already: the optimizer steps another model too
         attachment.layers = [*known.layers, *(layer for layer in layers if layer not in set(known.layers))]
         attachment.gamma = known.gamma if gamma is None else gamma
@@ -96,3 +92,16 @@ def attach_layers(layers: list[Any], engine: Engine, gamma: float | None) -> Att
     ]
     attachments[optimizer] = weakref.ref(attachment)
     return attachment
+
+
+def _advise(peak: float, layers: list[Any], rank: int) -> None:
+    """Log one line if the peak learning rate is far from what is known to train well."""
+    width = max(min(layer.in_features, layer.out_features) for layer in layers)  # of the residual stream, as a rule
+    suggested = suggested_rate(width, rank)
+    if not suggested.low <= peak <= suggested.high:
+        say(
+            "The learning rate %g is far %s what suits SORSA at width %d and rank %d: try %g (%g to %g). What is "
+            "known: `sorsa advise`, docs/hyperparameters.md.",
+            peak, "below" if peak < suggested.low else "above", width, rank,
+            suggested.rate, suggested.low, suggested.high,
+        )  # fmt: skip
