@@ -1,8 +1,8 @@
 """A learning rate to start from, by a model's width and the rank: a line drawn through the few rates that are known.
 
 Adam's step moves each entry of a factor P (d x r) by about the rate, so what it does to the unit columns of P grows
-with d and with r. The rule is therefore a function of d r alone: the line through `KNOWN` in log-log. Its slope is -0.6 to
--0.8 where it was measured, over the rank at d 128, and -0.84 from there to the published rate.
+with d and with r. The rule is therefore a function of d r alone: the line through `KNOWN` in log-log. Its slope is
+-0.6 to -0.8 where it was measured, over the rank at d 128, and -0.84 from there to the published rate.
 
 How sure it is: three points are sweeps of one small task, one seed each. Between d r of 8192 and 524288 there is no
 point, and the far one is published and was not swept here. A pilot on SmolLM2-135M (d 576, r 16), whose numbers are not

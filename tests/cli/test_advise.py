@@ -53,8 +53,8 @@ def test_json_has_all_of_it(tmp_path):
 def test_the_width_is_that_of_the_language_model(tmp_path):
     gpt2 = config_only(tmp_path / "gpt2", model_type="gpt2", n_embd=32)
     assert advise(gpt2, 4).width == 32
-    text = {"model_type": "llama", "hidden_size": 48}
-    assert advise(config_only(tmp_path / "llava", model_type="llava", text_config=text), 4).width == 48
+    text = {"model_type": "llama", "hidden_size": 64}
+    assert advise(config_only(tmp_path / "llava", model_type="llava", text_config=text), 4).width == 64
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Attaching logs one line on a learning rate that is far from what is known, in either direction, and none otherwise."""
+"""Attaching logs one line on a learning rate that is far from what is known, either way, and none otherwise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def test_a_rate_that_is_far_off_gets_one_line_with_the_suggested_one(rate, side,
     attached(rate)
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        f"The learning rate {rate:g} is far {side} what suits SORSA at width 128 and rank 16: try 0.003 (0.0008 to 0.01)"
+        f"The learning rate {rate:g} is far {side} what suits SORSA at width 128 and rank 16: "
+        "try 0.003 (0.0008 to 0.01). "
     )
 
 
