@@ -1,10 +1,11 @@
 """The quickstart's task over methods, learning rates and regularizer rates: accuracy, loss and gap.
 
     python benchmarks/quickstart_sweep.py --what lr        learning rates of SORSA and LoRA, tuned alike
+    python benchmarks/quickstart_sweep.py --what rank      SORSA's learning rates at a lower and a higher rank
     python benchmarks/quickstart_sweep.py --what gamma     the decoupled default gamma, against coupled and none
     python benchmarks/quickstart_sweep.py --what chart     the README's chart again, from the rates' result file
 
-Every run has the quickstart's data, schedule, rank and seed.
+Every run has the quickstart's data, schedule, seed and, except for `rank`, its rank.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ CHART = Path(__file__).parent.parent / "docs" / "learning_rates.png"
 RATES = (5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2)
 RUNS: dict[str, list[dict[str, Any]]] = {
     "lr": [{"adapter": name, "lr": lr} for lr in RATES for name in ("sorsa", "lora")],
+    "rank": [{"adapter": "sorsa", "rank": rank, "lr": lr} for rank in (4, 64) for lr in (5e-4, 1e-3, 2e-3, 5e-3, 1e-2)],
     "gamma": [
         {"adapter": "sorsa", "gamma": 0.0},
         {"adapter": "sorsa", "gamma": 4e-4},
@@ -45,7 +47,7 @@ def train(steps: int, questions: int, settings: dict[str, Any]) -> dict[str, Any
     model, tokenizer = load_base()
     if settings["adapter"] == "sorsa":
         config: Any = SORSAConfig(
-            r=quickstart.RANK,
+            r=settings.get("rank", quickstart.RANK),
             target_modules="all-linear",
             task_type="CAUSAL_LM",
             gamma=settings.get("gamma"),
@@ -96,7 +98,7 @@ def main() -> None:
         draw_rates()
         return
     table = Table(title=f"quickstart task, {options.steps} steps")
-    for column in ("adapter", "update", "gamma", "lr", "exact match", "last loss", "gap mean", "gap max"):
+    for column in ("adapter", "rank", "update", "gamma", "lr", "exact match", "last loss", "gap mean", "gap max"):
         table.add_column(column, justify="right")
     rows = []
     for settings in RUNS[options.what]:
@@ -105,6 +107,7 @@ def main() -> None:
         update = f"{row.get('update', '')} {row.get('schedule', '')}".strip()
         table.add_row(
             row["adapter"],
+            str(row.get("rank", quickstart.RANK)),
             update or ("coupled" if row["adapter"] == "sorsa" else ""),
             f"{row['gamma']:g}" if "gamma" in row else "default",
             f"{row['lr']:g}",

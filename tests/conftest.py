@@ -11,6 +11,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     CUDA_VISIBLE_DEVICES="",
 )
+os.environ.pop("COLUMNS", None)  # tables are as wide as in a file, in pytest-xdist's workers too
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager

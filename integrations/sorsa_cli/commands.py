@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .adapters import adapters
+from .advise import advise
 from .analyze import analyze
 from .doctor import doctor
 from .export_lora import export_lora
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 def add_commands(app: typer.Typer) -> None:
     """The commands on base models, on saved adapters, and on this installation."""
     app.command("plan")(plan)
+    app.command("advise")(advise)
     app.command("init")(init)
     app.command("inspect")(inspect)
     app.command("analyze")(analyze)

@@ -87,6 +87,8 @@ def field(item: Any, written: Any) -> str:
 def member(value: Any) -> str:
     if value is None:
         return "gone"
+    if isinstance(value, classmethod):
+        return f"classmethod {signature(value.__func__)}"
     if isinstance(value, property):
         return f"property -> {annotation(inspect.signature(value.fget).return_annotation)}"
     return signature(value) if callable(value) else f"= {plain(value)}"
