@@ -230,20 +230,3 @@ def test_schedule_free_optimizers_take_the_coupled_update_only(explicit: bool) -
         run(reg_update="decoupled")
     without, regularized = run(gamma=0.0), run()
     assert all(regularized[name] < without[name] for name in without)
-
-
-@pytest.mark.parametrize("explicit", [True, False], ids=["attach", "by-itself"])
-@pytest.mark.parametrize(("lr", "lines"), [(1e-4, 0), (2e-4, 1)])
-def test_high_learning_rate_is_advised_against_once_and_kept(
-    lr: float, lines: int, explicit: bool, log: Callable
-) -> None:
-    model = one_layer()
-    factors = only_layer(model).factors("default")
-    optimizer = SGD([{"params": [p]} for p in (factors.dU, factors.dS, factors.dV)], lr=lr)
-    if explicit:
-        attach(model, optimizer)
-        attach(model, optimizer)
-    for _ in range(3):
-        step(model, optimizer)
-    assert len(log("published recipe uses 3e-5")) == lines
-    assert [group["lr"] for group in optimizer.param_groups] == [lr] * 3
