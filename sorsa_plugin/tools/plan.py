@@ -95,7 +95,7 @@ class Plan:
     engine: str
     memory: Memory
     init_seconds: float
-    """Estimate: sum over the adapted weights."""
+    """Estimate: sum over the adapted weights, divided by the processes that share them."""
     init_basis: str
     """What the estimate is based on, in words."""
 
@@ -142,6 +142,8 @@ def plan(
     groups = _groups(adapted)
     layout = get_peft_model_state_dict(adapted, adapter_name=ADAPTER)
     seconds, basis = estimate_init(groups, config, unit_seconds)
+    if gpus > 1:
+        seconds, basis = seconds / gpus, f"{basis}; shared by {gpus} processes"
     activations = estimate_activations(model_config, groups, empty.dtype, batch, length, checkpointing)
     base = [parameter for name, parameter in adapted.named_parameters() if ".sorsa_factors." not in name]
     return Plan(

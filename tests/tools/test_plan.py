@@ -236,6 +236,13 @@ def test_a_model_is_really_timed(tmp_path):
     assert 0 < plan(tmp_path, config()).init_seconds < 60
 
 
+def test_processes_share_the_factorisations(tmp_path):
+    config_only(tiny_llama(), tmp_path)
+    alone, four = (plan(tmp_path, config(), gpus=gpus, unit_seconds=1.0) for gpus in (1, 4))
+    assert four.init_seconds == pytest.approx(alone.init_seconds / 4)
+    assert four.init_basis == f"{alone.init_basis}; shared by 4 processes"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
