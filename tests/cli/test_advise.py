@@ -38,7 +38,7 @@ def test_the_command_says_rates_gamma_a_healthy_gap_and_what_they_rest_on(tmp_pa
 
 def test_a_rate_of_lora_is_translated_with_its_caveat(tmp_path):
     page = run("--model", config_only(tmp_path), "-r", 16, "--lora-lr", "1e-3")
-    assert "if LoRA's best rate here is 0.001, and not just its usual one: 0.0003 (extrapolated" in page
+    assert "if LoRA's best rate here is 0.001, and not just its usual one: 0.0002 (extrapolated" in page
 
 
 def test_json_has_all_of_it(tmp_path):
@@ -47,7 +47,7 @@ def test_json_has_all_of_it(tmp_path):
     assert content["learning_rate"]["rate"] == suggested.rate
     assert content["learning_rate"]["sweep"] == list(suggested.sweep)
     assert content["loss_weights"] == pytest.approx([4e-4 / rate for rate in suggested.sweep])
-    assert (content["width"], content["rank"], content["rate_from_lora"]) == (576, 16, 3e-4)
+    assert (content["width"], content["rank"], content["rate_from_lora"]) == (576, 16, 2e-4)
 
 
 def test_the_width_is_that_of_the_language_model(tmp_path):

@@ -113,6 +113,7 @@ def test_a_strangers_command_by_entry_point_is_listed_and_imports_nothing_heavy(
     assert run("greet", "you", path=tmp_path) == ("hello you\n", [])
 
 
+@pytest.mark.slow
 def test_a_strangers_command_by_hook_is_listed_and_costs_other_commands_nothing(tmp_path: Path) -> None:
     install(tmp_path, "sorsa_plugin", "stranger_plugin", HOOK)
     assert re.search(r"salute +Salute somebody", run("--help", path=tmp_path)[0])

@@ -105,6 +105,7 @@ def test_the_code_of_a_saved_adapters_card_runs(tmp_path: Path) -> None:
     assert run("".join([*blocks, check]), tmp_path).splitlines()[-1] == "SORSAConfig"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("callback", ["none", "plain", "with trainer"])
 @pytest.mark.parametrize("make", [hf_trainer, sft_trainer])
 def test_the_code_of_a_trainers_card_runs(make: Callable[[Path], Trainer], callback: str, tmp_path: Path) -> None:
@@ -119,12 +120,14 @@ def test_the_code_of_a_trainers_card_runs(make: Callable[[Path], Trainer], callb
         run("".join(blocks), tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_name_is_loaded_from_its_folder(tmp_path: Path) -> None:
     get_peft_model(load_base()[0], config(), adapter_name="mine").save_pretrained(tmp_path)
     require_readers_card(tmp_path)
     assert run(code_blocks(tmp_path)[0] + "print(model.peft_config['default'].r)", tmp_path).splitlines()[-1] == "2"
 
 
+@pytest.mark.slow
 def test_a_task_without_a_type_is_loaded_by_the_base_models_class(tmp_path: Path) -> None:
     model = get_peft_model(load_base()[0], SORSAConfig(r=2, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path)
@@ -132,6 +135,7 @@ def test_a_task_without_a_type_is_loaded_by_the_base_models_class(tmp_path: Path
     assert loaded.splitlines()[-1] == type(model.get_base_model()).__name__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["with the adapter", "after it"])
 def test_the_first_lines_name_the_lora_beside_the_adapter(when: str, tmp_path: Path) -> None:
     model = saved(tmp_path, with_lora=when == "with the adapter")
