@@ -168,7 +168,10 @@ def test_fsdp_1_is_refused_and_fsdp_2_is_not() -> None:
 @pytest.mark.parametrize(
     ("block", "sentence"),
     [
-        ({"gama": 1e-3}, "'gama' is no option of the sorsa block; expected gamma, reg_update, reg_schedule, learning_rate, svd"),
+        (
+            {"gama": 1e-3},
+            "'gama' is no option of the sorsa block; expected gamma, reg_update, reg_schedule, learning_rate, svd",
+        ),
         ({"gama": 1e-3}, "Did you mean 'gamma'?"),
         ({"r": 8}, "Rank, targets and dropout are Axolotl's own keys: lora_r"),
         ({"gamma": -1}, "gamma is -1.0; expected a finite number >= 0"),
