@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--adapter", default="sorsa", help="sorsa, lora, pissa, dora, ..., full")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--target-modules", default="all-linear", help="all-linear, or names separated by commas")
-    parser.add_argument("--lr", type=float, default=3e-5, help="published for 7B models; `sorsa advise` suggests another")
+    parser.add_argument("--lr", type=float, default=3e-5, help="published for 7B models; see `sorsa advise`")
     parser.add_argument("--gamma", type=float, help="rate of SORSA's orthonormal regularizer; default: the method's")
     parser.add_argument("--batch", type=int, default=8, help="examples per device and step")
     parser.add_argument("--accumulation", type=int, default=1, help="gradient accumulation steps")
