@@ -62,7 +62,7 @@ prompt = tokenizer("The best thing about", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))
 """
 
-LOADERS = {
+AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -219,7 +219,7 @@ def _with_code(text: str, code: str) -> str:
 
 def _code(values: CardValues, adapter: str, folder: str) -> str:
     """Code that loads the adapter, and lets a causal language model write something."""
-    loader = LOADERS.get(values.task_type or "")
+    loader = AUTO_CLASSES.get(values.task_type or "")
     generates = values.task_type == "CAUSAL_LM"
     module = "transformers"
     if loader is None and values.base_class is not None:

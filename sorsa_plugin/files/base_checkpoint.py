@@ -26,21 +26,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..compat.transformers import build_on_meta, kept_in_fp32, load_state_dict
 from ..errors import BaseFilesError
+from ..model_card import AUTO_CLASSES
 from .json_values import UNREADABLE
 from .time_limit import time_limit
 
 BUILDING = 300.0
 """Seconds in which any real model is built on the meta device: large ones take a few."""
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-"""{PEFT's task type: the class of transformers that its users load the base model with}"""
 
 
 NEEDED = ["*.json", "*.safetensors"]
