@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from builders.trl_commands import GSM8K, ON_CPU, losses, recipe, run
 from datasets import load_dataset
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
@@ -25,46 +26,11 @@ from sorsa_plugin.errors import AdapterOptionsError
 from sorsa_quickstart.answering import BASE
 from sorsa_trl.launch import _without
 from sorsa_trl.recipe import RecipeParser
-from sorsa_trl.train import checkpoint_to_resume, main, train
+from sorsa_trl.train import main
 
 ROOT = Path(__file__).parents[2]
-GSM8K = ROOT / "examples" / "data" / "gsm8k" / "train.jsonl"
 PREFERENCES = ROOT / "examples" / "data" / "gsm8k_preferences.jsonl"
-ON_CPU = ["--output_dir", "x", "--use_cpu", "--bf16", "false"]
 TYPES = {"sorsa": "SORSA", "lora": "LORA", "pissa": "LORA", "dora": "LORA", "miss": "MISS", "full": None}
-
-
-def recipe(path: Path, **changes: Any) -> Path:
-    options = {
-        "model_name_or_path": str(BASE),
-        "dataset_name": str(GSM8K),
-        "output_dir": str(path.parent / "run"),
-        "adapter": "sorsa",
-        "r": 4,
-        "target_modules": ["q_proj", "v_proj"],
-        "sorsa": {"gamma": 0.01},
-        "learning_rate": 2e-3,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "max_length": 128,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "bf16": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-    } | changes
-    path.write_text(yaml.safe_dump({key: value for key, value in options.items() if value is not None}))
-    return path
-
-
-def run(command: str, *arguments: Any) -> Any:
-    """The command without its launcher, in this process."""
-    return train(RecipeParser(command).parse([str(argument) for argument in arguments]))
-
-
-def losses(trainer: Any) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @torch.no_grad()
@@ -212,59 +178,6 @@ def test_a_recipe_of_the_users_own_in_the_output_directory_stays_as_it_is(tmp_pa
     (tmp_path / "run").mkdir()
     for _ in range(2):
         assert parsed.write(tmp_path / "run") == tmp_path / "run" / "recipe.yaml"
-
-
-def test_an_interrupted_run_resumes_from_the_last_complete_checkpoint(tmp_path):
-    whole = run("sft", "--config", recipe(tmp_path / "a.yaml", output_dir=str(tmp_path / "a"), max_steps=4))
-    saving = {"output_dir": str(tmp_path / "b"), "save_strategy": "steps", "save_steps": 1, "save_only_model": False}
-    path = recipe(tmp_path / "b.yaml", max_steps=4, **saving)
-    run("sft", "--config", path)
-    for step in (4, 3):  # as if it had been killed while saving the third
-        (tmp_path / "b" / f"checkpoint-{step}" / "trainer_state.json").unlink()
-    resumed = run("sft", "--config", path, "--resume_from_checkpoint", "true")
-    assert losses(resumed) == losses(whole)  # the first two read back, the others bit-equal
-    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("b", "a"))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(AdapterOptionsError, match=r"checkpoint-9, which is no complete checkpoint; the last complete"):
-        run("sft", "--config", path, "--resume_from_checkpoint", tmp_path / "b" / "checkpoint-9")
-
-
-@pytest.mark.parametrize("best", [False, True])
-def test_a_finished_run_that_is_resumed_takes_no_more_steps(best, tmp_path, caplog):
-    saving = {"output_dir": str(tmp_path / "run"), "save_strategy": "steps", "save_steps": 1, "save_only_model": False}
-    path = recipe(tmp_path / "a.yaml", max_steps=2, **saving)
-    run("sft", "--config", path)
-    before = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    first = load_file(tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors")
-    options = []
-    if best:  # as if evaluation had found the first checkpoint to be the best
-        state = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
-        values = json.loads(state.read_text())
-        values |= {"best_model_checkpoint": str(tmp_path / "run" / "checkpoint-1"), "best_metric": 1.0}
-        state.write_text(json.dumps(values))
-        options = [
-            "--load_best_model_at_end",
-            "--eval_strategy",
-            "steps",
-            "--eval_steps",
-            "1",
-            "--dataset_test_split",
-            "train",
-        ]
-    for _ in range(2):
-        resumed = run("sft", "--config", path, "--resume_from_checkpoint", "true", *options)
-        assert resumed.state.global_step == 2
-        after = load_file(tmp_path / "run" / "adapter_model.safetensors")
-        expected = first if best else before
-        assert all(torch.equal(after[name], expected[name]) for name in expected)
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
-    assert "All 2 steps of this run were taken before" in caplog.text
-
-
-def test_resuming_where_there_is_nothing_yet_starts_from_the_beginning(tmp_path, caplog):
-    line = [*ON_CPU, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "true"]
-    assert checkpoint_to_resume(RecipeParser("sft").parse(line).training) is None
-    assert "There is no complete checkpoint in" in caplog.text
 
 
 def test_dpo_of_preferences(tmp_path):
