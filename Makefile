@@ -71,7 +71,7 @@ canary: $(CANARY)/tests  ## the newest releases, pre-releases too: within the su
 	    || echo "The newest releases above the supported ranges do not work yet; what is above says where."
 	rm $(CANARY)/tests
 
-test-all: lint test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
+test-all: lint docs test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
 
 bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
 	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
