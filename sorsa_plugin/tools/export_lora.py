@@ -36,8 +36,9 @@ VLLM_DEFAULT_RANK = 16
 VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's --max-lora-rank (`MaxLoRARanks` in its config/lora.py) from its default up."""
 
-EXPORTED = {"sorsa": "exported LoRA"}
-"""What the file says about itself, so that a later export may replace it."""
+MADE = "Made by `sorsa export-lora`"
+"""What an export's card says, so that a later export may replace it. (A second key in the file's metadata would make
+the file differ from run to run: safetensors keeps them in no order.)"""
 
 CARD = """---
 {base}library_name: peft
@@ -48,7 +49,7 @@ tags:
 
 # LoRA of rank {rank}, exported from a SORSA adapter
 
-Made by `sorsa export-lora` (SORSA: [arXiv 2409.00055](https://arxiv.org/abs/2409.00055)). It is an ordinary LoRA:
+{made} (SORSA: [arXiv 2409.00055](https://arxiv.org/abs/2409.00055)). It is an ordinary LoRA:
 r = lora_alpha = {rank}, so its scale is 1. Relative error of the change (Frobenius norm): {error}.
 """
 
@@ -124,7 +125,7 @@ def export_lora(
         tensors |= {name: file.get_tensor(name) for name in carried}
     error = _total_error(layers)
     with appearing_whole(output) as directory:
-        save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt", **EXPORTED})
+        save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
         (directory / "README.md").write_text(_card(config, lora_rank, error), encoding="utf-8")
         _lora_config(config, list(ranks), lora_rank).save_pretrained(str(directory))  # last: without it no adapter
@@ -268,7 +269,9 @@ def _base_of(config: SORSAConfig) -> str | None:
 def _card(config: SORSAConfig, rank: int, error: float) -> str:
     name = _base_of(config)
     base = f"base_model: {json.dumps(name)}\n" if name and name == public_name(name) else ""
-    return CARD.format(base=base, rank=rank, error=f"{error:.3g}, truncated" if error else "none, it is exact")
+    return CARD.format(
+        made=MADE, base=base, rank=rank, error=f"{error:.3g}, truncated" if error else "none, it is exact"
+    )
 
 
 def _warn_about_servers(rank: int, carried: list[str]) -> None:

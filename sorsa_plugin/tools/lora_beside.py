@@ -6,14 +6,11 @@ import shutil
 from os import PathLike
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-
 from ..errors import OutputExistsError
 from ..files.saved_adapter import read_config
+from ..model_card import CARD, complete_saved_card
 from ..model_card import LORA as FOLDER
-from ..model_card import complete_saved_card
-from .export_lora import EXPORTED, ExportReport, export_lora
+from .export_lora import MADE, ExportReport, export_lora
 
 
 def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) -> ExportReport:
@@ -51,7 +48,6 @@ def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) 
 
 def _is_export(folder: Path) -> bool:
     try:
-        with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-            return EXPORTED.items() <= (file.metadata() or {}).items()
-    except (OSError, SafetensorError):
+        return MADE in (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
         return False
