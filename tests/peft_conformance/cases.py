@@ -53,6 +53,10 @@ SAME_BASE = {
 }
 """{test: the model it makes twice, with other random weights}. Seeded here: an adapter on another base is refused."""
 
+RANDOM_TWICE = ("test_save_load_roundtrip_fsdp_wrapped[",)
+"""Tests that load random factors (init_weights=False) into an adapter with factors of its base, which is refused: they
+are no triplets of the weight. Here that adapter is made of random factors too, which are others."""
+
 LEARNING_RATES = [
     (("test_parameters_after_loading_model",), 0.01),
     (("test_disable_adapters[", "Conv2dGroups2"), 1e-4),
