@@ -78,7 +78,7 @@ def own_options(given: Mapping[str, Any], ours: type) -> dict[str, Any]:
             raise SORSAConfigError(f"{theirs} is {value!r} and {name} is {own[name]!r}; they are one. Keep one.")
     unused = {name: rest.pop(name) for name in UNUSED if name in rest}
     _refuse_another_lora({name: value for name, value in rest.items() if not _is_default(name, value)})
-    said = [f"{name}={value!r}" for name, value in unused.items() if value is not None]
+    said = [f"{name}={value!r}" for name, value in unused.items() if _asks(name, value)]
     if said:
         say(
             "SORSAConfig does not use %s: S is trained, so there is no scale, and it starts from singular triplets.",
@@ -138,3 +138,8 @@ def _lora_defaults() -> LoraConfig:
 def _is_default(name: str, value: Any) -> bool:
     """Whether an option asks LoRA for nothing."""
     return value is None or value == getattr(_lora_defaults(), name)
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether an unused option is worth a line: LoRA scales by any alpha that is given, its default included."""
+    return value is not None if name == "lora_alpha" else not _is_default(name, value)

@@ -27,7 +27,14 @@ def test_a_lora_scripts_options_make_a_config_and_one_line_says_what_is_not_used
 
 @pytest.mark.parametrize(
     "options",
-    [{"bias": "none"}, {"use_dora": False}, {"layer_replication": None}, {"lora_bias": False}, {"lora_alpha": None}],
+    [
+        {"bias": "none"},
+        {"use_dora": False},
+        {"layer_replication": None},
+        {"lora_bias": False},
+        {"lora_alpha": None},
+        {"use_rslora": False, "init_lora_weights": True, "alpha_pattern": {}},
+    ],
     ids=str,
 )
 def test_an_option_at_loras_default_asks_for_nothing_and_nothing_is_said(options, caplog):
