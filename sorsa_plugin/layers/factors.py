@@ -29,7 +29,7 @@ from ..errors import FactorsNotLoadedError
 from ..files.adapter_format import FROZEN, OFFSETS, complete_names, factor_shapes
 from ..linalg.offset_form import Parts, left_to_autograd
 from ..linalg.svd import Triplets, product
-from .frozen_placement import placed, staying_placed
+from .frozen_placement import freeze_again, placed, staying_placed
 
 ROUNDED = (torch.float16, torch.bfloat16)
 
@@ -97,6 +97,10 @@ class SORSAFactors(nn.Module):
         `named_parameters` yields the frozen factors too where they are parameters, and so do a model's `parameters`.
         """
         return (self.get_parameter(name) for name in OFFSETS)
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        freeze_again(self, FROZEN)
 
     def place_frozen(self, as_parameters: bool) -> None:
         """Hold the frozen factors as parameters without gradient, or as buffers, under the same names."""

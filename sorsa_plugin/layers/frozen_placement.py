@@ -61,6 +61,14 @@ def placed(tensor: torch.Tensor, as_parameter: bool) -> torch.Tensor:
     return FrozenParameter(tensor.detach()) if as_parameter else nn.Buffer(tensor.detach())
 
 
+def freeze_again(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Make frozen parameters of plain ones, which torch's pickling has left in the place of some."""
+    for name in names:
+        parameter = module._parameters.get(name)
+        if type(parameter) is nn.Parameter:
+            module._parameters[name] = FrozenParameter(parameter.data)
+
+
 @contextmanager
 def staying_placed(module: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
     """Around code of torch that puts plain tensors in the place of some: moves, and loading by assignment.

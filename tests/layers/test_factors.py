@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -220,6 +221,7 @@ def offsets_of(model) -> set[str]:
 CHANGES = {
     "made": lambda model: model,
     "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
     "moved": lambda model: model.double(),
     "emptied": lambda model: model.to("meta").to_empty(device="cpu"),
     "assigned": lambda model: (model.load_state_dict(model.state_dict(), assign=True), model)[1],
