@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -21,20 +21,19 @@ def join_every_trainer() -> None:
 
 
 class _Watch:
-    """Finds the trainer module as it would be found anyway, and acts when it is imported."""
+    """Finds the trainer module as it would be found anyway, and acts when it is executed: some only look for it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != TRAINER:
+        spec = PathFinder.find_spec(name, path) if name == TRAINER else None
+        if spec is None or spec.loader is None:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        loader: Any = spec.loader if spec else None
-        if loader is None:
-            return spec
+        loader: Any = spec.loader
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _add()
 
         loader.exec_module = exec_module

@@ -158,8 +158,11 @@ from peft import get_peft_model
 from sorsa_plugin import SORSAConfig
 get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), SORSAConfig(r=2, target_modules=["0"]))
 assert "transformers.trainer" not in sys.modules
+from importlib.util import find_spec
+assert find_spec("transformers.trainer")  # to look for it is not to import it
 from transformers import Trainer
 from transformers.trainer import DEFAULT_CALLBACKS
+assert not any(type(finder).__module__ == "sorsa_transformers.default_callbacks" for finder in sys.meta_path)
 print([callback.__name__ for callback in DEFAULT_CALLBACKS])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
