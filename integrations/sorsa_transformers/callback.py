@@ -46,7 +46,6 @@ class SORSACallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer | None = None, *, gamma: float | None = None, log: bool = True) -> None:
-        self.trainer = trainer
         self.log = log
         self.gamma = gamma
         self.attachment: Attachment | None = None
