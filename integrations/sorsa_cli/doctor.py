@@ -10,6 +10,8 @@ import typer
 from .formatting import console
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from sorsa_plugin.tools.doctor import Diagnosis
 
 
@@ -28,9 +30,8 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON instea
 
 def _print(diagnosis: Diagnosis) -> None:
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("package", "installed", "supported", "what to do")
+    table = _table("package", "installed", "supported", "what to do")
     for package in diagnosis.packages:
         todo = "" if package.in_range else package.command
         if todo and not package.problem:
@@ -54,9 +55,7 @@ def _print(diagnosis: Diagnosis) -> None:
 
 def print_plugins(diagnosis: Diagnosis) -> None:
     """Print the plug-ins: what each adds, and the traceback of each that failed."""
-    from rich.table import Table
-
-    table = Table("plug-in", "from", "hooks", "adapter types")
+    table = _table("plug-in", "from", "hooks", "adapter types")
     for plugin in diagnosis.plugins:
         table.add_row(plugin.name, plugin.distribution, ", ".join(plugin.hooks), ", ".join(plugin.adapters))
     page = console()
@@ -64,3 +63,10 @@ def print_plugins(diagnosis: Diagnosis) -> None:
     for broken in diagnosis.broken:
         page.print(f"{broken.name} of {broken.distribution} failed: {broken.error}", style="red", markup=False)
         page.print(broken.traceback, markup=False, highlight=False)
+
+
+def _table(*headings: str) -> Table:
+    """An empty table that breaks names where a terminal is narrow, and cuts none off."""
+    from rich.table import Column, Table
+
+    return Table(*(Column(heading, overflow="fold") for heading in headings))

@@ -29,6 +29,12 @@ def test_the_table_names_every_package():
     assert "qsorsa" in run.output
 
 
+def test_no_name_is_cut_off_on_80_columns():
+    run = CliRunner().invoke(build_app(), ["doctor"], env={"COLUMNS": "80"})
+    assert all(len(line) <= 80 for line in run.output.splitlines() if "│" in line)
+    assert "…" not in run.output
+
+
 @pytest.mark.parametrize("switch", ["SORSA_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"])
 def test_a_switch_that_makes_scripts_need_an_import_is_shown_and_no_fault(switch, monkeypatch):
     monkeypatch.setenv(switch, "0")
