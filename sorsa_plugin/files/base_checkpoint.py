@@ -81,7 +81,7 @@ class BaseFiles:
             )
         for shard in self._shard_files():
             try:
-                headers = load_state_dict(shard, map_location="meta")
+                headers = load_state_dict(str(shard), map_location="meta")
             except (SafetensorError, OSError, ValueError) as error:
                 raise BaseFilesError(
                     f"{shard} cannot be read ({error}); expected a complete safetensors file. It is truncated or "
