@@ -161,7 +161,7 @@ def test_conversions_of_fused_experts_are_listed_and_undone() -> None:
 
 def test_headers_are_read_as_meta_tensors_and_dtypes_have_safetensors_names(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / "a.safetensors")
-    header = transformers.load_state_dict(tmp_path / "a.safetensors", map_location="meta")
+    header = transformers.load_state_dict(str(tmp_path / "a.safetensors"), map_location="meta")
     assert header["a"].is_meta
     assert (header["a"].shape, header["a"].dtype) == ((2, 3), torch.bfloat16)
     assert transformers.str_to_torch_dtype["BF16"] is torch.bfloat16

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from builders.adapters import assert_same_tensors, perturb
 from builders.llama import TOKENS, tiny_llama
 from builders.models import tiny_deepseek, tiny_mixtral, tiny_qwen3_moe
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import transformers_weight_conversion
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, Qwen3MoeConfig
@@ -65,6 +67,10 @@ def same_as_lora(model_type: str, wanted: Any) -> None:
     narrowed = {name: min(rank, ours[name][1]) for name, rank in theirs.items()}
     assert {name: rank for name, (rank, _) in ours.items()} == narrowed
     assert any("experts" in name for name in ours)
+
+
+NEW_ROUTERS = Version(transformers.__version__) >= Version("5.16")
+"""Older ones read their bias through the adapted module, which PEFT's LoRA has not there."""
 
 
 @pytest.mark.parametrize("model_type", [name for name in REWRITTEN if name not in CANNOT_BE_MADE])
@@ -152,8 +158,9 @@ def test_adapters_of_experts_are_saved_loaded_exported_and_joined_by_a_second(ma
     expected = model(TOKENS).logits
     assert (expected - before).abs().max() > 1e-2
     export_lora(tmp_path / "sorsa", tmp_path / "lora")
-    exported = PeftModel.from_pretrained(make(), tmp_path / "lora").eval()
-    torch.testing.assert_close(exported(TOKENS).logits, expected, rtol=0, atol=1e-5)
+    if make is not tiny_deepseek or NEW_ROUTERS:
+        exported = PeftModel.from_pretrained(make(), tmp_path / "lora").eval()
+        torch.testing.assert_close(exported(TOKENS).logits, expected, rtol=0, atol=1e-5)
     second = SORSAConfig(r=2, target_modules="all-linear", svd_seed=1)
     loaded.add_adapter("second", second)
     assert second.target_modules == model.peft_config["default"].target_modules

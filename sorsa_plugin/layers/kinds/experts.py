@@ -30,6 +30,19 @@ class ParamWrapper(LendingLayer):
         self.parameter_name = parameter_name
         super().__init__(base_layer, name)
 
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper has not, the module has: models read more of a router or a stack than the adapted parameter.
+
+        Raises:
+            AttributeError: neither has it.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not there yet, or not any more
+                raise
+            return getattr(self.base_layer, name)
+
     @property
     def parameter_path(self) -> str:
         return self.name

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from builders.adapted_kinds import adapted, layers_of
 from builders.adapters import perturb
 from builders.layer_kinds import BOTH, EXPERTS
+from peft import get_peft_model
+from torch import nn
 
 from sorsa_plugin import SORSAConfig, attach, gaps, orthonormality
 from sorsa_plugin.errors import SORSAConfigError
@@ -70,3 +74,24 @@ def test_both_experts_parameters_are_wrapped_once_each():
     model = adapted("experts")
     assert {layer.parameter_name for layer in layers_of(model)} == {"gate_up_proj", "down_proj"}
     assert sorted(model.base_model.targeted_parameter_names) == sorted(BOTH["target_parameters"])
+
+
+def test_a_wrapped_module_still_answers_for_all_that_it_has():
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8))
+            self.register_buffer("bias_of_choice", torch.arange(4.0))
+            self.top_k = 2
+
+    model = nn.Sequential(Router())
+    adapted = get_peft_model(model, SORSAConfig(r=2, target_modules=[], target_parameters=["0.weight"]))
+    router = adapted.base_model.model[0]
+    assert type(router).__name__ == "ParamWrapper"
+    assert torch.equal(router.bias_of_choice, torch.arange(4.0))
+    assert router.top_k == 2
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        router.nothing  # noqa: B018
+    copied = copy.deepcopy(adapted).base_model.model[0]
+    assert copied.base_layer is not router.base_layer
+    assert copied.top_k == 2
