@@ -4,6 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 DISTRIBUTED := .venv-distributed
 AXOLOTL := .venv-axolotl
+LLAMAFACTORY := .venv-llamafactory
 CANARY := .venv-canary
 DOCS := .venv-docs
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder# a file's tests share what they made
@@ -22,7 +23,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 export DO_NOT_TRACK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-all \
+.PHONY: quickstart test test-oldest test-slow test-distributed test-peft test-peft-oldest test-axolotl test-hosts test-llamafactory test-all \
 	support-table bench bench-distributed bench-quantization canary docs lint format clean
 
 quickstart: $(VENV)/package  ## fine-tune the embedded base with SORSA, end to end
@@ -59,6 +60,11 @@ test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment 
 	OMP_NUM_THREADS=1 AXOLOTL_DO_NOT_TRACK=1 TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) \
 	    $(AXOLOTL)/bin/python -m pytest -m axolotl tests/with_axolotl tests/promises/test_api_surface.py $(SHARED) $(ARGS)
 
+test-hosts: test-llamafactory  ## other hosts, each in an environment of its own
+
+test-llamafactory: $(LLAMAFACTORY)/tests  ## the real llamafactory-cli
+	OMP_NUM_THREADS=1 $(LLAMAFACTORY)/bin/python -m pytest tests/with_llamafactory $(ARGS)
+
 canary: $(CANARY)/tests  ## the newest releases, pre-releases too: within the supported ranges, then above them
 	$(CANARY)/bin/python $(PIP) --pre --upgrade --no-deps $(shell $(PYTHON) tests/compat/ranges.py)
 	$(CANARY)/bin/sorsa doctor
@@ -71,7 +77,7 @@ canary: $(CANARY)/tests  ## the newest releases, pre-releases too: within the su
 	    || echo "The newest releases above the supported ranges do not work yet; what is above says where."
 	rm $(CANARY)/tests
 
-test-all: lint docs test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl  ## what CI runs
+test-all: lint docs test test-oldest test-peft test-peft-oldest test-slow test-distributed test-axolotl test-hosts  ## what CI runs
 
 bench: $(VENV)/bench  ## every cost beside its peers, into benchmarks/results and docs; on a GPU if there is one
 	set -e; for name in $(BENCHMARKS); do $(VENV)/bin/python benchmarks/$$name.py $(ARGS); done
@@ -100,7 +106,7 @@ format: $(VENV)/tests
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DISTRIBUTED) $(AXOLOTL) $(CANARY) $(DOCS) .peft_conformance build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) $(DISTRIBUTED) $(AXOLOTL) $(LLAMAFACTORY) $(CANARY) $(DOCS) .peft_conformance build dist *.egg-info
 
 $(VENV)/package: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -133,6 +139,14 @@ $(AXOLOTL)/tests: pyproject.toml constraints-axolotl.txt
 	$(PYTHON) -m venv $(AXOLOTL)
 	$(AXOLOTL)/bin/python $(PIP) -c constraints-axolotl.txt -e ".[axolotl,deepspeed]" pytest pytest-xdist
 	DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$(AXOLOTL_BUILT) PATH="$(CURDIR)/$(AXOLOTL)/bin:$$PATH" python $(GLOO_HELPER)
+	touch $@
+
+# torchaudio's compiled part is built for CUDA; LLaMA-Factory imports the package for any task, and only audio calls that
+$(LLAMAFACTORY)/tests: pyproject.toml constraints-llamafactory.txt
+	$(PYTHON) -m venv $(LLAMAFACTORY)
+	$(LLAMAFACTORY)/bin/python $(PIP) -c constraints-llamafactory.txt -e . trl omegaconf pytest
+	$(LLAMAFACTORY)/bin/python $(PIP) --no-deps llamafactory==0.9.5 torchaudio==2.8.0
+	rm -f $(LLAMAFACTORY)/lib/python3.*/site-packages/torchaudio/lib/*.so
 	touch $@
 
 $(DOCS)/site: docs/requirements.txt

@@ -15,7 +15,7 @@ CORE = "sorsa_plugin"
 COMMANDS = "sorsa_cli"
 """The core's command line, a wing of its own outside the package."""
 PUBLIC = (CORE, f"{CORE}.extend", f"{CORE}.errors")
-FRAMEWORKS = ("peft", "transformers", "accelerate", "trl", "deepspeed", "axolotl")
+FRAMEWORKS = ("peft", "transformers", "accelerate", "trl", "deepspeed", "axolotl", "llamafactory")
 DOCUMENTED = {
     *FRAMEWORKS,
     *("peft.config", "peft.utils", "transformers.utils", "deepspeed.utils.zero_to_fp32"),

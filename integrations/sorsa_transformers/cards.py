@@ -38,8 +38,13 @@ def complete_cards_of(trainer: Any) -> None:
     @wraps(write)
     def create_model_card(*args: Any, **kwargs: Any) -> None:
         write(*args, **kwargs)
-        config = getattr(trainer.model, "active_peft_config", None)
-        if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
-            complete_model_card(trainer.args.output_dir, config.card_values(), adapter=trainer.hub_model_id)
+        complete_card_of(trainer)
 
     trainer.create_model_card = create_model_card
+
+
+def complete_card_of(trainer: Any) -> None:
+    """Put SORSA's section into the card that a trainer has just written, if its model has such an adapter."""
+    config = getattr(trainer.model, "active_peft_config", None)
+    if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
+        complete_model_card(trainer.args.output_dir, config.card_values(), adapter=trainer.hub_model_id)

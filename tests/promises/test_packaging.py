@@ -23,6 +23,7 @@ PACKAGES = {
     "sorsa_distributed",
     "sorsa_trl",
     "sorsa_axolotl",
+    "sorsa_llamafactory",
     "sorsa_bitsandbytes",
     "sorsa_torchao",
     "sorsa_quickstart",
@@ -76,7 +77,7 @@ def imported() -> dict[str, list[str]]:
 
 def test_the_core_imports_no_trainer_and_no_integration(imported: dict[str, list[str]]) -> None:
     """PEFT itself imports bitsandbytes where it is installed, so what PEFT brings is not ours."""
-    others = {"trl", "axolotl", "bitsandbytes", "torchao", "deepspeed"}
+    others = {"trl", "axolotl", "bitsandbytes", "torchao", "deepspeed", "llamafactory"}
     others |= PACKAGES - {"sorsa_plugin"}
     ours, pefts = (
         [name for name in imported[package] if name.split(".")[0] in others or name == "transformers.trainer"]

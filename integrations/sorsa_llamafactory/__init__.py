@@ -1,0 +1,1 @@
+"""SORSA in LLaMA-Factory: `sorsa llamafactory train recipe.yaml`, with `finetuning_type: sorsa` in the recipe."""
