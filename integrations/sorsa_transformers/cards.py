@@ -6,6 +6,7 @@ import sys
 from functools import wraps
 from typing import Any
 
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sorsa_plugin.extend import SORSAConfig, complete_model_card
@@ -25,7 +26,7 @@ class SORSACards(TrainerCallback):
         frame = sys._getframe(1)
         while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
             frame = frame.f_back  # type: ignore[assignment]
-        if frame is not None and isinstance(getattr(model, "active_peft_config", None), SORSAConfig):
+        if frame is not None and _config_of(model) is not None:
             complete_cards_of(frame.f_locals["self"])
 
 
@@ -45,6 +46,14 @@ def complete_cards_of(trainer: Any) -> None:
 
 def complete_card_of(trainer: Any) -> None:
     """Put SORSA's section into the card that a trainer has just written, if its model has such an adapter."""
-    config = getattr(trainer.model, "active_peft_config", None)
-    if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
+    config = _config_of(trainer.model)
+    if config is not None and trainer.is_world_process_zero():
         complete_model_card(trainer.args.output_dir, config.card_values(), adapter=trainer.hub_model_id)
+
+
+def _config_of(model: Any) -> SORSAConfig | None:
+    """Of the active adapter, if it is SORSA's. The model may wrap a PEFT model, as those with a value head do."""
+    modules = model.modules() if model is not None else ()
+    adapted = next((module for module in modules if isinstance(module, PeftModel)), None)
+    config = getattr(adapted, "active_peft_config", None)
+    return config if isinstance(config, SORSAConfig) else None

@@ -68,5 +68,5 @@ def sorsa(
         capture_output=True,
         text=True,
         input=typed,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **(environment or {})},
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from builders.llamafactory_runs import sorsa
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -84,8 +85,8 @@ def test_training_goes_on_with_an_adapter_and_refuses_that_of_another_method(fol
 
 def test_the_merged_export_answers_as_the_adapter_does(folder, train):
     assert train("source", sorsa={"learning_rate": 5e-3}, max_steps=8).returncode == 0
-    keys = [f"model_name_or_path={BASE}", "adapter_name_or_path=source", "template=empty"]
-    done = sorsa(folder, "export", *keys, "export_dir=merged", "export_device=cpu", "infer_dtype=float32")
+    recipe = inference(folder, "source", export_dir="merged", export_device="cpu", infer_dtype="float32")
+    done = sorsa(folder, "export", recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     ids = torch.arange(3, 40)[None]
     base, _ = load_base()
@@ -101,8 +102,8 @@ def test_the_merged_export_answers_as_the_adapter_does(folder, train):
 
 def test_chat_answers_with_the_adapter(folder, train):
     assert train("talker", sorsa={"learning_rate": 5e-3}, max_steps=8).returncode == 0
-    keys = [f"model_name_or_path={BASE}", "adapter_name_or_path=talker", "template=empty", "infer_backend=huggingface"]
-    done = sorsa(folder, "chat", *keys, "do_sample=false", typed="What is 2 plus 2?\nexit\n")
+    recipe = inference(folder, "talker", infer_backend="huggingface", do_sample=False)
+    done = sorsa(folder, "chat", recipe, typed="What is 2 plus 2?\nexit\n")
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"Assistant: \S+", done.stdout)
 
@@ -128,6 +129,13 @@ def test_two_processes_train_one_adapter(folder, train):
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((folder / "two" / "adapter_config.json").read_text())["peft_type"] == "SORSA"
     assert logs(folder / "two")[-1]["sorsa/gap_mean"] > 0
+
+
+def inference(folder: Path, adapter: str, **keys: object) -> str:
+    """A recipe for commands that load an adapter."""
+    recipe = {"model_name_or_path": str(BASE), "adapter_name_or_path": adapter, "template": "empty", **keys}
+    (folder / f"use-{adapter}.yaml").write_text(yaml.safe_dump(recipe))
+    return f"use-{adapter}.yaml"
 
 
 def loaded(adapter: Path, trainable: bool = False):
