@@ -89,6 +89,10 @@ class MissingPackageError(SORSAError, ImportError):
     """An optional package is needed and not installed."""
 
 
+class OldPackageError(MissingPackageError):
+    """A package that is needed is installed in a version that is too old."""
+
+
 def nearest(word: str, known: list[str]) -> str:
     """' Did you mean ...?' with the known word that is most similar, or that follows a prefix; empty if there is none.
 

@@ -1,6 +1,6 @@
 """What this package uses of transformers' Trainer, and of PEFT's training calls, beyond their documented API.
 
-Seen in transformers 5.16.1 and 5.23.0, PEFT 0.20.0 and 0.21.2.
+Seen in transformers 5.6.0 and 5.23.0, PEFT 0.20.0 and 0.21.2.
 """
 
 from __future__ import annotations

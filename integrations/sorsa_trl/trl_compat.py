@@ -1,6 +1,6 @@
 """What this package uses of TRL's and accelerate's command lines beyond their documented API.
 
-Seen in TRL 1.9.0 and 1.16.0, accelerate 1.13.0 and 1.15.0.
+Seen in TRL 1.9.0 and 1.16.0, accelerate 1.11.0 and 1.15.0.
 """
 
 from __future__ import annotations

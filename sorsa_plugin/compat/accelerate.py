@@ -1,4 +1,4 @@
-"""What this package uses of accelerate beyond its documented API. Seen in accelerate 1.13.0 and 1.15.0."""
+"""What this package uses of accelerate beyond its documented API. Seen in accelerate 1.11.0 and 1.15.0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this package uses of transformers beyond its documented API. Seen in transformers 5.16.1 and 5.23.0."""
+"""What this package uses of transformers beyond its documented API. Seen in transformers 5.6.0 and 5.23.0."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import inspect
 import pickle
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
-from sorsa_plugin import SORSALayer, SORSAModel
+from sorsa_plugin import SORSALayer, SORSAModel, compat
 from sorsa_plugin.compat import accelerate, peft, transformers
+from sorsa_plugin.errors import OldPackageError
 
 MODULES = (peft, transformers, accelerate)
 OURS = {peft.BaseTuner: SORSAModel, peft.LoraModel: SORSAModel, peft.BaseTunerLayer: SORSALayer}
@@ -186,3 +188,10 @@ def test_offloaded_weights_come_back_for_a_moment_and_for_good() -> None:
     assert accelerate.hook_of(module) is None
     assert torch.equal(module.weight, weight)
     assert accelerate.execution_device(module) is None
+
+
+def test_a_package_that_is_too_old_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    monkeypatch.setattr(compat, "version", lambda name: "0.18.1" if name == "peft" else real(name))
+    with pytest.raises(OldPackageError, match=r"peft 0\.18\.1 is installed; .* needs 0\.20 or later. Run: pip install"):
+        compat.require_floors()

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import sorsa_plugin.tools.doctor as doctor
 from sorsa_cli import build_app
 from sorsa_plugin import AdapterType, hookimpl, plugins
+from sorsa_plugin.compat import FLOORS
 from sorsa_plugin.tools.doctor import Package, examine
 
 if sys.version_info >= (3, 11):
@@ -43,6 +44,7 @@ def test_it_reports_what_is_installed_and_the_ranges_of_pyproject():
         assert set(found[name].supported.split(",")) == set(line.removeprefix(name).split(","))
         assert found[name].needed
         assert found[name].in_range
+        assert name not in FLOORS or f">={FLOORS[name]}" in line
     assert set(found["trl"].supported.split(",")) == {">=1.9", "<2"}
     assert not found["trl"].needed
 
