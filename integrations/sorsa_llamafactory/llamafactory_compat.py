@@ -39,7 +39,7 @@ class CompleteCards(Trainer):
     """A base class whose card has SORSA's section."""
 
     @staticmethod
-    def create_model_card(trainer: Trainer, **values: Any) -> None:  # type: ignore[override]
+    def create_model_card(trainer: Trainer, **values: Any) -> None:
         Trainer.create_model_card(trainer, **values)
         complete_card_of(trainer)
 
