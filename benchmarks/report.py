@@ -15,7 +15,7 @@ from common import RESULTS
 
 PAGES = [
     Path(__file__).parent.parent / "docs" / name
-    for name in ("performance.md", "folding.md", "quantization.md", "scaling.md")
+    for name in ("performance.md", "folding.md", "quantization.md", "results.md", "scaling.md")
 ]
 MARKER = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 

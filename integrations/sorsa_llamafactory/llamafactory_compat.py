@@ -29,7 +29,7 @@ ENTRIES = {
 }
 
 DROPPED = ("lora_alpha", "use_rslora", "use_dora", "inference_mode")
-"""Arguments for LoraConfig that LLaMA-Factory always gives, and that mean nothing here or are refused in the recipe."""
+"""Arguments for LoraConfig that LLaMA-Factory always gives: they mean nothing here, or are refused in the recipe."""
 
 chosen: dict[str, Any] = {"options": None}
 """The options of the recipe's block; None while no recipe for SORSA was read."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from sorsa_plugin import SORSAConfig, setup_adapter
 from sorsa_plugin.errors import AdapterOptionsError
@@ -26,6 +29,9 @@ REFUSED = {
     "use_mca": "Megatron adapts its own layers",
 }
 """{key: why it is refused}. Each would change nothing, or ask for another method than SORSA."""
+
+OWN = frozenset(item.name for item in fields(SORSAConfig)) - {"revision", "task_type", "base_model_name_or_path"}
+"""Options that belong into the block: fields of `SORSAConfig`, without those that every config of PEFT's has."""
 
 
 class Recipe(NamedTuple):
@@ -59,16 +65,13 @@ def translated(arguments: Mapping[str, Any] | list[str]) -> Recipe:
     kept = {key: value for key, value in arguments.items() if key != WORD} | {KEY: "lora"}
     block = dict(arguments.get(WORD) or {})
     _refuse_unhonoured(arguments)
-    rate = block.get("learning_rate")
+    rate, others = block.get("learning_rate"), kept.get("learning_rate")
     if rate is not None:
-        if "learning_rate" in kept and str(kept["learning_rate"]) != str(rate):
-            say(
-                "learning_rate is %s, as the block %s says; %s is for other methods.", rate, WORD, kept["learning_rate"]
-            )
+        if others is not None and str(others) != str(rate):
+            say("learning_rate is %s, as the block %s says; %s is for other methods.", rate, WORD, others)
         kept["learning_rate"] = rate
     make_config(block, r=kept.get("lora_rank", 8), target_modules=["every_linear"])
-    if kept.get("do_train") and not kept.get("create_new_adapter"):
-        _require_sorsa(kept.get("adapter_name_or_path"))
+    _require_sorsa(kept)
     return Recipe(kept, block)
 
 
@@ -90,29 +93,39 @@ def make_config(options: Mapping[str, Any], **words: Any) -> SORSAConfig:
 
 def _from_command_line(arguments: list[str]) -> Recipe:
     """The same for flags, which have no block."""
-    flags = [f"--{KEY}={WORD}", f"--{KEY}"]
-    for place, argument in enumerate(arguments):
-        both = argument == flags[1] and arguments[place + 1 : place + 2] == [WORD]
-        if argument == flags[0] or both:
-            rest = arguments[place + 1 + both :]
-            return Recipe([*arguments[:place], f"--{KEY}", "lora", *rest], {})
-    return Recipe(arguments, None)
+    given = _flags(arguments)
+    if given.get(KEY) != WORD:
+        return Recipe(arguments, None)
+    _refuse_unhonoured(given)
+    _require_sorsa(given)
+    kept = list(arguments)
+    place = next(place for place, argument in enumerate(kept) if argument.partition("=")[0] == f"--{KEY}")
+    kept[place : place + (1 if "=" in kept[place] else 2)] = [f"--{KEY}", "lora"]
+    return Recipe(kept, {})
+
+
+def _flags(arguments: list[str]) -> dict[str, Any]:
+    """{name: value} of "--name value", "--name=value" and a bare "--name", which is true."""
+    found: dict[str, Any] = {}
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            found[name] = yaml.safe_load(value if equals else "true" if following.startswith("--") else following)
+    return found
 
 
 def _refuse_unhonoured(recipe: Mapping[str, Any]) -> None:
-    lines = [f"{key}: {why}. Delete the line." for key, why in REFUSED.items() if recipe.get(key)]
-    names = set(SORSAConfig.__dataclass_fields__) - set(SPARED)
-    lines += [f"{key} belongs into the block: `{WORD}: {{{key}: ...}}`." for key in recipe if key in names]
+    lines = [f"{key}: {why}. Delete it." for key, why in REFUSED.items() if recipe.get(key)]
+    lines += [f"{key} belongs into the block: `{WORD}: {{{key}: ...}}`." for key in recipe if key in OWN]
     if lines:
         raise AdapterOptionsError(f"{KEY}: {WORD} cannot honour this recipe.\n" + "\n".join(lines))
 
 
-SPARED = ("revision", "task_type", "base_model_name_or_path")
-"""Fields of PEFT's configs that are no options of the method."""
-
-
-def _require_sorsa(adapters: Any) -> None:
+def _require_sorsa(recipe: Mapping[str, Any]) -> None:
     """Training goes on with the last of the adapters: it has to be SORSA's, or LoRA would be trained in its name."""
-    last = str(adapters).split(",")[-1].strip() if adapters else ""
-    if last and Path(last).is_dir():
-        read_config(Path(last))
+    adapters = recipe.get("adapter_name_or_path")
+    if not adapters or not recipe.get("do_train") or recipe.get("create_new_adapter"):
+        return
+    last = Path(str(adapters).split(",")[-1].strip())
+    if last.is_dir():
+        read_config(last)

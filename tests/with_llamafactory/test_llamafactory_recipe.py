@@ -37,8 +37,10 @@ def test_flags_of_the_command_line_switch_too():
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_what_asks_for_another_method_is_refused_with_the_reason(key):
-    with pytest.raises(AdapterOptionsError, match=f"{key}: .*Delete the line"):
+    with pytest.raises(AdapterOptionsError, match=f"{key}: .*Delete it"):
         translated({"finetuning_type": "sorsa", key: True})
+    with pytest.raises(AdapterOptionsError, match=f"{key}: .*Delete it"):
+        translated(["--finetuning_type", "sorsa", f"--{key}", "--stage", "sft"])
 
 
 def test_options_of_the_block_are_checked_before_a_model_is_loaded():
@@ -56,3 +58,6 @@ def test_training_does_not_go_on_with_another_methods_adapter(tmp_path):
     with pytest.raises(ForeignAdapterError, match="says peft_type 'LORA'"):
         translated(recipe)
     assert translated({**recipe, "create_new_adapter": True}).options == {}
+    flags = ["--do_train", "--adapter_name_or_path", f"other,{tmp_path}", "--finetuning_type=sorsa"]
+    with pytest.raises(ForeignAdapterError, match="says peft_type 'LORA'"):
+        translated(flags)
