@@ -8,9 +8,9 @@ LLAMAFACTORY := .venv-llamafactory
 CANARY := .venv-canary
 DOCS := .venv-docs
 SHARED := -n 2 --dist loadfile --no-loadscope-reorder# a file's tests share what they made
-FAST := -m "not slow and not distributed and not axolotl" $(SHARED)
+FAST := -m "not slow and not distributed and not axolotl and not hosts" $(SHARED)
 BENCHMARKS := layer_step model_step scaling initialisation regularizer_share adapter_files folding import_time
-COMPAT := tests/compat -m "not slow and not distributed and not axolotl"
+COMPAT := tests/compat -m "not slow and not distributed and not axolotl and not hosts"
 SHOWN := tests/layers/kinds tests/layers/test_layer.py tests/tuner tests/tools/test_export_of_kinds.py tests/test_config.py \
 	$(addprefix tests/promises/test_,adapter_options.py architectures.py base_model_untouched.py bit_equal_start.py \
 	compile.py failed_attempts.py loading_and_generating.py peft_integration.py)
