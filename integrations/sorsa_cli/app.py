@@ -19,7 +19,7 @@ PACKAGE = "sorsa-plugin"
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands. Errors of this package and of the disk are printed as sentences, with no traceback; the exit is 1."""
+    """The commands. An error of this package or of the disk is printed as a sentence, and the exit code is 1."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The first sentence of each command in full; click cuts it off after 45 letters."""
