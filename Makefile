@@ -53,7 +53,7 @@ support-table: $(VENV)/tests $(OLDEST)/tests  ## docs/support.md from the result
 	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/peft.xml
 	-OMP_NUM_THREADS=1 $(OLDEST)/bin/python tests/peft_conformance/run.py --junit-xml=$(CURDIR)/$(RESULTS)/oldest.xml
 	-OMP_NUM_THREADS=1 $(VENV)/bin/python tests/peft_conformance/run.py --borrowed --junit-xml=$(CURDIR)/$(RESULTS)/lora.xml
-	$(VENV)/bin/python tests/promises/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > $(RESULTS)/support.md
+	PYTHONPATH=tests $(VENV)/bin/python tests/promises/support_table.py $(addprefix $(RESULTS)/,own.xml peft.xml oldest.xml lora.xml) > $(RESULTS)/support.md
 	mv $(RESULTS)/support.md docs/support.md
 
 test-axolotl: $(AXOLOTL)/tests  ## the real axolotl commands, in an environment of their own (4 GB)

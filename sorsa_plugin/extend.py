@@ -61,10 +61,9 @@ factors survive under the engine. `sorsa_gather(parameters)` is a context in whi
     my_plugin = "my_package.commands:add_commands"
 
 `sorsa --help` calls it, so its module imports typer and `sorsa_cli.options`, the arguments that commands share, and no
-more; a command imports what it needs when it runs. The hook `sorsa_commands(app)` does the same, but costs
-`sorsa --help` the import of torch.
+more; a command imports what it needs when it runs.
 
-A whole package with a layer kind and an adapter word is in examples/third_party_plugin.
+A whole package with a layer kind, an adapter word and a command is in examples/third_party_plugin.
 """
 
 from __future__ import annotations

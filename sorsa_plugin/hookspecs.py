@@ -50,10 +50,5 @@ def sorsa_adapters() -> list[AdapterType]:  # type: ignore[empty-body]
 
 
 @hookspec
-def sorsa_commands(app: Any) -> None:
-    """Add commands to the `sorsa` command line, a typer app. The entry-point group of this name does so faster."""
-
-
-@hookspec
 def sorsa_callbacks(peft_config: PeftConfig) -> list[Any]:  # type: ignore[empty-body]
     """The Trainer callbacks that training with this PEFT config needs, or that log its metrics; else an empty list."""

@@ -106,6 +106,16 @@ def options_of_lora(config: Any, ours: type) -> dict[str, Any]:
     return own_options(copy.deepcopy(asked), ours)
 
 
+def lora_of(config: Any) -> LoraConfig:
+    """The LoRA with the options that a config of ours shares with LoraConfig: rank, modules, tokens; its own scale.
+
+    Args:
+        config: a SORSAConfig; nothing of it is shared with the result.
+    """
+    shared = set(_names(type(config))) & set(_names(LoraConfig)) - set(FILLED_IN)
+    return LoraConfig(**{name: copy.deepcopy(getattr(config, name)) for name in shared})
+
+
 def _refuse_unknown(names: Collection[str], known: list[str]) -> None:
     if not names:
         return

@@ -1,7 +1,7 @@
 """The plug-in manager: built-ins and foreign plug-ins use the same hooks; knows the built-ins by name alone.
 
-A foreign plug-in that cannot be loaded, or fails while it lists adapter types or commands, is reported and left out. An
-error in a layer's or an engine's hook reaches the caller, because the result cannot be made without it.
+A foreign plug-in that cannot be loaded, or fails while it lists adapter types or adds commands, is reported and left
+out. An error in a layer's or an engine's hook reaches the caller, because the result cannot be made without it.
 """
 
 from __future__ import annotations
@@ -93,9 +93,10 @@ def _require_known_hooks(plugins: pluggy.PluginManager, plugin: Any) -> None:
     callers = plugins.get_hookcallers(plugin) or []
     unknown = [caller.name for caller in callers if not caller.has_spec()]
     if unknown:
+        other = f" Commands come by an entry point of the group {COMMANDS}." if COMMANDS in unknown else ""
         known = [name for name in vars(import_module(HOOKSPECS)) if name.startswith("sorsa_")]
         raise PluginError(
-            f"It implements {', '.join(unknown)}, which nobody calls; expected some of {', '.join(known)}."
+            f"It implements {', '.join(unknown)}, which nobody calls; expected some of {', '.join(known)}.{other}"
         )
 
 

@@ -167,21 +167,6 @@ def test_version_is_the_installed_distributions(tmp_path: Path, monkeypatch: pyt
     assert result.output.strip() == "9.8.7"
 
 
-def test_plugin_adds_a_command() -> None:
-    class Plugin:
-        @staticmethod
-        @hookimpl
-        def sorsa_commands(app: typer.Typer) -> None:
-            @app.command()
-            def greet(name: str) -> None:
-                typer.echo(f"hello {name}")
-
-    with registered(Plugin):
-        result = CliRunner().invoke(build_app(), ["greet", "you"])
-    assert result.output.strip() == "hello you"
-    assert CliRunner().invoke(build_app(), ["greet", "you"]).exit_code != 0
-
-
 @pytest.fixture
 def forget_failures() -> Iterator[None]:
     before = dict(plugins.broken)
@@ -211,7 +196,13 @@ def test_installed_plugin_that_cannot_be_imported_is_named_and_harms_nobody_else
 class Misspelt:
     @staticmethod
     @hookimpl
-    def sorsa_comands(app: typer.Typer) -> None: ...
+    def sorsa_adapter() -> None: ...
+
+
+class HookOfCommands:
+    @staticmethod
+    @hookimpl
+    def sorsa_commands(app: typer.Typer) -> None: ...
 
 
 class WrongArgument:
@@ -222,13 +213,14 @@ class WrongArgument:
 
     @staticmethod
     @hookimpl
-    def sorsa_commands(application: typer.Typer) -> None: ...
+    def sorsa_callbacks(config: object) -> None: ...
 
 
 @pytest.mark.parametrize(
     ("plugin", "message"),
-    [(Misspelt, "It implements sorsa_comands, which nobody calls; expected some of sorsa_layer, sorsa_engine"),
-     (WrongArgument, "application")],
+    [(Misspelt, "It implements sorsa_adapter, which nobody calls; expected some of sorsa_layer, sorsa_engine"),
+     (HookOfCommands, "Commands come by an entry point of the group sorsa_commands."),
+     (WrongArgument, "config")],
 )  # fmt: skip
 def test_installed_plugin_whose_hooks_cannot_be_called_is_left_out_whole(
     plugin: type, message: str, monkeypatch: pytest.MonkeyPatch, forget_failures: None
@@ -247,7 +239,7 @@ def test_plugin_that_fails_in_a_hook_is_named_and_harms_nobody_else(
     class Broken:
         @staticmethod
         @hookimpl
-        def sorsa_commands(app: typer.Typer) -> None:
+        def sorsa_adapters() -> list[AdapterType]:
             raise RuntimeError("this plug-in is broken")
 
     with registered(Broken, "a_broken_one"):

@@ -16,15 +16,10 @@ if TYPE_CHECKING:
     from sorsa_plugin.tools.analysis.analyze import Analysis
 
 
-HEALTHY = (
-    "Healthy: condition numbers (before > after) that do not grow much. "
-    "dSigma and dD are 0 where nothing was trained, and dD is at most 1."
-)
-
-
 def analyze(
     base: options.Base,
-    output: options.Output,
+    output: Path | None = typer.Option(None, "--output", "-o", help="Directory to make for tables and charts."),
+    html: Path | None = typer.Option(None, help="One page to make, with tables, charts and what they mean inside."),
     adapter: list[Path] = typer.Option([], help="A PEFT adapter of any type, or a trained model; may be repeated."),
     checkpoints: list[Path] = typer.Option([], help="A run with checkpoint-N directories; may be repeated."),
     modules: str | None = typer.Option(None, help="Only modules whose names match this regular expression."),
@@ -36,13 +31,14 @@ def analyze(
     task_type: options.TaskType = "CAUSAL_LM",
     revision: options.Revision = None,
 ) -> None:
-    """Measure what training did to singular values and vectors, as the paper does: tables, CSV, JSON and charts."""
-    from sorsa_plugin.files.atomic_directory import appearing_whole, output_path, refuse_occupied
+    """Measure what training did to singular values and vectors, as the paper does: tables, charts, a page."""
+    from sorsa_plugin.files.atomic_directory import appearing_whole
+    from sorsa_plugin.files.atomic_file import write_whole
     from sorsa_plugin.tools.analysis.analyze import analyze as measure
     from sorsa_plugin.tools.analysis.charts import require_matplotlib, save_plots
+    from sorsa_plugin.tools.analysis.report import html_report
 
-    target = output_path(output)
-    refuse_occupied(target)
+    directory, page = _free_places(output, html)
     if plots:
         require_matplotlib()
     result = measure(
@@ -55,17 +51,48 @@ def analyze(
         task_type=options.task(task_type),
         revision=revision,
     )
-    with appearing_whole(target) as directory:
-        result.save(directory)
-        if plots:
-            save_plots(result, directory)
+    if directory is not None:
+        with appearing_whole(directory) as partial:
+            result.save(partial)
+            if plots:
+                save_plots(result, partial)
+    if page is not None:
+        write_whole(page, html_report(result, charts=plots))
     _show(result)
-    typer.echo(f"layers.csv, summary.csv, analysis.json{' and charts' if plots else ''} are in {output}.")
+    if directory is not None:
+        typer.echo(f"layers.csv, summary.csv, analysis.json{' and charts' if plots else ''} are in {output}.")
+    if page is not None:
+        typer.echo(f"The page is {html}.")
+
+
+def _free_places(output: Path | None, html: Path | None) -> tuple[Path | None, Path | None]:
+    """Where the directory and the page will be.
+
+    Raises:
+        OutputExistsError: one of them is taken, or cannot be made.
+        SORSAConfigError: neither was asked for.
+    """
+    from sorsa_plugin.errors import OutputExistsError, SORSAConfigError
+    from sorsa_plugin.files.atomic_directory import output_path, refuse_occupied
+    from sorsa_plugin.files.atomic_file import refuse_existing
+
+    if output is None and html is None:
+        raise SORSAConfigError("There is no place for the results; give a directory (-o), a page (--html), or both.")
+    directory, page = output and output_path(output), html and output_path(html)
+    if directory is not None:
+        refuse_occupied(directory)
+    if page is not None:
+        refuse_existing(page)
+        if directory is not None and page in (directory, *directory.parents):
+            raise OutputExistsError(f"--html {html} is where --output {output} needs a directory. Choose another.")
+    return directory, page
 
 
 def _show(analysis: Analysis) -> None:
     from rich.box import SIMPLE
     from rich.table import Table
+
+    from sorsa_plugin.tools.analysis.report import HEALTHY
 
     page = console()
     layers = max(row.layers for row in analysis.summaries())

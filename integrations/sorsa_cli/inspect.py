@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from sorsa_plugin.tools.inspect_adapter import AdapterSummary
 
 
-HEALTHY = (
-    "Healthy: gaps near 0, which is orthonormal, and not growing from checkpoint to checkpoint; a larger gamma lowers "
-    "them. dS and change are 0 where nothing was trained."
-)
-
-
 def inspect(
     adapter: options.Adapter,
     as_json: bool = typer.Option(False, "--json", help="Print JSON instead of a table."),
@@ -32,6 +26,16 @@ def inspect(
         typer.echo(json.dumps(summary.to_json(), indent=2))
     else:
         _print(summary)
+
+
+def _healthy() -> str:
+    from sorsa_plugin.learning_rate import HEALTHY_GAP, UNHEALTHY_GAP
+
+    return (
+        f"Healthy: a mean gap up to {HEALTHY_GAP:g} (0 is orthonormal) that does not grow from checkpoint to "
+        f"checkpoint. Above {UNHEALTHY_GAP:g} the learning rate is too high, or gamma too small (measured on one "
+        "task). dS and change are 0 where nothing was trained."
+    )
 
 
 def _print(summary: AdapterSummary) -> None:
@@ -81,7 +85,7 @@ def _print(summary: AdapterSummary) -> None:
             style=None if x.finite else "bold red",
         )
     page.print(facts, table)
-    page.print(HEALTHY, highlight=False)
+    page.print(_healthy(), highlight=False)
     broken = [x.name for x in layers if not x.finite]
     if broken:
         page.print(f"{len(broken)} layers hold NaN or infinity, the first of them {broken[0]}.", style="bold red")

@@ -12,7 +12,7 @@ from . import options
 from .formatting import console, duration, size
 
 if TYPE_CHECKING:
-    from sorsa_plugin.tools.plan import Plan
+    from sorsa_plugin.tools.plan import LoraPlan, Plan
 
 
 GPU_SIZES = (16, 24, 40, 48, 80)
@@ -43,7 +43,7 @@ def plan(
     ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """Count parameters, memory and initialisation time from a model's config, without its weights."""
+    """Count parameters, memory and initialisation time from a model's config, without its weights, beside LoRA's."""
     from sorsa_plugin.tools.plan import plan as make_plan
 
     config = options.sorsa_config(
@@ -73,6 +73,8 @@ def plan(
     if as_json:
         content = asdict(result)
         content["memory"]["total"] = result.memory.total
+        if result.lora is not None:
+            content["lora"]["memory"]["total"] = result.lora.memory.total
         typer.echo(json.dumps(content, indent=2))
     else:
         _show(result, f"{batch} x {length} tokens{', checkpointed' if checkpointing else ''}")
@@ -89,35 +91,54 @@ def _show(plan: Plan, work: str) -> None:
     for group in plan.groups:
         layers.add_row(str(group.count), group.kind, f"{group.shape[0]} x {group.shape[1]}", str(group.rank))
     page.print(layers)
-    share = plan.trainable_parameters / plan.base_parameters
     facts: dict[str, Any] = {
         "base parameters": f"{plan.base_parameters:,}",
-        "trainable parameters": f"{plan.trainable_parameters:,} ({share:.2%} of the base)",
-        "adapter file": f"{size(plan.adapter_bytes)} ({plan.adapter_bytes:,} bytes)",
         "initialisation time, estimated": f"{duration(plan.init_seconds)} ({plan.init_basis})",
     }
     if plan.stacked_parameters:
         facts["not adapted"] = f"{plan.stacked_parameters:,} parameters in stacked tensors (fused experts)"
     for name, value in facts.items():
         page.print(f"{name}: {value}", highlight=False)
+    table = Table(title=f"On each of {plan.gpus} GPU(s), {plan.engine}", title_justify="left")
+    table.add_column("what")
+    costs = {"SORSA": _costs(plan, plan.base_parameters, work)}
+    if plan.lora is not None:
+        costs["LoRA, same rank"] = _costs(plan.lora, plan.base_parameters, work)
+    for heading in costs:
+        table.add_column(heading, justify="right")
+    for name in costs["SORSA"]:
+        ends = name.startswith(("adapter file, in bytes", "activations"))
+        table.add_row(name, *(column[name] for column in costs.values()), end_section=ends)
+    page.print(table)
     memory = plan.memory
+    page.print(_fit(memory.total, unknown=memory.activations is None), highlight=False)
+    if plan.lora is None:
+        page.print(f"No LoRA beside it: {plan.lora_refusal}", highlight=False)
+    else:
+        more, times = memory.total - plan.lora.memory.total, plan.adapter_bytes / plan.lora.adapter_bytes
+        compared = f"{size(abs(more))} {'more' if more >= 0 else 'less'} memory"
+        page.print(f"Beside LoRA: {compared}, and a file {times:.1f} times as large.", highlight=False)
+
+
+def _costs(adapter: Plan | LoraPlan, base_parameters: int, work: str) -> dict[str, str]:
+    memory = adapter.memory
     parts = {
         "base weights": memory.weights,
         "frozen factors U0, S0, V0": memory.frozen_factors,
-        "offsets dU, dS, dV and modules_to_save": memory.trained,
+        "trained parameters": memory.trained,
         "gradients": memory.gradients,
         "optimizer state": memory.optimizer_state,
         "communication, estimated": memory.communication,
         f"activations, estimated ({work})": memory.activations,
-        "total": memory.total,
+        "total memory": memory.total,
     }
-    table = Table(title=f"Memory on each of {plan.gpus} GPU(s), {plan.engine}", title_justify="left")
-    table.add_column("what")
-    table.add_column("size", justify="right")
-    for name, value in parts.items():
-        table.add_row(name, "unknown" if value is None else size(value), end_section=name.startswith("activations"))
-    page.print(table)
-    page.print(_fit(memory.total, unknown=memory.activations is None), highlight=False)
+    return {
+        "trainable parameters": f"{adapter.trainable_parameters:,}",
+        "share of the base": f"{adapter.trainable_parameters / base_parameters:.2%}",
+        "adapter file": size(adapter.adapter_bytes),
+        "adapter file, in bytes": f"{adapter.adapter_bytes:,}",
+        **{name: "unknown" if value is None else size(value) for name, value in parts.items()},
+    }
 
 
 def _fit(total: int, unknown: bool) -> str:

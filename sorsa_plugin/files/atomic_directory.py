@@ -30,7 +30,7 @@ def output_path(output: str | os.PathLike[str]) -> Path:
         found = Path(output).resolve()
         found.exists()
     except (OSError, RuntimeError, ValueError) as error:  # Python 3.13 raises none of them for a loop
-        raise OutputExistsError(f"{output} is no path of a new directory ({error}). Choose another.") from error
+        raise OutputExistsError(f"{output} is no path where something new can be ({error}). Choose another.") from error
     if found.is_symlink():
         raise OutputExistsError(f"{output} is a link that leads back to itself. Remove it, or choose another.")
     return found
@@ -51,6 +51,15 @@ def refuse_occupied(output: Path) -> None:
             f"{output} is a mount point, whose place the finished directory cannot take; expected a new or empty "
             "directory. Give a new one inside it."
         )
+    refuse_unwritable(output)
+
+
+def refuse_unwritable(output: Path) -> None:
+    """Check that something can be made at `output`.
+
+    Raises:
+        OutputExistsError: what lies above it is a file, or read-only.
+    """
     above = next(parent for parent in output.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "is read-only for you" if above.is_dir() else "is a file"
@@ -76,7 +85,7 @@ def appearing_whole(output: Path, kept_as: str | None = None) -> Iterator[Path]:
             stack.enter_context(_only_writer(partial.with_suffix(".lock"), output))
         partial.mkdir(exist_ok=kept_as is not None)
         try:
-            with _naming(output):
+            with naming(output):
                 yield partial
             refuse_occupied(output)
             _give_permissions(partial, output)
@@ -89,7 +98,7 @@ def appearing_whole(output: Path, kept_as: str | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def _naming(output: Path) -> Iterator[None]:
+def naming(output: Path) -> Iterator[None]:
     """Give the errors of a full or failing disk, which name no file, the name of the output."""
     try:
         yield

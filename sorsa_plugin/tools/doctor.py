@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, distribution, entry_points,
 from typing import Any
 
 import torch
-import typer
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from peft.utils import PeftType
@@ -153,10 +152,10 @@ def _installed(name: str) -> str | None:
 def _plugins() -> tuple[tuple[LoadedPlugin, ...], str | None]:
     """The plug-ins that are loaded, and what two of them both claim.
 
-    Calls every plug-in for its adapter types and its commands, so that those that fail are noted.
+    Calls every plug-in for its adapter types, so that those that fail are noted. Whoever builds the command line notes
+    those whose commands fail.
     """
     host = manager()
-    list(answers("sorsa_commands", app=typer.Typer()))
     offered = {name: tuple(kind.name for kind in kinds) for name, kinds in answers("sorsa_adapters")}
     conflict = None
     try:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 
 from ..errors import SORSAConfigError, SORSAError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..config import SORSAConfig
-
 ADAPTER = "default"
 
 
-def adapt_empty(empty: PreTrainedModel, config: SORSAConfig, revision: str | None = None) -> PeftModel:
+def adapt_empty(empty: PreTrainedModel, config: PeftConfig, revision: str | None = None) -> PeftModel:
     """get_peft_model on a model on the meta device, with a copy of the config.
 
     Raises:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from sorsa_cli import build_app
 from sorsa_cli.inspect import _print
 from sorsa_plugin import SORSAConfig
+from sorsa_plugin.learning_rate import HEALTHY_GAP
 from sorsa_plugin.tools.inspect_adapter import LayerSummary, inspect_adapter
 
 FILE = "adapter_model.safetensors"
@@ -83,6 +84,6 @@ def test_a_large_model_fits_into_the_terminal(columns, saved, monkeypatch, capsy
     shown = capsys.readouterr().out
     table = shown[shown.index("out x in") :]
     assert max(map(len, table.splitlines())) <= columns
-    assert "Healthy: gaps near 0" in table
+    assert f"Healthy: a mean gap up to {HEALTHY_GAP:g} " in table
     numbers = ("64 x", "14336 x 14336", "1024", "1.2e-07", "2.3e-07", "1.23e-05", "2.34e-05", "3.4e-07", "4.5e-07")
     assert all(number in table for number in numbers)

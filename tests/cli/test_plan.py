@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -33,10 +34,13 @@ def test_the_command_prints_a_table_or_json(tmp_path):
     assert shown.exit_code == 0, shown.output
     found = plan(tmp_path, config(), gpus=2, engine="fsdp2", unit_seconds=1.0)
     assert f"{found.trainable_parameters:,}" in shown.output
-    assert f"{found.adapter_bytes:,} bytes" in shown.output
+    assert f"{found.lora.trainable_parameters:,}" in shown.output
+    assert re.search(rf"in bytes .* {found.adapter_bytes:,} .* {found.lora.adapter_bytes:,} ", shown.output)
+    assert f"a file {found.adapter_bytes / found.lora.adapter_bytes:.1f} times as large" in shown.output
     content = json.loads(runner.invoke(app, [*arguments, "--json"]).stdout)
     assert content["memory"]["total"] == found.memory.total
     assert content["adapter_bytes"] == found.adapter_bytes
+    assert content["lora"]["memory"]["total"] == found.lora.memory.total < found.memory.total
     refused = runner.invoke(app, [*arguments, "--engine", "tpu"])
     assert refused.exit_code == 1
     assert "engine is 'tpu'" in refused.output
@@ -73,3 +77,25 @@ def test_initialisation_time_is_called_that(tmp_path, capsys):
     config_only(tiny_llama(), tmp_path)
     _show(plan(tmp_path, config(), unit_seconds=1.0), "1 x 8 tokens")
     assert "initialisation time, estimated: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+def test_both_methods_fit_into_the_terminal(columns, tmp_path, monkeypatch, capsys):
+    config_only(tiny_llama(), tmp_path)
+    found = plan(tmp_path, config(), unit_seconds=1.0)
+    large = replace(found, trainable_parameters=3 * 10**9, adapter_bytes=10**13)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _show(large, "64 x 8192 tokens, checkpointed")
+    shown = capsys.readouterr().out
+    table = shown[shown.index("On each of") :]
+    assert max(map(len, table.splitlines())) <= columns
+    assert "3,000,000,000" in table
+    assert "10,000,000,000,000" in table
+
+
+def test_a_lora_that_peft_refuses_is_said(tmp_path, capsys):
+    config_only(tiny_llama(), tmp_path)
+    _show(replace(plan(tmp_path, config(), unit_seconds=1.0), lora=None, lora_refusal="It is refused."), "1 x 8 tokens")
+    shown = capsys.readouterr().out
+    assert "No LoRA beside it: It is refused." in shown
+    assert "LoRA, same rank" not in shown

@@ -1,9 +1,9 @@
 """Writes docs/support.md from the results of tests: `make support-table`.
 
-    python tests/promises/support_table.py OWN.xml PEFT.xml ... > docs/support.md
+    PYTHONPATH=tests python tests/promises/support_table.py OWN.xml PEFT.xml ... > docs/support.md
 
 The files are pytest's --junit-xml: the first of this package's own tests, the others of `peft_conformance/run.py`. What
-was not run is left empty, and what failed is said to fail.
+was not run is left empty, and what failed is said to fail. The sentences are those of `support_claims.py`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 from xml.etree import ElementTree
+
+from promises.support_claims import CLAIMS, Claim, Kind
 
 CAPABILITIES = {
     "start and disabled equal the base, bit for bit": ("test_a_new_or_disabled_adapter_gives", None),
@@ -104,6 +107,36 @@ def verdict(results: list[Result]) -> str:
     return "yes" if any(result.outcome == "passed" for result in results) else ""
 
 
+def sentences(claims: Iterable[Claim], results: list[Result]) -> str:
+    """What works, what differs from LoRA, and what does not work, a line for each sentence.
+
+    Raises:
+        ValueError: a sentence sums up a test that is not among the results.
+    """
+    lines: dict[Kind, list[str]] = defaultdict(list)
+    for claim in claims:
+        lines[claim.kind].append(claim.sentence + _doubt(claim, results))
+    return _lines(lines)
+
+
+def _doubt(claim: Claim, results: list[Result]) -> str:
+    """Empty where every test of a sentence passed, else how many did not."""
+    found: list[Result] = []
+    for pattern in claim.tests:
+        tests = [result for result in results if re.match(pattern, f"{_file(result)}::{result.name}")]
+        if not tests:
+            raise ValueError(f"{claim.sentence!r} sums up {pattern}, which no test that was run matches.")
+        found += tests
+    failed = sum(result.outcome == "failed" for result in found)
+    if failed:
+        return f" **NOT SO: {failed} of {len(found)} tests of it fail.**"
+    return "" if any(result.outcome == "passed" for result in found) else " (Skipped in this run.)"
+
+
+def _lines(said: Mapping[Kind, list[str]]) -> str:
+    return "\n".join(f"- **{kind}:** {sentence}" for kind in get_args(Kind) for sentence in said.get(kind, []))
+
+
 def kinds(results: list[Result]) -> str:
     """Layer kinds by capabilities."""
     of_kind: dict[str, list[Result]] = defaultdict(list)
@@ -161,23 +194,38 @@ def _general(sentence: str) -> str:
 
 
 def peft_suite(runs: list[tuple[dict[str, str], list[Result]]]) -> str:
-    """Counts by file and version, and what was expected to fail."""
+    """In words and by file, for each version."""
     parts = []
     for about, results in runs:
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for result in results:
             counts[_file(result)][result.outcome] += 1
         outcomes = ("passed", "failed", "xfailed", "skipped")
+        total = sum(counts.values(), Counter())
         rows = [[file, *(str(count[outcome]) for outcome in outcomes)] for file, count in counts.items()]
-        rows.append(["all", *(str(sum(count[outcome] for count in counts.values())) for outcome in outcomes)])
-        words = {"xfailed": "expected to fail", "skipped": "skipped"}
-        reasons = Counter(f"{words[r.outcome]}: {r.reason}" for r in results if r.outcome in words)
+        rows.append(["all", *(str(total[outcome]) for outcome in outcomes)])
         parts += [
             f"With {versions(about)}, {about['date']}:",
+            _suite_in_words(total, results),
             table(["file", "passed", "failed", "expected to fail", "skipped"], rows),
-            "\n".join(f"- {count} {reason}" for reason, count in reasons.most_common()),
         ]
     return "\n\n".join(parts)
+
+
+def _suite_in_words(total: Counter[str], results: list[Result]) -> str:
+    """Expected failures are what differs; skipped tests say nothing about this method, or nothing without the hub."""
+    expected = Counter(result.reason for result in results if result.outcome == "xfailed")
+    skipped = Counter(result.reason for result in results if result.outcome == "skipped")
+    said: dict[Kind, list[str]] = {
+        "Works": [f"{total['passed']} tests pass."],
+        "Differs from LoRA": [f"{total['xfailed']} tests are expected to fail: {_counted(expected)}."],
+        "Does not work": [f"{total['failed']} tests fail." if total["failed"] else "Nothing else fails."],
+    }
+    return f"{_lines(said)}\n- **Skipped by PEFT:** {total['skipped']} tests: {_counted(skipped)}."
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return "; ".join(f"{count} ({reason.rstrip('.')})" for reason, count in reasons.most_common())
 
 
 def borrowed(about: dict[str, str], results: list[Result]) -> str:
@@ -188,7 +236,12 @@ def borrowed(about: dict[str, str], results: list[Result]) -> str:
     total = sum(counts.values(), Counter())
     columns = sorted(total, key=lambda outcome: (outcome != "passes", -total[outcome]))
     rows = [[file, *(str(count[column]) for column in columns)] for file, count in counts.items()]
-    return f"With {versions(about)}, {about['date']}:\n\n" + table(["file", *columns], rows)
+    said: dict[Kind, list[str]] = {
+        "Works": [f"{total['passes']} of {total.total()} tests pass with SORSA in LoRA's place."],
+        "Does not work": ["The others: " + _counted(Counter({name: total[name] for name in columns[1:]})) + "."],
+    }
+    heading = f"With {versions(about)}, {about['date']}:"
+    return "\n\n".join([heading, _lines(said), table(["file", *columns], rows)])
 
 
 def _file(result: Result) -> str:
@@ -206,8 +259,11 @@ def main(own: str, *others: str) -> str:
         versions=versions(about),
         date=about["date"],
         kinds=kinds(results),
+        kinds_in_words=sentences(CLAIMS["kinds"], results),
         architectures=architectures(results),
+        architectures_in_words=sentences(CLAIMS["architectures"], results),
         behaviours=behaviours(results),
+        life_in_words=sentences(CLAIMS["life"], results),
         refusals=refusals(results),
         peft_suite=peft_suite(suites),
         borrowed="\n\n".join(borrowed(*survey) for survey in surveys),

@@ -1,4 +1,4 @@
-"""The README's Python blocks run as they stand, in order, on the embedded base model; its make targets exist."""
+"""The README names make targets, options, an address and files that exist; test_docs_code.py runs its code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 from pathlib import Path
 
-import pytest
 from peft import PeftConfig
 
 import sorsa_plugin
@@ -16,16 +15,6 @@ from sorsa_plugin import SORSAConfig, SORSAModel
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def test_the_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) >= 3
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "readme"}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md block {number}", "exec"), namespace)
-    assert (tmp_path / "runs" / "readme" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_page_of_options_has_every_option_and_its_default() -> None:

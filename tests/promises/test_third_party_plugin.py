@@ -38,7 +38,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_a_strangers_plugin_adds_a_layer_kind_and_an_adapter_type(tmp_path: Path) -> None:
+def test_a_strangers_plugin_adds_a_layer_kind_an_adapter_type_and_a_command(tmp_path: Path) -> None:
     environment = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
     python = environment / "bin" / "python"
@@ -60,10 +60,14 @@ def test_a_strangers_plugin_adds_a_layer_kind_and_an_adapter_type(tmp_path: Path
         return done.stdout
 
     listed = json.loads(run("-c", "from sorsa_cli import main; main()", "doctor", "--json"))
-    (mine,) = [plugin for plugin in listed["plugins"] if plugin["name"] == "scaled_linear"]
+    mine, command = (plugin for plugin in listed["plugins"] if plugin["name"] == "scaled_linear")
+    assert command["hooks"] == ["sorsa_commands"]
     assert mine["distribution"] == "sorsa-scaled-linear 0.1.0"
     assert mine["adapters"] == ["house-style"]
     assert not listed["broken"]
+    assert "house-style" in run("-c", "from sorsa_cli import main; main()", "--help")
+    printed = run("-c", "from sorsa_cli import main; main()", "house-style", "-r", "3")
+    assert printed == "adapter: house-style\nr: 3\nhouse-style: {gamma: 0.1}\n"
     found = json.loads(run("-c", USE).splitlines()[-1])
     assert found["same"]
     assert found["moved"]

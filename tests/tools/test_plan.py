@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from builders.llama import tied_llama, tiny_llama
 from builders.models import tiny_gpt2, tiny_mixtral
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, ConvNextConfig, ConvNextForImageClassification, LlamaConfig
 from typer.testing import CliRunner
 
-import sorsa_plugin.tools.plan
 from sorsa_cli import build_app
 from sorsa_plugin import SORSAConfig, plan
 from sorsa_plugin.errors import BaseFilesError, RankError, SORSAConfigError
-from sorsa_plugin.tools.plan import LayerGroup, Memory, estimate_activations, estimate_init, largest_block, memory
+from sorsa_plugin.tools.layer_groups import LayerGroup
+from sorsa_plugin.tools.training_memory import Memory, estimate_activations
 
 CASES = {
     "dense": (tiny_llama, {"target_modules": "all-linear"}),
@@ -92,6 +90,45 @@ def test_parameters_bytes_and_memory_are_those_of_a_real_run(tmp_path, case):
     assert found.memory.total == sum(vars(measured).values())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_lora_beside_it_is_pefts(tmp_path, case):
+    """Trained parameters and file of a real LoRA; its memory is that of a real step."""
+    make, options = CASES[case]
+    make().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = get_peft_model(base, LoraConfig(**{"r": 3, "task_type": "CAUSAL_LM", **options}))
+    lora.save_pretrained(tmp_path / "adapter")
+    config_only(make(), tmp_path / "config")
+    found = plan(tmp_path / "config", config(**options), unit_seconds=1.0)
+    assert found.lora is not None, found.lora_refusal
+    assert found.lora.trainable_parameters == lora.get_nb_trainable_parameters()[0]
+    assert found.lora.adapter_bytes == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+    trained = [parameter for parameter in lora.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    lora(input_ids=torch.arange(1, 9)[None], labels=torch.arange(1, 9)[None]).loss.backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert found.lora.memory == Memory(
+        weights=size([*lora.parameters(), *lora.buffers()]) - size(trained),
+        frozen_factors=0,
+        trained=size(trained),
+        gradients=size([parameter.grad for parameter in trained]),
+        optimizer_state=size(moments),
+        communication=0,
+        activations=found.memory.activations,
+    )
+
+
+def test_a_lora_that_peft_refuses_is_a_sentence_beside_the_plan(tmp_path):
+    settings = ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2)
+    config_only(ConvNextForImageClassification(settings), tmp_path)
+    found = plan(tmp_path, config(r=3, task_type=None, target_modules=["dwconv"]), unit_seconds=1.0)
+    assert found.lora is None
+    assert "PEFT refuses these options" in found.lora_refusal
+    assert "divisible" in found.lora_refusal
+
+
 def size(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -159,28 +196,6 @@ def test_changed_weights_that_experts_compute_with_are_part_of_the_activations(t
     assert sum(found) >= lent
 
 
-def test_fsdp2_divides_everything_zero3_not_the_frozen_factors_and_both_gather_two_blocks():
-    """ZeRO-3's figures are those that docs/scaling.md measures: K + 6 T/N, with masters and gradients twice."""
-    model = get_peft_model(tiny_llama(), config())
-    block = largest_block(tiny_llama())
-    alone = memory(model, block, 1, "ddp", "adamw")
-    assert alone.communication == 0
-    ddp = memory(model, block, 4, "ddp", "adamw")
-    assert ddp == replace(alone, communication=alone.gradients)
-    gathered = 2 * size([*block.parameters(), *block.buffers()])
-    fsdp2, zero3 = (memory(model, block, 4, engine, "adamw") for engine in ("fsdp2", "zero3"))
-    for name in ("weights", "frozen_factors", "trained", "gradients", "optimizer_state"):
-        assert getattr(fsdp2, name) == -(-getattr(alone, name) // 4)
-    assert fsdp2.communication == zero3.communication == gathered
-    assert zero3.weights == fsdp2.weights
-    assert zero3.frozen_factors == alone.frozen_factors
-    trained = zero3.trained + zero3.gradients + zero3.optimizer_state
-    assert trained == pytest.approx(6 * alone.trained / 4, abs=3)  # each rounded up to a byte
-    assert memory(model, block, 1, "zero3", "adamw") == alone
-    assert memory(model, block, 1, "ddp", "sgd").optimizer_state == 0
-    assert memory(model, block, 1, "ddp", "adamw_8bit").optimizer_state == alone.optimizer_state // 4
-
-
 def test_a_7b_model_needs_no_weights_and_no_memory(tmp_path):
     """Llama 2 7B, whose parameters are public: 6,738,415,616."""
     LlamaConfig(intermediate_size=11008, dtype="bfloat16").save_pretrained(tmp_path)
@@ -189,46 +204,8 @@ def test_a_7b_model_needs_no_weights_and_no_memory(tmp_path):
     # per block: four 4096 x 4096, and three 4096 x 11008; r (out + in + 1) each
     assert found.trainable_parameters == 32 * 128 * (4 * (4096 + 4096 + 1) + 3 * (4096 + 11008 + 1))
     assert found.memory.weights == pytest.approx(2 * found.base_parameters, rel=1e-6)  # and the rotary buffers
-
-
-def test_activations_follow_the_formula_that_is_cited():
-    settings = LlamaConfig(hidden_size=64, num_hidden_layers=3, vocab_size=100)
-    groups = (LayerGroup("q_proj", (64, 64), 8, 3),)
-    logits = 100 * (2 + 2 + 4 + 4)
-    full = 2 * (17 * 64 * 3 + 8 * 3)
-    assert estimate_activations(settings, groups, torch.bfloat16, 2, 5, False) == 10 * (full + logits)
-    kept = 2 * 64 * 3 + full // 3
-    assert estimate_activations(settings, groups, torch.bfloat16, 2, 5, True) == 10 * (kept + logits)
-
-
-def test_a_given_speed_is_scaled_by_the_elements_and_the_rank():
-    groups = (LayerGroup("a", (4096, 4096), 8, 3), LayerGroup("b", (8192, 4096), 4, 1))
-    seconds, basis = estimate_init(groups, SORSAConfig(r=8), 0.5)
-    assert seconds == pytest.approx(3 * 0.5 + 2 * 0.5 * 0.5)
-    assert basis == "given: 0.5 s for one 4096 x 4096 weight at rank 8"
-
-
-def test_a_measured_speed_is_of_each_shape_once_and_large_ones_scaled(monkeypatch):
-    calls, clock = [], iter(range(1000))
-    monkeypatch.setattr(sorsa_plugin.tools.plan, "factorise", lambda w, r, **k: calls.append((tuple(w.shape), r)))
-    monkeypatch.setattr(sorsa_plugin.tools.plan.time, "perf_counter", lambda: float(next(clock)))  # each takes 1 s
-    groups = (
-        LayerGroup("a", (2048, 2048), 8, 3),
-        LayerGroup("b", (2048, 2048), 8, 2),
-        LayerGroup("c", (8192, 2048), 8, 1),
-        LayerGroup("d", (8192, 8192), 1024, 1),  # not below 4 r
-    )
-    seconds, basis = estimate_init(groups, SORSAConfig(r=8), None)
-    assert calls[1:] == [((2048, 2048), 8), ((4096, 1024), 8), ((4096, 4096), 1024)]
-    assert seconds == pytest.approx(3 + 2 + 4 + 4)
-    assert basis.startswith("measured on this machine's cpu")
-
-
-def test_what_is_timed_stops_where_the_adapter_will(monkeypatch):
-    given = []
-    monkeypatch.setattr(sorsa_plugin.tools.plan, "factorise", lambda w, r, **options: given.append(options))
-    estimate_init((LayerGroup("a", (512, 512), 8, 1),), SORSAConfig(r=8, svd="randomized", svd_energy=0.9), None)
-    assert given[-1] == {"svd": "randomized", "energy": 0.9}
+    more = found.memory.total - found.lora.memory.total
+    assert round(more / 2**30, 2) == 1.20, "docs/planning.md says so"
 
 
 def test_a_model_is_really_timed(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ STYLE: Any = {
 SIGMA = r"$\Delta\Sigma$ = mean $|\sigma_t - \sigma_0|$  (units of the weight)"
 DIRECTION = r"$\Delta D$ = 1 $-$ mean $|\cos|$ of singular vectors"
 MOST_RUNS, MOST_SPECTRA = 6, 4
+DPI = 150
 
 
 def require_matplotlib() -> None:
@@ -47,7 +50,7 @@ def require_matplotlib() -> None:
 
 
 def save_plots(analysis: Analysis, directory: str | PathLike[str]) -> list[Path]:
-    """Draw every chart that the analysis has numbers for, as NAME.png and NAME.svg.
+    """Draw every chart, as NAME.png and NAME.svg.
 
     Returns:
         The files written.
@@ -55,23 +58,45 @@ def save_plots(analysis: Analysis, directory: str | PathLike[str]) -> list[Path]
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
+    written = []
+    with _style():
+        for name, figure in _figures(analysis).items():
+            for suffix, metadata in (("png", None), ("svg", {"Date": None})):
+                path = Path(directory) / f"{name}.{suffix}"
+                figure.savefig(path, dpi=DPI, metadata=metadata)
+                written.append(path)
+    return written
+
+
+def png_plots(analysis: Analysis) -> dict[str, bytes]:
+    """Every chart as the bytes of a PNG file, by name.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    drawn = {}
+    with _style():
+        for name, figure in _figures(analysis).items():
+            buffer = BytesIO()
+            figure.savefig(buffer, format="png", dpi=DPI)
+            drawn[name] = buffer.getvalue()
+    return drawn
+
+
+def _style() -> AbstractContextManager[None]:
     require_matplotlib()
     from matplotlib import rc_context
 
-    written = []
-    with rc_context(STYLE):
-        figures = {
-            "change": change_figure(analysis),
-            "layers": layers_figure(analysis),
-            "spectra": spectra_figure(analysis),
-            "conditions": conditions_figure(analysis),
-        }
-        for name, figure in figures.items():
-            for suffix, metadata in (("png", None), ("svg", {"Date": None})):
-                path = Path(directory) / f"{name}.{suffix}"
-                figure.savefig(path, dpi=150, metadata=metadata)
-                written.append(path)
-    return written
+    return rc_context(STYLE)
+
+
+def _figures(analysis: Analysis) -> dict[str, Any]:
+    return {
+        "change": change_figure(analysis),
+        "layers": layers_figure(analysis),
+        "spectra": spectra_figure(analysis),
+        "conditions": conditions_figure(analysis),
+    }
 
 
 def colour(analysis: Analysis, run: str) -> str:
