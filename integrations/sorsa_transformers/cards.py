@@ -1,45 +1,25 @@
-"""`SORSACards`: makes a trainer complete each model card that it writes over the one saved with the adapter."""
+"""Makes a trainer complete each model card that it writes over the one saved with the adapter."""
 
 from __future__ import annotations
 
-import sys
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
-
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sorsa_plugin.extend import SORSAConfig, complete_model_card
 
-
-class SORSACards(TrainerCallback):
-    """One of the callbacks that every Trainer begins with; it does nothing in a run without SORSA.
-
-    A trainer writes the card between saving and uploading, when no event reaches a callback. So the trainer's own
-    method is wrapped when the trainer is made.
-    """
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        """Wrap the method of the trainer that is being made. Events do not name it; it is the one that calls."""
-        frame = sys._getframe(1)
-        while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-            frame = frame.f_back  # type: ignore[assignment]
-        if frame is not None and isinstance(getattr(model, "active_peft_config", None), SORSAConfig):
-            complete_cards_of(frame.f_locals["self"])
+from .trainer_compat import WRITES_A_CARD, replace
 
 
 def complete_cards_of(trainer: Any) -> None:
     """Make a trainer complete each card that it writes."""
-    if "create_model_card" in vars(trainer):
-        return
-    write = trainer.create_model_card
 
-    @wraps(write)
-    def create_model_card(*args: Any, **kwargs: Any) -> None:
-        write(*args, **kwargs)
-        config = getattr(trainer.model, "active_peft_config", None)
-        if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
-            complete_model_card(trainer.args.output_dir, config.card_values(), adapter=trainer.hub_model_id)
+    def completing(write: Callable[..., None]) -> Callable[..., None]:
+        def create_model_card(*args: Any, **kwargs: Any) -> None:
+            write(*args, **kwargs)
+            config = getattr(trainer.model, "active_peft_config", None)
+            if isinstance(config, SORSAConfig) and trainer.is_world_process_zero():
+                complete_model_card(trainer.args.output_dir, config.card_values(), adapter=trainer.hub_model_id)
 
-    trainer.create_model_card = create_model_card
+        return create_model_card
+
+    replace(trainer, WRITES_A_CARD, completing)
