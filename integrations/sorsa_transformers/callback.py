@@ -22,10 +22,9 @@ from sorsa_plugin.extend import (
     trained_adapters,
 )
 
-from .best_adapter import load_best_adapters
-from .cards import complete_cards_of
 from .metrics import silent
 from .trainer_compat import LayerWiseDummyOptimizer
+from .trainer_methods import replace_methods_of
 
 
 class SORSACallback(TrainerCallback):
@@ -52,7 +51,7 @@ class SORSACallback(TrainerCallback):
         self._steps_seen = 0
         if trainer is not None:
             self._prepare(trainer.model)
-            complete_cards_of(trainer)
+            replace_methods_of(trainer)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -124,16 +123,13 @@ class SORSACallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Check the gradients of the last step: on a GPU, no later step does. Load what the Trainer leaves out of the
-        best model.
+        """Check the gradients of the last step: on a GPU, no later step does.
 
         Raises:
             NonFiniteGradientError: they were not finite.
         """
         if self.attachment is not None:
             self.attachment.watch.settle()
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            load_best_adapters(model, state.best_model_checkpoint)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

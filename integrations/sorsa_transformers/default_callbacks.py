@@ -1,4 +1,4 @@
-"""Makes every Trainer begin with `SORSAMetrics` and `SORSACards`, so that both work where nobody passed a callback."""
+"""Makes every Trainer begin with `SORSAMetrics` and `SORSATrainerMethods`: both work where nobody passed a callback."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class _Watch:
 def _add() -> None:
     """Put them among the Trainer's own. If that cannot be, it is logged: training does not need them."""
     try:
-        from .cards import SORSACards
         from .metrics import SORSAMetrics
         from .trainer_compat import DEFAULT_CALLBACKS
+        from .trainer_methods import SORSATrainerMethods
     except ImportError as error:
         say("The Trainer does not log SORSA's metrics: %s.", error)
         return
-    ours = (SORSAMetrics, SORSACards)
+    ours = (SORSAMetrics, SORSATrainerMethods)
     DEFAULT_CALLBACKS.extend(callback for callback in ours if callback not in DEFAULT_CALLBACKS)

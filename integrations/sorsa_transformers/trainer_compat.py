@@ -5,6 +5,8 @@ Seen in transformers 5.6.0 and 5.23.0, PEFT 0.20.0 and 0.21.2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from peft.tuners.adamss.asa_callback import AdamssAsaCallback
@@ -21,15 +23,22 @@ ENTRIES = {
     "AdamssAsaCallback": "what AdaMSS calls after every step",
 }
 
+WRITES_A_CARD = "create_model_card"
+LOADS_THE_BEST = "_load_best_model"
+LOADS_A_CHECKPOINT = "_load_from_checkpoint"
+RUNS_AN_EPOCH = "_run_epoch"
+
 TRAINER = (
-    *("create_model_card", "add_callback", "remove_callback", "callback_handler", "hub_model_id"),
-    *("is_in_train", "_load_best_model"),
+    *("add_callback", "remove_callback", "callback_handler", "hub_model_id", "is_deepspeed_enabled", "is_fsdp_enabled"),
+    *(WRITES_A_CARD, LOADS_THE_BEST, LOADS_A_CHECKPOINT, RUNS_AN_EPOCH),
 )
 """Attributes that are called or replaced on a Trainer. Its `__init__` calls `callback_handler.on_init_end`, from which
-`cards.py` finds it; gone: cards that a trainer writes before a push stay without SORSA's section. Without
-`_load_best_model`: load the adapter of `state.best_model_checkpoint`."""
+`trainer_methods.py` finds it; gone: cards that a trainer writes before a push stay without SORSA's section, adapters of
+`model.add_adapter()` are not resumed, and a finished run takes another step."""
 
 
-def load_best_model(trainer: Any) -> None:
-    """Load the best checkpoint, as the Trainer does when training ends."""
-    trainer._load_best_model()
+def replace(trainer: Any, name: str, made_of: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+    """Replace a method of one trainer by what is made of it, once. A method that is gone is left alone."""
+    method = getattr(trainer, name, None)
+    if method is not None and name not in vars(trainer):
+        setattr(trainer, name, wraps(method)(made_of(method)))

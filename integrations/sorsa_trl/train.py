@@ -13,32 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
-
 from sorsa_plugin import setup_adapter
 from sorsa_plugin.errors import AdapterOptionsError, SORSAError
 from sorsa_plugin.extend import say
 from sorsa_transformers.checkpoints import is_complete, last_complete_checkpoint
-from sorsa_transformers.trainer_compat import load_best_model
+from sorsa_transformers.finished_runs import take_no_step_when_finished
 
 from .data import load_data, split
 from .recipe import Recipe, RecipeParser
 
 LAST = ("true", "last", "auto", "latest")
 """Values of resume_from_checkpoint that mean the last complete checkpoint."""
-
-
-class AllStepsTaken(Exception):
-    """The checkpoint that a run resumes from is its last one."""
-
-
-class StopsWhenAllStepsAreTaken(TrainerCallback):
-    """Ends a run that resumes from its last checkpoint: the Trainer would take one more step each time."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raises AllStepsTaken if no step is left. The checkpoint is loaded by then."""
-        if state.global_step >= state.max_steps > 0:
-            raise AllStepsTaken
 
 
 def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
@@ -70,20 +55,14 @@ def train(recipe: Recipe, callbacks: Sequence[Any] = ()) -> Any:
     with _refusals_said(f"{model.model_name_or_path} on {script.dataset_name or 'the datasets of the recipe'}"):
         trainer = _make_trainer(recipe, setup.peft_config, callbacks)
     setup.add_callbacks(trainer)
-    trainer.add_callback(StopsWhenAllStepsAreTaken())
+    take_no_step_when_finished(trainer)
     if script.ignore_bias_buffers:  # as TRL's dpo.py: DDP cannot broadcast boolean buffers
         trainer.model._ddp_params_and_buffers_to_ignore = [
             name for name, buffer in trainer.model.named_buffers() if str(buffer.dtype) == "torch.bool"
         ]
     if trainer.is_world_process_zero():
         recipe.write(Path(training.output_dir))
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except AllStepsTaken:
-        say("All %d steps of this run were taken before: nothing is trained.", trainer.state.max_steps)
-        trainer.is_in_train = False
-        if training.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
-            load_best_model(trainer)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(training.output_dir)
     trainer.accelerator.print(f"Saved to {training.output_dir}.")
     if training.push_to_hub:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from .pickled_values import plain_values
+
 NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -27,7 +29,7 @@ def is_complete(checkpoint: Path) -> bool:
 
     These are trainer_state.json, which the Trainer writes last; the weights (safetensors, or FSDP2's shards); and the
     states of optimizer, scheduler and random numbers. A run with save_only_model writes none of these states, so all
-    may be absent, but not some. No file is unpickled.
+    may be absent, but not some, nor where training_args.bin says that it wrote them. No file is unpickled.
     """
     try:
         return _has_trainer_state(checkpoint) and _has_weights(checkpoint) and _has_training_states(checkpoint)
@@ -41,7 +43,7 @@ def _has_trainer_state(checkpoint: Path) -> bool:
 
 
 def _has_weights(checkpoint: Path) -> bool:
-    """A safetensors header gives the length of its file; FSDP2's .metadata is written after every shard."""
+    """A safetensors header gives the length of its file, and FSDP2's .metadata those of its shards."""
     weights = list(checkpoint.rglob("*.safetensors"))
     for path in weights:
         with safe_open(path, framework="pt"):
@@ -51,7 +53,7 @@ def _has_weights(checkpoint: Path) -> bool:
         if not all((index.parent / shard).is_file() for shard in shards):
             return False
     sharded = {path.parent for path in checkpoint.rglob("*.distcp")}
-    return bool(weights or sharded) and all(_is_filled(directory / ".metadata") for directory in sharded)
+    return bool(weights or sharded) and all(map(_has_whole_shards, sharded))
 
 
 def _has_training_states(checkpoint: Path) -> bool:
@@ -70,15 +72,37 @@ def _has_training_states(checkpoint: Path) -> bool:
         return False
     if plain:
         return bool(schedulers and random)
-    return bool(optimizers) or not (schedulers or random)
+    return bool(optimizers) or not (schedulers or random or _wrote_states(checkpoint / "training_args.bin"))
 
 
-def _is_filled(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
+def _has_whole_shards(directory: Path) -> bool:
+    """Whether every shard that FSDP2's metadata names is there, and as long as what it says lies in it."""
+    shard, start = None, 0
+    for name, value in plain_values((directory / ".metadata").read_bytes()):
+        if name == "relative_path":
+            shard, start = directory / str(value), 0
+        elif name == "offset":
+            start = int(value)
+        elif name == "length" and shard is not None and shard.stat().st_size < start + int(value):
+            return False
+    return shard is not None
+
+
+def _wrote_states(arguments: Path) -> bool:
+    """Whether the training arguments, which nobody needs in order to resume, say that states were saved as well."""
+    try:
+        return dict(plain_values(_pickle_in(arguments))).get("save_only_model") is False
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _is_saved_by_torch(path: Path) -> bool:
     """Whether a file is a whole archive of torch.save: the list of its members, at its end, has an undamaged pickle."""
+    return bool(_pickle_in(path))
+
+
+def _pickle_in(path: Path) -> bytes:
+    """The one pickle in an archive of torch.save; nothing if there are none or several."""
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-        return len(pickles) == 1 and bool(archive.read(pickles[0]))
+        return archive.read(pickles[0]) if len(pickles) == 1 else b""

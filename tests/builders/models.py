@@ -57,8 +57,8 @@ def tiny_gpt_oss(experts: int = 3) -> GptOssForCausalLM:
     return made(GptOssForCausalLM, GptOssConfig(**sizes, num_experts_per_tok=2))
 
 
-def tiny_qwen3_moe() -> Qwen3MoeForCausalLM:
-    sizes = {**SIZES, **TOKENS, "head_dim": 8, "moe_intermediate_size": 24}
+def tiny_qwen3_moe(**changes: Any) -> Qwen3MoeForCausalLM:
+    sizes = {**SIZES, **TOKENS, "head_dim": 8, "moe_intermediate_size": 24, **changes}
     return made(Qwen3MoeForCausalLM, Qwen3MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2))
 
 
@@ -96,9 +96,9 @@ def tiny_siglip(layers: int = 1) -> SiglipVisionModel:
     return made(SiglipVisionModel, SiglipVisionConfig(**VISION, num_hidden_layers=layers))
 
 
-def tiny_llava() -> LlavaForConditionalGeneration:
+def tiny_llava(vocab_size: int = 64, image_token: int = 63) -> LlavaForConditionalGeneration:
     """A text model in a larger one, whose weights are stored under other names."""
     vision = {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 1, "projection_dim": 32}
-    text = {"model_type": "llama", **SIZES}
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    text = {"model_type": "llama", **SIZES, "vocab_size": vocab_size}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
     return made(LlavaForConditionalGeneration, config)

@@ -166,9 +166,8 @@ assert not any(type(finder).__module__ == "sorsa_transformers.default_callbacks"
 print([callback.__name__ for callback in DEFAULT_CALLBACKS])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["['DefaultFlowCallback', 'SORSAMetrics', 'SORSACards']"], done.stderr[
-        -3000:
-    ]
+    expected = "['DefaultFlowCallback', 'SORSAMetrics', 'SORSATrainerMethods']"
+    assert done.stdout.splitlines()[-1:] == [expected], done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

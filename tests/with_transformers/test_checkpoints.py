@@ -9,6 +9,9 @@ import pytest
 import torch
 from builders.trainer_runs import adapted, make_trainer
 from safetensors.torch import save_file
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint import FileSystemWriter
+from transformers import TrainingArguments
 
 from sorsa_transformers import SORSACallback, last_complete_checkpoint
 
@@ -68,11 +71,19 @@ def test_damaged_checkpoint_is_passed_over(damage: str, tmp_path: Path) -> None:
     assert last_complete_checkpoint(tmp_path) is None
 
 
-def test_a_checkpoint_of_a_model_alone_is_complete(tmp_path: Path) -> None:
+@pytest.mark.parametrize("says", ["nothing", "model only", "states too", "damaged"])
+def test_a_checkpoint_of_a_model_alone_is_complete_unless_its_arguments_say_otherwise(
+    says: str, tmp_path: Path
+) -> None:
     path = checkpoint(tmp_path, 5)
     for name in STATES:
         (path / name).unlink()
-    assert last_complete_checkpoint(tmp_path) == str(path)
+    if says != "nothing":
+        arguments = TrainingArguments(str(tmp_path), save_only_model=says == "model only", report_to="none")
+        torch.save(arguments, path / "training_args.bin")
+    if says == "damaged":  # nobody reads it in order to resume
+        cut(path / "training_args.bin", 600)
+    assert last_complete_checkpoint(tmp_path) == (None if says == "states too" else str(path))
 
 
 def test_no_file_is_unpickled(tmp_path: Path) -> None:
@@ -123,21 +134,35 @@ def test_training_resumes_from_the_checkpoint_before_the_one_killed_while_saving
     assert run(found) == whole
 
 
-@pytest.mark.parametrize("damage", ["", "no metadata", "half an optimizer partition"])
-def test_sharded_checkpoints_are_complete_with_all_their_parts(damage: str, tmp_path: Path) -> None:
+SHARDED = {
+    "": lambda path: None,
+    "no metadata": lambda path: (path / "optimizer_0" / ".metadata").unlink(),
+    "half the metadata": lambda path: cut(path / "optimizer_0" / ".metadata", 200),
+    "no shard of the model": lambda path: (path / "pytorch_model_fsdp_0" / "__0_1.distcp").unlink(),
+    "no shard of the optimizer": lambda path: (path / "optimizer_0" / "__0_0.distcp").unlink(),
+    "half a shard": lambda path: cut(path / "pytorch_model_fsdp_0" / "__0_0.distcp", -40),
+}
+
+
+@pytest.mark.parametrize("damage", SHARDED)
+def test_fsdp2s_checkpoints_are_complete_with_all_their_parts(damage: str, tmp_path: Path) -> None:
+    """In two shards each, instead of the adapter's file."""
     earlier, later = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
-    if damage == "half an optimizer partition":  # DeepSpeed's, beside the adapter
-        partition = later / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-        partition.parent.mkdir()
-        torch.save({"exp_avg": torch.ones(100)}, partition)
-        assert last_complete_checkpoint(tmp_path) == str(later)
-        cut(partition, 200)
-    else:  # FSDP2's, instead of the adapter
-        (later / WEIGHTS).unlink()
-        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
-            (later / part).mkdir()
-            (later / part / "__0_0.distcp").write_bytes(b"shard")
-            (later / part / ".metadata").write_bytes(b"written last")
-        if damage:
-            (later / "optimizer_0" / ".metadata").unlink()
+    (later / WEIGHTS).unlink()
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        state = {"model": {name: torch.ones(30) for name in ("dU", "dV")}}
+        writer = FileSystemWriter(later / part, thread_count=2)
+        distributed_checkpoint.save(state, storage_writer=writer, no_dist=True)
+    assert len(list(later.rglob("*.distcp"))) == 4
+    SHARDED[damage](later)
     assert last_complete_checkpoint(tmp_path) == str(earlier if damage else later)
+
+
+def test_deepspeeds_checkpoints_are_complete_with_all_their_parts(tmp_path: Path) -> None:
+    earlier, later = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
+    partition = later / "global_step10" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    partition.parent.mkdir()
+    torch.save({"exp_avg": torch.ones(100)}, partition)
+    assert last_complete_checkpoint(tmp_path) == str(later)
+    cut(partition, 200)
+    assert last_complete_checkpoint(tmp_path) == str(earlier)

@@ -7,22 +7,22 @@ import torch
 from builders.trl_runs import EXAMPLES, adapter_tensors, build, logged, sorsa_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer
-from trl import DPOTrainer, SFTTrainer
+from trl import SFTTrainer
 
 from sorsa_plugin.errors import NoAdaptedLayersError
 from sorsa_transformers import SORSACallback
 from sorsa_trl import OrthonormalLoss, SORSADPOTrainer, SORSASFTTrainer, with_orthonormal_loss
 
-WRAPPED = {SFTTrainer: SORSASFTTrainer, DPOTrainer: SORSADPOTrainer}
+WRAPPED = {"SFT": SORSASFTTrainer, "DPO": SORSADPOTrainer}
 
 
 @pytest.mark.parametrize(
     ("kind", "accumulation", "update"),  # every two of the three meet
     [
-        (SFTTrainer, 1, "coupled"),
-        (SFTTrainer, 4, "decoupled"),
-        (DPOTrainer, 1, "decoupled"),
-        (DPOTrainer, 4, "coupled"),
+        ("SFT", 1, "coupled"),
+        ("SFT", 4, "decoupled"),
+        ("DPO", 1, "decoupled"),
+        ("DPO", 4, "coupled"),
     ],
 )
 def test_the_three_routes_train_the_same_weights(kind, accumulation, update, tmp_path):
@@ -59,12 +59,10 @@ def test_the_penalty_is_averaged_over_the_steps_of_a_report_and_over_a_short_las
         "num_train_epochs": 2,
         "max_steps": -1,
     }
-    every = build(
-        SFTTrainer, tmp_path / "a", sorsa_config(), trainer_class=SORSASFTTrainer, rows=EXAMPLES[:10], **changes
-    )
+    every = build("SFT", tmp_path / "a", sorsa_config(), trainer_class=SORSASFTTrainer, rows=EXAMPLES[:10], **changes)
     every.train()
     once = build(
-        SFTTrainer,
+        "SFT",
         tmp_path / "b",
         sorsa_config(),
         trainer_class=SORSASFTTrainer,
@@ -82,8 +80,8 @@ def test_the_penalty_is_averaged_over_the_steps_of_a_report_and_over_a_short_las
 def test_a_second_training_reports_no_penalty_of_the_first(tmp_path):
     """3 steps and a report every 2: the first training ends with a penalty that nobody reported."""
     changes = {"max_steps": 3, "logging_steps": 2}
-    plain = build(SFTTrainer, tmp_path / "a", sorsa_config(), **changes)
-    wrapped = build(SFTTrainer, tmp_path / "b", sorsa_config(), trainer_class=SORSASFTTrainer, **changes)
+    plain = build("SFT", tmp_path / "a", sorsa_config(), **changes)
+    wrapped = build("SFT", tmp_path / "b", sorsa_config(), trainer_class=SORSASFTTrainer, **changes)
     for trainer in (plain, wrapped, plain, wrapped):
         trainer.train()
     assert len(logged(wrapped, "loss")) == 1, "the history is that of the second"
@@ -94,7 +92,7 @@ def test_a_second_training_reports_no_penalty_of_the_first(tmp_path):
 
 def test_loss_and_penalty_reach_the_event_file(tmp_path):
     trainer = build(
-        SFTTrainer, tmp_path, sorsa_config(), trainer_class=SORSASFTTrainer, report_to="tensorboard", max_steps=2
+        "SFT", tmp_path, sorsa_config(), trainer_class=SORSASFTTrainer, report_to="tensorboard", max_steps=2
     )
     trainer.train()
     files = list(tmp_path.rglob("events.out.tfevents.*"))
@@ -115,7 +113,7 @@ def test_a_callback_given_as_well_keeps_its_gamma_and_logs_nothing_twice(tmp_pat
             super().__init__(*args, callbacks=[callback], **kwargs)
 
     trainer = build(
-        SFTTrainer, tmp_path, sorsa_config(gamma=0.5), trainer_class=with_orthonormal_loss(WithCallback), max_steps=2
+        "SFT", tmp_path, sorsa_config(gamma=0.5), trainer_class=with_orthonormal_loss(WithCallback), max_steps=2
     )
     trainer.train()
     assert sum(isinstance(c, SORSACallback) for c in trainer.callback_handler.callbacks) == 1
@@ -124,7 +122,7 @@ def test_a_callback_given_as_well_keeps_its_gamma_and_logs_nothing_twice(tmp_pat
 
 
 def test_a_callback_added_later_keeps_its_gamma_and_logs_nothing_twice(tmp_path):
-    trainer = build(SFTTrainer, tmp_path, sorsa_config(gamma=0.5), trainer_class=SORSASFTTrainer, max_steps=2)
+    trainer = build("SFT", tmp_path, sorsa_config(gamma=0.5), trainer_class=SORSASFTTrainer, max_steps=2)
     callback = SORSACallback(trainer, gamma=0.02)
     trainer.add_callback(callback)
     trainer.train()
@@ -134,8 +132,8 @@ def test_a_callback_added_later_keeps_its_gamma_and_logs_nothing_twice(tmp_path)
 
 
 def test_gamma_zero_reports_the_plain_loss(tmp_path):
-    free = build(SFTTrainer, tmp_path / "a", sorsa_config(gamma=0.0), trainer_class=SORSASFTTrainer)
-    plain = build(SFTTrainer, tmp_path / "b", sorsa_config(gamma=0.0))
+    free = build("SFT", tmp_path / "a", sorsa_config(gamma=0.0), trainer_class=SORSASFTTrainer)
+    plain = build("SFT", tmp_path / "b", sorsa_config(gamma=0.0))
     free.train()
     plain.train()
     assert logged(free, "loss") == logged(plain, "loss")
@@ -143,7 +141,7 @@ def test_gamma_zero_reports_the_plain_loss(tmp_path):
 
 
 def test_a_model_without_sorsa_is_refused_when_training_begins(tmp_path):
-    trainer = build(SFTTrainer, tmp_path, None, trainer_class=SORSASFTTrainer)
+    trainer = build("SFT", tmp_path, None, trainer_class=SORSASFTTrainer)
     with pytest.raises(NoAdaptedLayersError, match="has no active, trainable SORSA adapter"):
         trainer.train()
 
