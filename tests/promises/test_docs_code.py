@@ -27,12 +27,13 @@ from typer.testing import CliRunner
 from sorsa_axolotl.args import SORSAArgs
 from sorsa_cli import build_app
 from sorsa_distributed.sharded_checkpoints import complete_sharded_checkpoint
+from sorsa_llamafactory.recipe import translated
 from sorsa_plugin import SORSAConfig, setup_adapter
 from sorsa_quickstart.answering import BASE, load_base
 from sorsa_quickstart.task import train_examples
 from sorsa_transformers.data import encode_all
 
-MARKED = {"README.md": 2, "axolotl.md": 2, "distributed.md": 2, "serving.md": 3}
+MARKED = {"README.md": 2, "axolotl.md": 2, "distributed.md": 2, "llamafactory.md": 2, "serving.md": 3}
 """{page: number of its blocks that are not run here}, all of them with a reason."""
 
 SLOW = ("analysis.md",)
@@ -143,6 +144,15 @@ def require_trl_recipe(recipe: dict) -> None:
     assert setup_adapter(parsed.adapter).peft_config is not None
 
 
+def require_llamafactory_recipe(recipe: dict) -> None:
+    """By our reading of it; a recipe for LoRA too, which the page's first block compares."""
+    assert translated(recipe).arguments["finetuning_type"] == "lora"
+
+
+RECIPES = {"axolotl.md": require_axolotl_recipe, "llamafactory.md": require_llamafactory_recipe}
+"""{page: what reads its recipes}; those of the other pages are for `sorsa sft`."""
+
+
 def run_python(block: Block, namespace: dict[str, object], _: dict) -> None:
     exec(compile("\n" * block.line + block.code, block.page, "exec"), namespace)
 
@@ -160,7 +170,7 @@ def check_yaml(block: Block, _: dict[str, object], recipe: dict) -> None:
         content = yaml.safe_load(text)
         assert isinstance(content, dict)
         recipe |= content
-        (require_axolotl_recipe if block.page == "axolotl.md" else require_trl_recipe)(recipe)
+        RECIPES.get(block.page, require_trl_recipe)(recipe)
 
 
 RUN = {"python": run_python, "bash": run_shell, "yaml": check_yaml, "diff": check_yaml}
