@@ -11,7 +11,7 @@ from peft.utils import PeftType
 
 from .config_checks import check_module_options
 from .errors import SORSAConfigError
-from .linalg.svd import DEFAULT_ENERGY, SvdMethod, WhichTriplets
+from .linalg.svd import DEFAULT_ENERGY, SvdMethod
 from .lora_options import options_of_lora, own_options, takes_lora_options
 from .model_card import CardValues, complete_saved_card
 
@@ -119,9 +119,6 @@ class SORSAConfig(PeftConfig):
     svd_seed: int = field(default=0, metadata={"help": "Seed of the randomized factorisation."})
     svd_energy: float | None = field(
         default=None, metadata={"help": "Share of the best triplets' energy where the randomized factorisation stops."}
-    )
-    triplets: WhichTriplets = field(
-        default="principal", metadata={"help": "Which triplets are trained: 'principal' (the paper) or 'minor'."}
     )
     gamma: float | None = field(
         default=None, metadata={"help": "Learning rate of the orthonormal regularizer; None: the update's default."}
@@ -250,7 +247,7 @@ class SORSAConfig(PeftConfig):
                 raise SORSAConfigError(f"{name} is {rank!r}; expected an integer >= 1. Give the number of triplets.")
 
     def _check_choices(self) -> None:
-        choices = {"svd": SvdMethod, "reg_update": RegUpdate, "triplets": WhichTriplets}
+        choices = {"svd": SvdMethod, "reg_update": RegUpdate}
         if self.reg_schedule is not None:
             choices["reg_schedule"] = RegSchedule
         for name, literal in choices.items():

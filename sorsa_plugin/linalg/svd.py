@@ -25,8 +25,6 @@ EXACT_LIMIT = 256
 SvdMethod = Literal["auto", "exact", "randomized"]
 METHODS = get_args(SvdMethod)
 
-WhichTriplets = Literal["principal", "minor"]
-
 DEFAULT_ENERGY = 0.998
 """The randomized path stops at this estimated share of the energy of the best triplets. The estimate errs by at most
 0.004 on Gaussian weights, which have no gap anywhere (benchmarks/NOTES.md)."""
@@ -56,10 +54,9 @@ def factorise(
     svd: str = "auto",
     seed: int = 0,
     energy: float = DEFAULT_ENERGY,
-    triplets: str = "principal",
     name: str = "weight",
 ) -> Triplets:
-    """Singular triplets of a matrix: those of its largest singular values, or of its smallest.
+    """Top singular triplets of a matrix.
 
     Args:
         weight: matrix (out x in) of any floating dtype, on any device but meta. One fp32 copy is made, on the process's
@@ -68,7 +65,6 @@ def factorise(
         svd: "exact", "randomized", or "auto" (exact if the smaller side is at most 256 or 2 r).
         seed: seed of the randomized path.
         energy: the randomized path stops at this estimated share of sum sigma_i^2 over the best r triplets, in (0, 1).
-        triplets: "principal", or "minor", which is always exact.
         name: the layer's name, for messages.
 
     Returns:
@@ -84,8 +80,7 @@ def factorise(
         raise SORSAConfigError(f"svd is {svd!r}; expected one of {', '.join(map(repr, METHODS))}.")
     require_triplets(rank, tuple(weight.shape), name)
     smaller = min(weight.shape)
-    minor = triplets == "minor"
-    exact = minor or svd == "exact" or (svd == "auto" and (smaller <= EXACT_LIMIT or 2 * rank >= smaller))
+    exact = svd == "exact" or (svd == "auto" and (smaller <= EXACT_LIMIT or 2 * rank >= smaller))
     home, device = weight.device, working_device(weight.device)
 
     def work(device: torch.device) -> Triplets:
@@ -99,25 +94,25 @@ def factorise(
         unit = _unit(size)
         matrix = matrix if unit == 1.0 else matrix / unit
         try:
-            found = _exact(matrix, rank, minor) if exact else _randomized(matrix, rank, seed, energy)
+            triplets = _exact(matrix, rank) if exact else _randomized(matrix, rank, seed, energy)
         except torch.linalg.LinAlgError as error:
-            found = _on_cpu(matrix, rank, minor, name, error)
+            triplets = _on_cpu(matrix, rank, name, error)
         if unit == 1.0:
-            return found
-        largest = float(found.S[0]) * unit
+            return triplets
+        largest = float(triplets.S[0]) * unit
         if largest > torch.finfo(torch.float32).max:
             raise DecompositionError(
                 f"The largest singular value of the weight of {name} is {largest:.3g}, above the largest fp32 number. "
                 "Check the base model's checkpoint, or exclude the module."
             )
-        return found._replace(S=found.S * unit)
+        return triplets._replace(S=triplets.S * unit)
 
     try:
-        found = work(device)
+        triplets = work(device)
     except torch.OutOfMemoryError:  # only an accelerator raises this
         logger.warning("%s has no room to decompose %s; the CPU takes its place, and longer.", device, name)
-        found = work(torch.device("cpu"))
-    return Triplets(*(part.to(home) for part in _fix_signs(found)))
+        triplets = work(torch.device("cpu"))
+    return Triplets(*(part.to(home) for part in _fix_signs(triplets)))
 
 
 def require_triplets(rank: int, shape: tuple[int, ...], name: str) -> None:
@@ -178,10 +173,9 @@ def _unit(size: float) -> float:
     return 1.0 if size == 0.0 or abs(exponent) <= USUAL_EXPONENTS else 2.0 ** max(-126, min(exponent, 126))
 
 
-def _exact(matrix: torch.Tensor, rank: int, minor: bool = False) -> Triplets:
+def _exact(matrix: torch.Tensor, rank: int) -> Triplets:
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    wanted = slice(-rank, None) if minor else slice(rank)
-    triplets = Triplets(U[:, wanted], S[wanted], Vh[wanted].mT)
+    triplets = Triplets(U[:, :rank], S[:rank], Vh[:rank].mT)
     if not _are_orthonormal(triplets):  # accelerators use Jacobi's method, which promises less than LAPACK
         raise torch.linalg.LinAlgError("U or V is not orthonormal")
     return triplets
@@ -291,11 +285,11 @@ def _are_orthonormal(triplets: Triplets) -> bool:
     return all(float(gram_minus_identity(P).norm()) <= limit for P in (triplets.U, triplets.V))
 
 
-def _on_cpu(matrix: torch.Tensor, rank: int, minor: bool, name: str, error: Exception) -> Triplets:
+def _on_cpu(matrix: torch.Tensor, rank: int, name: str, error: Exception) -> Triplets:
     logger.warning("The decomposition of %s did not converge on %s (%s); trying LAPACK on the CPU in float64.",
                    name, matrix.device, error)  # fmt: skip
     try:
-        triplets = _exact(matrix.cpu().double(), rank, minor)
+        triplets = _exact(matrix.cpu().double(), rank)
     except torch.linalg.LinAlgError as second:
         raise DecompositionError(
             f"The decomposition of {name} converged neither on {matrix.device} nor on the CPU ({second}). Exclude the "

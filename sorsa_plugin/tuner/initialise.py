@@ -170,7 +170,6 @@ def initialise(layer: SORSALayer, adapter_name: str, matrix: torch.Tensor | None
 
 def _triplets(matrix: torch.Tensor, rank: int, config: SORSAConfig, name: str) -> Triplets:
     options: Any = {"svd": config.svd, "seed": config.svd_seed, "energy": config.resolved_svd_energy}
-    options["triplets"] = config.triplets
     if matrix.ndim == 2:
         return factorise(matrix, rank, **options, name=name)
     each = [factorise(expert, rank, **options, name=f"{name}[{i}]") for i, expert in enumerate(matrix)]
@@ -180,10 +179,10 @@ def _triplets(matrix: torch.Tensor, rank: int, config: SORSAConfig, name: str) -
 def _donor(layer: SORSALayer, adapter_name: str) -> SORSAFactors | None:
     """A sibling whose first triplets are those that a factorisation for this adapter would give, or None."""
     rank, config = layer.factors(adapter_name).rank, layer.configs[adapter_name]
-    wanted = (config.svd, config.svd_seed, config.resolved_svd_energy, config.triplets)
+    wanted = (config.svd, config.svd_seed, config.resolved_svd_energy)
     for name, sibling in layer.configs.items():
         factors = layer.factors(name)
-        options = (sibling.svd, sibling.svd_seed, sibling.resolved_svd_energy, sibling.triplets)
+        options = (sibling.svd, sibling.svd_seed, sibling.resolved_svd_energy)
         same = sibling.init_weights and config.init_weights and options == wanted
         if name != adapter_name and same and factors.rank >= rank and not factors.pending:
             return factors
