@@ -137,7 +137,7 @@ def draw(summary: Summary, path: Path) -> None:
         axis.grid(alpha=0.3)
     left.set_xscale("log")
     left.set_xlabel("learning rate")
-    right.set_xlim(untrained["brown"] - 0.02, untrained["brown"] + 0.6)
+    right.set_xlim(untrained["brown"] - 0.02, untrained["brown"] + 0.3)
     right.set_xlabel("loss on Brown, nats a token (star: untrained)")
     figure.suptitle(f"{summary.study.title}; validation rows, one seed")
     figure.legend(*left.get_legend_handles_labels(), ncols=5, loc="upper center", bbox_to_anchor=(0.5, 0), fontsize=8)
