@@ -270,7 +270,9 @@ class SORSAConfig(PeftConfig):
                     "svd_energy, or choose svd='randomized' or 'auto'."
                 )
         if not _is_number(self.sorsa_dropout) or not 0.0 <= self.sorsa_dropout < 1.0:
-            raise SORSAConfigError(f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1).")
+            raise SORSAConfigError(
+                f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1). LoRA calls it lora_dropout."
+            )
 
     def _check_regularizer(self) -> None:
         if self.reg_update == "coupled" and self.reg_schedule is not None:

@@ -74,7 +74,7 @@ from sorsa_cli.formatting import console, size
 from .config import RegSchedule, RegUpdate, SORSAConfig
 from .errors import nearest
 from .files.adapter_format import FROZEN, OFFSETS
-from .files.atomic_directory import appearing_whole, refuse_occupied
+from .files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from .files.run_checkpoints import checkpoints, is_complete
 from .files.saved_adapter import open_tensors, read_config, survey
 from .layers.factors import ROUNDED, SORSAFactors
@@ -86,7 +86,7 @@ from .layers.kinds.quantised import SORSAQuantisedLinear
 from .layers.layer import SORSALayer, sorsa_layers
 from .linalg.offset_form import add_low_rank
 from .linalg.svd import SvdMethod
-from .model_card import complete_model_card
+from .model_card import complete_model_card, public_name
 from .plugins import hookimpl
 from .rank_zero import say
 from .recipes.adapter_type import AdapterOptions, AdapterSetup, AdapterType, build_config
@@ -145,6 +145,8 @@ __all__ = [
     "nearest",
     "open_tensors",
     "options",
+    "output_path",
+    "public_name",
     "read_config",
     "read_options",
     "refuse_occupied",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from peft import LoraConfig
 from peft.utils import PeftType
 
+from .compat.peft import layers_of_users
 from .config_checks import FILLED_IN
 from .errors import LoraOptionError, SORSAConfigError, UnknownOptionError, nearest
 from .rank_zero import say
@@ -100,6 +101,12 @@ def options_of_lora(config: Any, ours: type) -> dict[str, Any]:
     """
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise SORSAConfigError(f"from_lora got {type(config).__name__}; expected peft.LoraConfig.")
+    if layers := layers_of_users(config):
+        raise LoraOptionError(
+            f"from_lora got a LoraConfig with layers of your own for {', '.join(kind.__name__ for kind in layers)}; "
+            "SORSA cannot train them. Take another LoraConfig, without _register_custom_module; a plug-in can add a "
+            "layer kind for these modules."
+        )
     known = _names(ours)
     values = {name: getattr(config, name) for name in _names(LoraConfig) if name not in FILLED_IN}
     asked = {name: value for name, value in values.items() if name in known or not _is_default(name, value)}

@@ -119,7 +119,7 @@ class CardValues(NamedTuple):
 
 
 def public_name(base: str | None) -> str | None:
-    """A base model's id on the hub; for a local path its last part, which says nothing about anybody's machine."""
+    """The id on the hub of a model or of data; for a local path its last part, which says nothing about a machine."""
     if base is None or not _is_local(base):
         return base
     cached = CACHED.search(base)

@@ -9,6 +9,7 @@ import json
 import pickle
 
 import pytest
+import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig
 
 from sorsa_plugin import SORSAConfig
@@ -51,6 +52,7 @@ def test_an_option_at_loras_default_asks_for_nothing_and_nothing_is_said(options
         ({"megatron_config": {"a": 1}}, "megatron_config={'a': 1}: SORSA does not adapt Megatron's layers"),
         ({"lora_dropout": 0.1, "sorsa_dropout": 0.0}, "lora_dropout is 0.1 and sorsa_dropout is 0.0; they are one"),
         ({"lora_dropout": 1.5}, r"sorsa_dropout is 1.5; expected a probability"),
+        ({"lora_dropout": None}, r"sorsa_dropout is None; expected .* LoRA calls it lora_dropout"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -169,3 +171,11 @@ def test_from_lora_takes_lora_alone(other):
 def test_these_errors_are_type_errors_as_for_any_call_and_ours(error):
     assert issubclass(error, TypeError)
     assert issubclass(error, SORSAError)
+
+
+def test_layers_of_a_users_own_are_refused():
+    """They say how a LoRA adapts a class of modules: without them the config would adapt other modules, or none."""
+    lora = LoraConfig(r=4, target_modules=["0"])
+    lora._register_custom_module({torch.nn.LSTM: torch.nn.Identity})
+    with pytest.raises(LoraOptionError, match="layers of your own for LSTM; SORSA cannot train them"):
+        SORSAConfig.from_lora(lora)

@@ -23,7 +23,16 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from sorsa_plugin.errors import ForeignAdapterError, IncompleteAdapterError, MissingPackageError, SORSAError
-from sorsa_plugin.extend import FROZEN, OFFSETS, appearing_whole, open_tensors, read_config, refuse_occupied, survey
+from sorsa_plugin.extend import (
+    FROZEN,
+    OFFSETS,
+    appearing_whole,
+    open_tensors,
+    output_path,
+    read_config,
+    refuse_occupied,
+    survey,
+)
 
 from .checked_metadata import require_tensors_alone
 
@@ -73,7 +82,7 @@ def convert_checkpoint(
         MissingPackageError: DeepSpeed wrote the checkpoint and is not installed here.
         OutputExistsError: the output exists and is not an empty directory.
     """
-    source, output = Path(checkpoint), Path(output_dir).resolve()
+    source, output = Path(checkpoint), output_path(output_dir)
     written_by, read = _reader(source)
     options = read_config(_directory_of_config(source, config))
     refuse_occupied(output)

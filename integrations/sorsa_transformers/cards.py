@@ -7,16 +7,19 @@ from typing import Any
 
 from peft import PeftModel
 
-from sorsa_plugin.extend import SORSAConfig, complete_model_card
+from sorsa_plugin.extend import SORSAConfig, complete_model_card, public_name
 
 from .trainer_compat import WRITES_A_CARD, replace
 
 
 def complete_cards_of(trainer: Any) -> None:
-    """Make a trainer complete each card that it writes."""
+    """Make a trainer complete each card that it writes, and name no data that lie on this machine."""
 
     def completing(write: Callable[..., None]) -> Callable[..., None]:
         def create_model_card(*args: Any, **kwargs: Any) -> None:
+            data = kwargs.get("dataset_name")
+            if isinstance(data, str) and public_name(data) != data:  # TRL would link to it on the hub
+                kwargs["dataset_name"] = None
             write(*args, **kwargs)
             complete_card_of(trainer)
 

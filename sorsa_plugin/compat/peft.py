@@ -43,6 +43,7 @@ ENTRIES = {
     "get_pattern_key": "which key of rank_pattern fits a name; gone: write its regular expression out",
     "add_peft_type": "the enum member SORSA; gone, once PEFT lets its types be extended: use that",
     "all_linear": 'which layers "all-linear" selects; gone: list nn.Linear and Conv1D, without the output layer',
+    "layers_of_users": "modules that a LoraConfig makes layers of a user's own class of; gone: there are none",
     "targets_of_lora": "what a LoRA's targets become on a model of experts; gone: leave the targets as they are",
 }
 
@@ -119,6 +120,11 @@ def add_peft_type(name: str) -> None:
 def all_linear(config: Any, model: Any) -> set[str]:
     """The names of the modules that a config whose `target_modules` is "all-linear" selects in a model."""
     return set(_maybe_include_all_linear_layers(copy(config), model).target_modules)
+
+
+def layers_of_users(lora: LoraConfig) -> dict[type, type]:
+    """{class of modules: a user's own LoRA layer for them}, which `LoraConfig._register_custom_module` is given."""
+    return getattr(lora, "_custom_modules", None) or {}
 
 
 def targets_of_lora(config: Any, model: Any) -> LoraConfig:

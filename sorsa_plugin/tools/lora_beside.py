@@ -27,10 +27,11 @@ def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) 
         OutputExistsError: the folder holds something else.
         ForeignAdapterError, IncompleteAdapterError, RankError, UnsupportedLayerError: see `export_lora`.
     """
+    config = read_config(Path(adapter_dir))
     folder = Path(adapter_dir).resolve() / FOLDER
     if not folder.exists():
         report = export_lora(adapter_dir, folder, rank=rank)
-        complete_saved_card(adapter_dir, read_config(Path(adapter_dir)).card_values())
+        complete_saved_card(adapter_dir, config.card_values())
         return report
     if not _is_export(folder):
         raise OutputExistsError(
@@ -42,7 +43,7 @@ def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) 
     report = export_lora(adapter_dir, new, rank=rank)
     shutil.rmtree(folder)
     new.rename(folder)
-    complete_saved_card(adapter_dir, read_config(Path(adapter_dir)).card_values())
+    complete_saved_card(adapter_dir, config.card_values())
     return ExportReport(folder, report.rank, report.layers, report.relative_error, report.bytes, report.carried)
 
 

@@ -53,3 +53,18 @@ def test_the_card_written_for_the_hub_has_the_section_and_the_trainers_own_text(
     assert {"trl", "own-tag"}.issubset(card.data.tags) == (make is sft_trainer)  # for others PEFT drops all tags
     assert "Framework versions" in card.text  # the trainer's part
     assert not (tmp_path / "checkpoint-1" / "README.md").read_text().count(HEADING) > 1
+
+
+@pytest.mark.parametrize("kind", ["a directory", "a file that is gone", "an id of the hub"])
+def test_a_card_names_data_of_the_hub_alone(kind, tmp_path):
+    data = {
+        "a directory": str(tmp_path),
+        "a file that is gone": "/home/somebody/secret/train.jsonl",
+        "an id of the hub": "trl-lib/Capybara",
+    }[kind]
+    trainer = sft_trainer(tmp_path / "run")
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine", dataset_name=data)
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert (data in card.content) == (kind == "an id of the hub")
+    assert HEADING in card.text

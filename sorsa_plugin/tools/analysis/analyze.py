@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -206,11 +207,16 @@ def _points(
     trained: Sequence[str | PathLike[str]], runs: Sequence[str | PathLike[str]], base: BaseWeights
 ) -> dict[tuple[str, int | None], TrainedWeights]:
     """Every run and step to compare. A run's name is the shortest end of its path that tells it apart."""
-    entries: list[tuple[Path, int | None, Path]] = [(Path(path).resolve(), None, Path(path)) for path in trained]
+    entries: list[tuple[Path, int | None, Path]] = [(_real(path), None, Path(path)) for path in trained]
     for run in runs:
-        entries += [(Path(run).resolve(), step, path) for step, path in complete_checkpoints(run).items()]
+        entries += [(_real(run), step, path) for step, path in complete_checkpoints(run).items()]
     names = _labels(list(dict.fromkeys(source for source, _, _ in entries)))
     return {(names[source], step): open_trained(path, base) for source, step, path in entries}
+
+
+def _real(path: str | PathLike[str]) -> Path:
+    """Without links; one that leads back to itself stays, and is refused where it is opened."""
+    return Path(os.path.realpath(path))
 
 
 def _labels(paths: list[Path]) -> dict[Path, str]:
