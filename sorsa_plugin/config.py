@@ -271,7 +271,7 @@ class SORSAConfig(PeftConfig):
                 )
         if not _is_number(self.sorsa_dropout) or not 0.0 <= self.sorsa_dropout < 1.0:
             raise SORSAConfigError(
-                f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1). LoRA calls it lora_dropout."
+                f"sorsa_dropout is {self.sorsa_dropout!r}; expected a probability in [0, 1). lora_dropout is the same."
             )
 
     def _check_regularizer(self) -> None:

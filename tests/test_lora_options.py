@@ -52,7 +52,7 @@ def test_an_option_at_loras_default_asks_for_nothing_and_nothing_is_said(options
         ({"megatron_config": {"a": 1}}, "megatron_config={'a': 1}: SORSA does not adapt Megatron's layers"),
         ({"lora_dropout": 0.1, "sorsa_dropout": 0.0}, "lora_dropout is 0.1 and sorsa_dropout is 0.0; they are one"),
         ({"lora_dropout": 1.5}, r"sorsa_dropout is 1.5; expected a probability"),
-        ({"lora_dropout": None}, r"sorsa_dropout is None; expected .* LoRA calls it lora_dropout"),
+        ({"lora_dropout": None}, r"sorsa_dropout is None; expected .* lora_dropout is the same"),
     ],
     ids=lambda value: str(value)[:40],
 )
