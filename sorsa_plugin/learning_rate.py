@@ -19,7 +19,7 @@ from itertools import pairwise
 SPREAD = 4.0
 """A rate is far off where it is more than this factor from the suggested one. Of the runs of
 benchmarks/results/quickstart_{lr,rank}.json those inside lost at most 35 points of exact match to the best of their
-rank, those outside 8 to 96."""
+rank, those outside 8 to 99."""
 
 SWEPT = 3.0
 """The factor between the rates of a sweep."""

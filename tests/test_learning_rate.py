@@ -79,7 +79,7 @@ def test_at_a_known_point_the_rate_is_its_middle_and_the_basis_its_source(known)
 
 def test_between_known_points_it_is_interpolated_and_beyond_them_extrapolated():
     small = suggested_rate(576, 16)
-    assert small.rate == 9e-4  # the pilot's best was 1e-3
+    assert small.rate == 9e-4
     assert small.basis.startswith("interpolated between width 128, rank 64 (measured")
     assert suggested_rate(4096, 16).rate == 2e-4
     for width, rank, nearest in ((16, 2, KNOWN[0]), (8192, 128, KNOWN[-1])):
