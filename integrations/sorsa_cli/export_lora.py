@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -16,7 +17,11 @@ def export_lora(
     beside: bool = typer.Option(
         False, "--beside", help='Write into the adapter\'s own directory, under "lora", and replace an earlier export.'
     ),
-    rank: int | None = typer.Option(None, help="Truncate to this rank; default: the exact LoRA, of rank 2r."),
+    rank: str | None = typer.Option(
+        None, help='Truncate to this rank, or "auto": the smallest within --error. Default: exact, rank 2r.'
+    ),
+    error: float | None = typer.Option(None, help="With --rank auto: the largest relative error, such as 1e-3."),
+    dtype: str = typer.Option("fp32", help="Of the LoRA: fp32, fp16 or bf16, which halve the file."),
 ) -> None:
     """Write an adapter as a plain LoRA, which PEFT, vLLM, TGI and llama.cpp load without this package."""
     from sorsa_plugin.tools.export_lora import export_lora as export
@@ -24,16 +29,20 @@ def export_lora(
 
     if (output is None) != beside:
         raise typer.BadParameter("give either --output DIR or --beside")
-    report = export(adapter, output, rank=rank) if output is not None else export_beside(adapter, rank=rank)
+    chosen: Any = int(rank) if rank is not None and rank.isdecimal() else rank
+    if output is not None:
+        report = export(adapter, output, rank=chosen, error=error, dtype=dtype)
+    else:
+        report = export_beside(adapter, rank=chosen, error=error, dtype=dtype)
     typer.echo(
         f"LoRA of rank {report.rank} (alpha {report.rank}, scale 1) for {len(report.layers)} layers in "
         f"{report.output}: {size(report.bytes)}."
     )
-    if report.relative_error:
+    if report.lossy:
         worst = max(report.layers, key=lambda layer: layer.relative_error)
         typer.echo(
-            f"Truncated: relative error {report.relative_error:.3g} of the change (Frobenius norm), the smallest "
-            f"possible at this rank; at worst {worst.relative_error:.3g}, in {worst.name}."
+            f"{report.lossy.capitalize()}: relative error {report.relative_error:.3g} of the change (Frobenius norm); "
+            f"at worst {worst.relative_error:.3g}, in {worst.name}."
         )
     else:
-        typer.echo("Exact: nothing was truncated.")
+        typer.echo("Exact: nothing was truncated or rounded.")

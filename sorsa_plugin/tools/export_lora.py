@@ -10,25 +10,24 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from ..config import SORSAConfig
-from ..errors import IncompleteAdapterError, RankError, UnsupportedLayerError
-from ..files.adapter_format import ROOT, outer_name
+from ..errors import IncompleteAdapterError, RankError, SORSAConfigError
+from ..files.adapter_format import ROOT
 from ..files.atomic_directory import appearing_whole, output_path, refuse_occupied
 from ..files.saved_adapter import open_tensors, read_config, survey
-from ..linalg.offset_form import Parts, change_norm
+from ..linalg.offset_form import Parts
 from ..model_card import public_name
+from .lora_layout import base_of, lora_config, lora_tensors
+from .lora_pair import DTYPES, ExportedLayer, lora_pair, singular_values, smallest_rank, total_error
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +52,7 @@ tags:
 r = lora_alpha = {rank}, so its scale is 1. Relative error of the change (Frobenius norm): {error}.
 """
 
-
-@dataclass(frozen=True)
-class ExportedLayer:
-    """One layer of an export."""
-
-    name: str
-    rank: int
-    """Rank of the layer's change in the LoRA, before padding."""
-    norm: float
-    """||L R^T||_F of the layer's change."""
-    relative_error: float
-    """||L R^T - B A||_F / ||L R^T||_F, the smallest possible at this rank; 0 if not truncated."""
+Rank = int | Literal["auto"] | None
 
 
 @dataclass(frozen=True)
@@ -76,15 +64,22 @@ class ExportReport:
     """r and lora_alpha of the LoRA."""
     layers: tuple[ExportedLayer, ...]
     relative_error: float
-    """The same over all layers together."""
+    """||L R^T - B A||_F / ||L R^T||_F over all layers together."""
     bytes: int
     """Size of adapter_model.safetensors."""
     carried: tuple[str, ...]
     """Tensors copied verbatim: those of modules_to_save, and embeddings that PEFT saved."""
+    lossy: str
+    """What the error comes from, in words; empty if the export is exact."""
 
 
 def export_lora(
-    adapter_dir: str | PathLike[str], output_dir: str | PathLike[str], *, rank: int | None = None
+    adapter_dir: str | PathLike[str],
+    output_dir: str | PathLike[str],
+    *,
+    rank: Rank = None,
+    error: float | None = None,
+    dtype: str = "fp32",
 ) -> ExportReport:
     """Write a SORSA adapter as a LoRA that PEFT, vLLM, TGI and llama.cpp load without this package.
 
@@ -95,17 +90,21 @@ def export_lora(
         adapter_dir: directory of the adapter's adapter_config.json and adapter_model.safetensors.
         output_dir: directory to make; it may exist and be empty.
         rank: the largest rank of the LoRA. None, or 2r and more, is exact. Below that, each layer is truncated
-            optimally, by the singular values of a 2r x 2r matrix.
+            optimally, by the singular values of a 2r x 2r matrix. "auto" is the smallest rank that loses at most
+            `error`.
+        error: with rank="auto" alone: the largest relative error of all changes together (Frobenius norm), in (0, 1),
+            rounding to `dtype` included.
+        dtype: of the LoRA's tensors: "fp32", "fp16" or "bf16". What is copied verbatim keeps its own.
 
     Raises:
         ForeignAdapterError: there is no adapter, or it is of another method.
         IncompleteAdapterError: the files are damaged, or do not belong together.
         OutputExistsError: the output exists and is not an empty directory.
-        RankError: rank is no integer >= 1.
+        RankError: rank is no integer >= 1, or the error cannot be kept.
+        SORSAConfigError: dtype is none of these.
         UnsupportedLayerError: LoRA computes something else on an adapted layer, such as a grouped convolution.
     """
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise RankError(f"rank is {rank!r}; expected an integer >= 1, or None for the exact LoRA of rank 2r.")
+    _check(rank, error, dtype)
     source, output = Path(adapter_dir), output_path(output_dir)
     config = read_config(source)
     refuse_occupied(output)
@@ -114,61 +113,49 @@ def export_lora(
     with open_tensors(source) as file:
         ranks, carried = survey(file, config)
         full = 2 * max(ranks.values())
-        lora_rank = full if rank is None else min(rank, full)
-        for name, own_rank in ranks.items():
-            L, R, layer = _convert(file, name, own_rank, lora_rank)
+        if error is not None:
+            rank = smallest_rank([singular_values(*_change(file, name)) for name in ranks], error)
+        lora_rank = full if not isinstance(rank, int) else min(rank, full)
+        for name in ranks:
+            L, R, layer = lora_pair(name, *_change(file, name), lora_rank, DTYPES[dtype])
             tensors |= lora_tensors(f"{ROOT}{name}.", config.lora_layouts.get(name), L, R)
             for other, layout in config.lora_layouts.items():
                 if layout == ["tied", name]:
                     tensors |= lora_tensors(f"{ROOT}{other}.", None, R, L)
             layers.append(layer)
         tensors |= {name: file.get_tensor(name) for name in carried}
-    error = _total_error(layers)
+    total = total_error(layers)
+    if error is not None and total > error:
+        raise RankError(
+            f"error is {error:g}, and {dtype} alone rounds by about as much: rank {lora_rank} in {dtype} has "
+            f"{total:.2g}. Allow a larger error, or write fp32."
+        )
+    truncated = any(layer.rank < 2 * ranks[layer.name] for layer in layers)
+    causes = ["truncated"] * truncated + [f"rounded to {dtype}"] * (dtype != "fp32")
+    lossy = " and ".join(causes) if total else ""
     with appearing_whole(output) as directory:
         save_file(tensors, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         size = (directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size
-        (directory / "README.md").write_text(_card(config, lora_rank, error), encoding="utf-8")
-        _lora_config(config, list(ranks), lora_rank).save_pretrained(str(directory))  # last: without it no adapter
+        (directory / "README.md").write_text(_card(config, lora_rank, total, lossy), encoding="utf-8")
+        lora_config(config, list(ranks), lora_rank).save_pretrained(str(directory))  # last: without it no adapter
     _warn_about_servers(lora_rank, carried)
-    return ExportReport(output, lora_rank, tuple(layers), error, size, tuple(carried))
+    return ExportReport(output, lora_rank, tuple(layers), total, size, tuple(carried), lossy)
 
 
-# -- the pair --------------------------------------------------------------------------------------------------------
+def _check(rank: Any, error: Any, dtype: str) -> None:
+    if rank == "auto":
+        if isinstance(error, bool) or not isinstance(error, (int, float)) or not 0.0 < error < 1.0:
+            raise RankError(f"error is {error!r}; expected a number in (0, 1), such as 1e-3, for rank 'auto'.")
+    elif error is not None:
+        raise RankError(f"error is {error!r} and rank is {rank!r}; expected an error with rank 'auto' alone.")
+    elif rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise RankError(f"rank is {rank!r}; expected an integer >= 1, 'auto', or None for the exact LoRA of rank 2r.")
+    if dtype not in DTYPES:
+        raise SORSAConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
 
 
-def balance(L: torch.Tensor, R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """L (out x k) and R (in x k), or stacks of them, with equal column norms, scaled by powers of two.
-
-    L R^T stays the same, bit for bit, unless a number underflows.
-    """
-    ratio = R.double().norm(dim=-2, keepdim=True) / L.double().norm(dim=-2, keepdim=True)
-    exponent = ratio.log2().div(2).round()
-    scale = torch.where(exponent.isfinite(), exponent, 0.0).exp2().to(L.dtype)
-    return L * scale, R / scale
-
-
-def truncate(L: torch.Tensor, R: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The best approximation of L R^T of the given rank, from the triplets of a small matrix.
-
-    With L = Q1 T1 and R = Q2 T2, the singular values of L R^T are those of T1 T2^T (2r x 2r).
-
-    Args:
-        L: (out x 2r), or a stack of them.
-        R: (in x 2r), or a stack of them.
-        rank: columns to keep.
-
-    Returns:
-        The balanced pair (out x rank), (in x rank), in the dtype given, and all singular values in float64.
-    """
-    Q1, T1 = torch.linalg.qr(L.double())
-    Q2, T2 = torch.linalg.qr(R.double())
-    U, S, Vh = torch.linalg.svd(T1 @ T2.mT, full_matrices=False)
-    root = S[..., None, :rank].sqrt()
-    return ((Q1 @ U[..., :rank]) * root).to(L.dtype), ((Q2 @ Vh[..., :rank, :].mT) * root).to(R.dtype), S
-
-
-def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Tensor, torch.Tensor, ExportedLayer]:
-    """L (out x rank) and R (in x rank) of a layer's LoRA, or stacks of them."""
+def _change(file: Any, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """L (out x 2r) and R (in x 2r) of a layer, or stacks of them, fp32."""
     prefix = f"{ROOT}{layer}.sorsa_factors."
     L, R = Parts(*(file.get_tensor(prefix + name).float() for name in Parts._fields)).pair()
     if not (L.isfinite().all() and R.isfinite().all()):
@@ -176,102 +163,13 @@ def _convert(file: Any, layer: str, own_rank: int, rank: int) -> tuple[torch.Ten
             f"The factors of {layer} hold NaN or infinity; expected finite numbers. The training run diverged or the "
             "file was damaged: export an earlier checkpoint."
         )
-    norm, error = change_norm(L, R), 0.0
-    if rank < 2 * own_rank:
-        L, R, S = truncate(L, R, rank)
-        error = float(S[..., rank:].norm()) / norm if norm else 0.0
-    else:
-        L, R = balance(L, R)
-    kept = L.shape[-1]
-    L, R = (torch.nn.functional.pad(part, (0, rank - kept)) for part in (L, R))
-    return L, R, ExportedLayer(layer, kept, norm, error)
+    return L, R
 
 
-def _total_error(layers: list[ExportedLayer]) -> float:
-    lost = math.hypot(*(layer.norm * layer.relative_error for layer in layers))
-    return lost / math.hypot(*(layer.norm for layer in layers)) if lost else 0.0
-
-
-# -- LoRA's tensors --------------------------------------------------------------------------------------------------
-
-
-def lora_tensors(
-    prefix: str, layout: Sequence[Any] | None, L: torch.Tensor, R: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """{name in the file: tensor} of one layer's LoRA.
-
-    Args:
-        prefix: the layer's name in the file, with a dot at the end.
-        layout: see `files/adapter_format.py`; None for a linear layer.
-        L: (out x rank), or a stack (E x out x rank).
-        R: (in x rank), or a stack (E x in x rank).
-
-    Raises:
-        UnsupportedLayerError: LoRA computes something else on such a layer.
-    """
-    kind, *details = layout or ["linear"]
-    A, B = R.mT, L
-    names = ("lora_A.weight", "lora_B.weight")
-    if kind == "embedding":
-        names = ("lora_embedding_A", "lora_embedding_B")
-    elif kind == "convolution":
-        A, B = A.reshape(-1, *details), B.reshape(*B.shape, *(1,) * (len(details) - 1))
-    elif kind == "parameter" and A.ndim == 3:  # experts: A stacked along the rank, B with the expert's index last
-        A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-    elif kind == "unsupported":
-        raise UnsupportedLayerError(
-            f"{prefix.removesuffix('.')} is {details[0]}; expected layers that LoRA computes alike. Merge the adapter "
-            "into the base model instead, with merge_and_unload()."
-        )
-    return {prefix + name: tensor.contiguous() for name, tensor in zip(names, (A, B), strict=True)}
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _lora_config(config: SORSAConfig, layers: list[str], rank: int) -> LoraConfig:
-    """The LoRA's configuration: only options that PEFT's LoRA has, and target_modules as short as possible."""
-    targets: Any = config.target_modules
-    kinds = {name: layout[0] for name, layout in config.lora_layouts.items()}
-    tied = [name for name, kind in kinds.items() if kind == "tied"]
-    weights = {f"{name}.weight" for name in layers if kinds.get(name) == "weight"}
-    chosen = config.exclude_modules or config.layers_to_transform is not None
-    if not isinstance(targets, set) or chosen or tied or weights:
-        modules = [name for name in layers if kinds.get(name) not in ("parameter", "weight")]
-        targets = {outer_name(name, layers) for name in modules} | set(tied)
-    parameters = sorted({*(config.target_parameters or []), *weights})
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=config.sorsa_dropout,
-        target_modules=[],
-        fan_in_fan_out=config.fan_in_fan_out,
-        target_parameters=parameters or None,
-        modules_to_save=config.modules_to_save,
-        trainable_token_indices=config.trainable_token_indices,
-        task_type=config.task_type,
-        base_model_name_or_path=_base_of(config),
-        revision=config.revision,
-        inference_mode=True,
-        auto_mapping=config.auto_mapping,
-    )
-    # Regular expressions and choices of layers are spelled out above, because not every server reads them. Sorted,
-    # because PEFT's own set has another order in every process.
-    lora.target_modules = sorted(targets)
-    return lora
-
-
-def _base_of(config: SORSAConfig) -> str | None:
-    """The model that the change is to be added to: never one that stores residuals."""
-    return config.full_precision_base or config.base_model_name_or_path
-
-
-def _card(config: SORSAConfig, rank: int, error: float) -> str:
-    name = _base_of(config)
+def _card(config: SORSAConfig, rank: int, error: float, lossy: str) -> str:
+    name = base_of(config)
     base = f"base_model: {json.dumps(name)}\n" if name and name == public_name(name) else ""
-    return CARD.format(
-        made=MADE, base=base, rank=rank, error=f"{error:.3g}, truncated" if error else "none, it is exact"
-    )
+    return CARD.format(made=MADE, base=base, rank=rank, error=f"{error:.3g}, {lossy}" if lossy else "none, it is exact")
 
 
 def _warn_about_servers(rank: int, carried: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from ..errors import OutputExistsError
 from ..files.saved_adapter import read_config
 from ..model_card import CARD, complete_saved_card
 from ..model_card import LORA as FOLDER
-from .export_lora import MADE, ExportReport, export_lora
+from .export_lora import MADE, ExportReport, Rank, export_lora
 
 
-def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) -> ExportReport:
+def export_beside(
+    adapter_dir: str | PathLike[str], *, rank: Rank = None, error: float | None = None, dtype: str = "fp32"
+) -> ExportReport:
     """Write an adapter as a LoRA into its own directory, under `lora`. An earlier export there is replaced.
 
     `PeftModel.from_pretrained(base, directory, subfolder="lora")` loads it, from a hub too, and the adapter's card says
@@ -21,16 +24,17 @@ def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) 
 
     Args:
         adapter_dir: directory of the adapter.
-        rank: see `export_lora`.
+        rank, error, dtype: see `export_lora`.
 
     Raises:
         OutputExistsError: the folder holds something else.
-        ForeignAdapterError, IncompleteAdapterError, RankError, UnsupportedLayerError: see `export_lora`.
+        ForeignAdapterError, IncompleteAdapterError, RankError, SORSAConfigError: see `export_lora`.
+        UnsupportedLayerError: see `export_lora`.
     """
     config = read_config(Path(adapter_dir))
     folder = Path(adapter_dir).resolve() / FOLDER
     if not folder.exists():
-        report = export_lora(adapter_dir, folder, rank=rank)
+        report = export_lora(adapter_dir, folder, rank=rank, error=error, dtype=dtype)
         complete_saved_card(adapter_dir, config.card_values())
         return report
     if not _is_export(folder):
@@ -40,11 +44,11 @@ def export_beside(adapter_dir: str | PathLike[str], *, rank: int | None = None) 
         )
     new = folder.with_name(f".{FOLDER}.new")
     shutil.rmtree(new, ignore_errors=True)
-    report = export_lora(adapter_dir, new, rank=rank)
+    report = export_lora(adapter_dir, new, rank=rank, error=error, dtype=dtype)
     shutil.rmtree(folder)
     new.rename(folder)
     complete_saved_card(adapter_dir, config.card_values())
-    return ExportReport(folder, report.rank, report.layers, report.relative_error, report.bytes, report.carried)
+    return replace(report, output=folder)
 
 
 def _is_export(folder: Path) -> bool:

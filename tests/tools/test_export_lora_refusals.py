@@ -39,7 +39,7 @@ export.export_lora(sys.argv[1], sys.argv[2])
 
 MOMENTS = {
     "while-writing-tensors": "export.save_file = halfway",
-    "before-the-config": "export._lora_config = die",
+    "before-the-config": "export.lora_config = die",
     "before-it-takes-its-name": "outputs.os.replace = die",
 }
 
