@@ -138,7 +138,7 @@ class RecipeParser(TrlParser):
         if arguments[-1:] == ["--config"]:
             raise AdapterOptionsError("--config names no file; expected that of a recipe after it.")
         try:
-            _require_mapping(arguments)
+            _require_mappings(arguments)
             *parts, from_file, from_command_line = self.parse_args_and_config(
                 arguments, return_remaining_strings=True, separate_remaining_strings=True
             )
@@ -172,12 +172,15 @@ class RecipeParser(TrlParser):
             )
 
 
-def _require_mapping(arguments: list[str]) -> None:
-    """Raises ValueError if the recipe is no mapping, which TRL 1.9 does not check."""
+def _require_mappings(arguments: list[str]) -> None:
+    """Raises ValueError if the recipe is no mapping, or its datasets are no list of them, which TRL does not check."""
     path = dict(pairwise(arguments)).get("--config")
     content = yaml_values(Path(path).read_text(encoding="utf-8")) if path else {}
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected lines such as `adapter: sorsa`.")
+    mixed = content.get("datasets", [])
+    if not isinstance(mixed, list) or not all(isinstance(entry, Mapping) for entry in mixed):
+        raise ValueError(f"datasets is {str(mixed)[:100]!r}; expected a list such as [{{path: trl-lib/Capybara}}].")
 
 
 def _adapter_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -179,6 +179,39 @@ WORDS = [
 ]
 
 
+SAVED = {
+    "export-lora": ["--rank", "--error", "--dtype"],
+    "analyze": [
+        "--modules",
+        "--top",
+        "--degenerate",
+        "--task-type",
+        "--adapter",
+        "--checkpoints",
+        "--html",
+        "--revision",
+    ],
+    "advise": ["--rank", "--lora-lr", "--model"],
+}
+"""{command on saved files: options}"""
+
+
+@pytest.mark.parametrize("command", SAVED)
+def test_every_option_of_commands_on_saved_files_ends_in_a_sentence_or_works(
+    adapter, base, tmp_path, monkeypatch, command
+):
+    monkeypatch.chdir(tmp_path)
+    usual = {name: arguments for name, *arguments in commands(adapter, base, tmp_path / "out")}
+    usual["advise"] = ["--model", base, "--rank", 2]
+    failed = []
+    for option in SAVED[command]:
+        for word in WORDS:
+            problem = ends_well(command, *usual[command], option, word)
+            failed += [f"{option} {word!r} {problem}"] if problem else []
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert not failed, "\n" + "\n".join(failed)
+
+
 @pytest.mark.parametrize("command", OPTIONS)
 def test_every_option_ends_in_a_sentence_or_works(base, tmp_path, command):
     failed = []
