@@ -57,7 +57,7 @@ def test_names_that_are_public_too_are_the_same_objects() -> None:
 
 def test_the_manual_names_every_hook() -> None:
     hooks = [name for name in vars(hookspecs) if name.startswith("sorsa_")]
-    assert len(hooks) == 7
+    assert len(hooks) == 6
     assert all(f"{name}(" in (extend.__doc__ or "") for name in hooks)
 
 
