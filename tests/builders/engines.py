@@ -81,11 +81,11 @@ def build_model(layers: int = 2) -> torch.nn.Module:
     return tiny_llama(layers=layers, intermediate=49).train()
 
 
-def load_quantised(directory: Path) -> torch.nn.Module:
-    """A saved model with 4-bit linears, stored as fp32: what FSDP can shard."""
+def load_quantised(directory: Path, storage: str = "float32") -> torch.nn.Module:
+    """A saved model with 4-bit linears, stored as a floating dtype: what FSDP can shard."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=torch.float32)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_quant_storage=storage)
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, dtype=torch.float32)
 
 

@@ -31,11 +31,12 @@ def alone(saved_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(("engine", "storage"), [("ddp", "float32"), ("fsdp2", "float32"), ("fsdp2", "bfloat16")])
 def test_two_processes_on_four_bits_follow_the_trajectory_of_one(
-    engine: str, saved_llama: str, alone: Path, tmp_path: Path
+    engine: str, storage: str, saved_llama: str, alone: Path, tmp_path: Path
 ) -> None:
-    run("train_worker.py", 2, str(tmp_path), engine, *KINDS, "--quantised", saved_llama)
+    """With bf16 storage, as QLoRA's recipes for FSDP have it, the offsets stay fp32 beside it."""
+    run("train_worker.py", 2, str(tmp_path), engine, *KINDS, "--quantised", saved_llama, "--storage", storage)
     for kind in KINDS:
         assert report(tmp_path)[kind]["engine"] == CLASSES[engine]
         # as in test_engines.py

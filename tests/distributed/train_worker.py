@@ -18,7 +18,7 @@ from builders.engines import ENGINES, build_model, engine_arguments, leave, load
 from builders.llama import token_batches
 
 
-def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> dict:
+def train(engine: str, scenario: str, output: Path, quantised: Path | None, storage: str) -> dict:
     from accelerate.state import AcceleratorState
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
@@ -61,7 +61,8 @@ def train(engine: str, scenario: str, output: Path, quantised: Path | None) -> d
         reg_update=update,
         residual_base=residual,
     )
-    model = get_peft_model(build_model().to(dtype) if quantised is None else load_quantised(quantised), config)
+    base = build_model().to(dtype) if quantised is None else load_quantised(quantised, storage)
+    model = get_peft_model(base, config)
     perturb(model, to_bf16="bf16" in scenario)
     if not attached:  # as many public scripts do; with SORSACallback the frozen factors are placed once more
         for name, parameter in model.named_parameters():
@@ -133,11 +134,14 @@ def main() -> None:
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("scenarios", nargs="+", choices=list(SCENARIOS))
     parser.add_argument("--quantised", type=Path, help="directory of a model to load in 4 bits")
+    parser.add_argument("--storage", default="float32", help="dtype that holds the 4 bits")
     options = parser.parse_args()
     prepare(options.engine)
     reports = {}
     for scenario in options.scenarios:
-        reports[scenario] = train(options.engine, scenario, options.output / scenario, options.quantised)
+        reports[scenario] = train(
+            options.engine, scenario, options.output / scenario, options.quantised, options.storage
+        )
         gc.collect()
         if int(os.environ.get("RANK", "0")) == 0:
             (options.output / "report.json").write_text(json.dumps(reports))
