@@ -17,6 +17,8 @@ def plain_values(pickled: bytes) -> Iterator[tuple[str, str | int]]:
     memo: dict[int, object] = {}
     last: object = None
     for code, argument, _ in pickletools.genops(pickled):
+        if code.name == "FRAME":  # the length of what follows, between any two others
+            continue
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[argument] = last  # type: ignore[index]
         elif code.name == "MEMOIZE":

@@ -44,3 +44,12 @@ def test_attributes_are_found_in_their_order_whatever_the_protocol(protocol: int
 def test_what_is_no_whole_pickle_is_refused(damaged: bytes) -> None:
     with pytest.raises(ValueError):
         list(plain_values(damaged))
+
+
+def test_a_frame_may_begin_between_a_name_and_its_value():
+    """As in every pickle of more than 64 KiB, at some place or other."""
+    value = b"\x8c\x05shard" + b"u."
+    frame = b"\x95" + len(value).to_bytes(8, "little")
+    pickled = b"\x80\x04}(" + b"\x8c\x05place" + frame + value
+    assert pickle.loads(pickled) == {"place": "shard"}
+    assert list(plain_values(pickled)) == [("place", "shard")]
