@@ -13,6 +13,7 @@ from sorsa_plugin.errors import AttachError
 from sorsa_plugin.extend import (
     Attachment,
     attach,
+    frozen_as_parameters,
     groups_by_parameter,
     innermost,
     model_factors,
@@ -22,7 +23,6 @@ from sorsa_plugin.extend import (
 )
 
 from .metrics import silent
-from .preparation import prepare_adapters
 from .trainer_compat import LayerWiseDummyOptimizer
 from .trainer_methods import replace_methods_of
 
@@ -50,14 +50,14 @@ class SORSACallback(TrainerCallback):
         self.attachment: Attachment | None = None
         self._steps_seen = 0
         if trainer is not None:
-            prepare_adapters(trainer.model)
+            self._prepare(trainer.model)
             replace_methods_of(trainer)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         """Prepare the model before the Trainer wraps it and builds the optimizer."""
-        prepare_adapters(model)
+        self._prepare(model)
 
     def on_train_begin(
         self,
@@ -137,6 +137,16 @@ class SORSACallback(TrainerCallback):
         """Put the adapter's config beside FSDP2's shards."""
         if state.is_world_process_zero and model is not None:
             complete_sharded_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", model)
+
+    @staticmethod
+    def _prepare(model: nn.Module | None) -> None:
+        """Do what has to happen before the Trainer wraps the model and builds the optimizer."""
+        for layer in sorsa_layers(model) if model is not None else []:
+            for adapter in layer.sorsa_factors:
+                factors = layer.factors(adapter)
+                factors.place_frozen(frozen_as_parameters())
+                if adapter in layer.trained():
+                    factors.restore_fp32()
 
 
 def _require_singular_values(model: nn.Module, optimizer: Any) -> None:

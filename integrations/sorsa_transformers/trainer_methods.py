@@ -1,4 +1,4 @@
-"""`SORSATrainerMethods`: prepares the adapters of a trainer that is being made, and replaces some of its methods."""
+"""`SORSATrainerMethods`: replaces methods of a trainer that is being made, where no event of it reaches a callback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from sorsa_plugin.extend import sorsa_layers
 from .adapter_loading import load_adapters_of
 from .cards import complete_cards_of
 from .finished_runs import take_no_step_when_finished
-from .preparation import prepare_adapters
 
 
 class SORSATrainerMethods(TrainerCallback):
@@ -25,11 +24,7 @@ class SORSATrainerMethods(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Prepare the adapters, and replace the methods of the trainer that is being made.
-
-        Events do not name it; it is the one that calls.
-        """
-        prepare_adapters(model)
+        """Replace the methods of the trainer that is being made. Events do not name it; it is the one that calls."""
         frame = sys._getframe(1)
         while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
             frame = frame.f_back  # type: ignore[assignment]
